@@ -1,0 +1,45 @@
+"""Knowledge editing for Mixture-of-Experts language models: MoTE, MoEEdit-BCD and Global, stand-alone or in EasyEdit.
+
+Importing this package is light: torch, transformers and the editors load when a name is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_LOCATIONS = {
+    "MoTEHyperParams": "hparams",
+    "MoEEditHyperParams": "hparams",
+    "GlobalHyperParams": "hparams",
+    "load_hyperparams": "hparams",
+    "MoEEditor": "editor",
+    "EditRequest": "requests",
+    "MoELayerView": "layers",
+    "WeightPatch": "patch",
+    "load_model": "loading",
+    "make_editor": "editors",
+    "method_names": "editors",
+    "apply_mote_to_model": "editors",
+    "apply_moeedit_to_model": "editors",
+    "apply_bcd_speedup_to_model": "editors",
+    "apply_global_to_model": "editors",
+    "apply_global_speedup_to_model": "editors",
+    "apply_moe_memit_to_model": "editors",
+    "apply_moe_alphaedit_to_model": "editors",
+    "apply_moe_rome_to_model": "editors",
+}
+
+__all__ = ["__version__", *_LOCATIONS]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LOCATIONS:
+        raise AttributeError(f"module 'easyedit_moe' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"easyedit_moe.{_LOCATIONS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

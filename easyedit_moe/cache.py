@@ -1,0 +1,124 @@
+"""Statistics on disk: safetensors under a key that says what they are of; written atomically, verified when read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from easyedit_moe.errors import CacheError
+from easyedit_moe.layers import MoELayerView
+from easyedit_moe.moments import LayerMoments
+
+SCHEMA = 1
+_SAMPLES_PER_PARAMETER = 1024
+
+
+@dataclass(frozen=True)
+class StatisticsKey:
+    """All that a file of statistics depends on."""
+
+    fingerprint: str
+    layer: int
+    corpus: str
+    n_samples: int
+    max_length: int
+    dtype: str
+
+    def file_name(self) -> str:
+        """``layer3-<hash of the key>.safetensors``."""
+        return f"layer{self.layer}-{_digest(asdict(self))[:16]}.safetensors"
+
+
+def model_fingerprint(view: MoELayerView) -> str:
+    """SHA-256 over class, shapes, dtypes and a strided sample of every parameter except the down-projections.
+
+    What this package edits is left out, so that the fingerprint is that of the unedited model before and after an edit.
+    """
+    skip = {name for moe in view.layers.values() for name in moe.parameter_names()}
+    digest = hashlib.sha256(type(view.model).__name__.encode())
+    for name, parameter in view.model.named_parameters():
+        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+        if name in skip or parameter.is_meta:
+            continue
+        flat = parameter.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // _SAMPLES_PER_PARAMETER)]
+        digest.update(sample.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def statistics_folder(stats_dir: str | Path, model_name: str, fingerprint: str) -> Path:
+    """One folder per model: its name for people, its fingerprint for safety."""
+    label = "".join(c if c.isalnum() or c in "-_." else "_" for c in Path(model_name).name) or "model"
+    return Path(stats_dir) / f"{label}-{fingerprint[:16]}"
+
+
+def save_moments(path: Path, key: StatisticsKey, moments: LayerMoments) -> None:
+    """Write one layer's statistics atomically."""
+    tensors = {"keys": moments.keys, "counts": moments.counts, "output": moments.output}
+    metadata = {"schema": SCHEMA, "kind": "moments", "key": asdict(key), "num_tokens": moments.num_tokens}
+    write_safetensors(path, tensors, metadata)
+
+
+def load_moments(path: Path, key: StatisticsKey) -> LayerMoments:
+    """Read one layer's statistics back.
+
+    Raises:
+        CacheError: truncated or corrupt file, or one whose key is not ``key`` (another model, corpus or setting).
+    """
+    tensors, metadata = read_safetensors(path, CacheError, "delete it, and it is collected anew")
+    found = metadata.get("key")
+    if metadata.get("kind") != "moments" or metadata.get("schema") != SCHEMA or not isinstance(found, dict):
+        raise CacheError(f"{path} is not a file of statistics of schema {SCHEMA}; delete it, and it is collected anew.")
+    differing = [f"{k}: expected {v!r}, found {found.get(k)!r}" for k, v in asdict(key).items() if found.get(k) != v]
+    if differing:
+        raise CacheError(
+            f"{path} was made for another model or setting ({'; '.join(differing)}). Delete it or use another stats_dir."
+        )
+    if set(tensors) != {"keys", "counts", "output"} or not torch.isfinite(tensors["keys"]).all():
+        raise CacheError(f"{path} holds incomplete or non-finite statistics; delete it, and it is collected anew.")
+    return LayerMoments(tensors["keys"], tensors["counts"], tensors["output"], int(metadata["num_tokens"]))
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write a safetensors file in full or not at all; ``metadata`` must be JSON and is kept under one entry."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+    os.close(descriptor)
+    try:
+        ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(ready, partial, metadata={"easyedit_moe": json.dumps(metadata, sort_keys=True)})
+        os.replace(partial, path)
+    finally:
+        Path(partial).unlink(missing_ok=True)
+
+
+def read_safetensors(path: Path, error: type[Exception], advice: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and metadata of a file of ours.
+
+    Raises:
+        ``error``: the file is missing, truncated, corrupt or not ours.
+    """
+    if not path.is_file():
+        raise error(f"{path} does not exist.")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = json.loads((file.metadata() or {})["easyedit_moe"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, ValueError, KeyError, OSError) as cause:
+        raise error(f"{path} is truncated, corrupt or not of this package ({cause}); {advice}.") from cause
+    return tensors, metadata
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

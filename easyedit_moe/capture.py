@@ -1,0 +1,285 @@
+"""Scoped capture of routing, keys and layer outputs, with an early exit after the last layer that is needed.
+
+Index and gate are what the router really handed to the experts; nothing is recomputed. Old ModuleList experts show
+neither to a hook, so there the block is run once more on the same tokens with its experts replaced by unit vectors,
+and the gates are read off its output.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from easyedit_moe.errors import LayoutError, NumericalError
+from easyedit_moe.experts import ModuleListExperts
+from easyedit_moe.layers import MoELayer, MoELayerView
+from easyedit_moe.routing import RoutedKeys
+from easyedit_moe.tokens import Batch, collate
+
+
+class _StopForward(Exception):
+    """Ends a forward after the last needed layer; never leaves this module."""
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What the experts of one layer were called with: ``hidden [N, d]``, ``expert [N, K]``, ``gate [N, K]``."""
+
+    hidden: Tensor
+    expert: Tensor
+    gate: Tensor
+
+
+@dataclass(frozen=True)
+class FactStates:
+    """State of T fact tokens: routed keys per layer (float32) and layer outputs ``[T, d]`` per layer (float32)."""
+
+    keys: dict[int, RoutedKeys]
+    outputs: dict[int, Tensor]
+
+
+@contextmanager
+def inference_mode_of(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards every submodule's training flag is as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def frozen_parameters(model: nn.Module) -> Iterator[None]:
+    """No parameter requires a gradient inside; afterwards each flag and each ``.grad`` is as before."""
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    for p, _ in flags:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p, flag in flags:
+            p.requires_grad_(flag)
+
+
+@contextmanager
+def hooks() -> Iterator[list[Any]]:
+    """A list for hook handles, all removed at the end, whatever happens."""
+    handles: list[Any] = []
+    try:
+        yield handles
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def layer_output(output: Any) -> Tensor:
+    """The hidden states in what a decoder layer returned: a tensor, or a tuple that starts with it."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def replace_layer_output(output: Any, hidden: Tensor) -> Any:
+    """What the decoder layer returned, with other hidden states."""
+    return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """Device of the token embedding, where inputs go."""
+    return model.get_input_embeddings().weight.device
+
+
+def run(model: nn.Module, batch: Batch) -> None:
+    """A forward whose result is not needed; an early exit counts as done."""
+    device = model_device(model)
+    with suppress(_StopForward):
+        model(input_ids=batch.ids.to(device), attention_mask=batch.mask.to(device), use_cache=False)
+
+
+def stop_after(layer: nn.Module) -> Any:
+    """Hook handle that ends the forward after ``layer``. Register it after the hooks that read this layer."""
+
+    def stop(*_: Any) -> None:
+        raise _StopForward
+
+    return layer.register_forward_hook(stop)
+
+
+def read_routing(moe: MoELayer, receive: Callable[[Routing], None]) -> Any:
+    """Hook handle that hands each forward's :class:`Routing` of this layer to ``receive``."""
+    if isinstance(moe.experts, ModuleListExperts):
+        return _read_modulelist_routing(moe, receive)
+    names = list(inspect.signature(moe.experts.module.forward).parameters)
+
+    def read(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        values = dict(zip(names, args, strict=False)) | kwargs
+        ordered = [values[n] for n in names if n in values][:3]
+        if len(ordered) < 3 or ordered[1].is_floating_point() or not ordered[2].is_floating_point():
+            raise LayoutError(
+                f"{moe.experts_name} was not called as experts(hidden, index, weights); this protocol is unknown."
+            )
+        hidden, expert, gate = ordered
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        receive(Routing(hidden, expert.reshape(len(hidden), -1), gate.reshape(len(hidden), -1)))
+
+    return moe.experts.module.register_forward_pre_hook(read, with_kwargs=True)
+
+
+def _read_modulelist_routing(moe: MoELayer, receive: Callable[[Routing], None]) -> Any:
+    busy: list[bool] = []
+
+    def read(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        if busy:
+            return
+        hidden = args[0] if args else kwargs["hidden_states"]
+        busy.append(True)
+        try:
+            receive(_routing_by_unit_vectors(moe, hidden))
+        finally:
+            busy.clear()
+
+    return moe.block.register_forward_hook(read, with_kwargs=True)
+
+
+def _routing_by_unit_vectors(moe: MoELayer, hidden: Tensor) -> Routing:
+    """Gates of ModuleList experts: expert j answers with a scaled unit vector, so output coordinate j is its gate."""
+    experts, flat = moe.experts.layout.num_experts, hidden.reshape(-1, hidden.shape[-1])
+    scale = 2.0**10 if hidden.dtype == torch.float16 else 2.0**20
+    gates = flat.new_zeros(len(flat), experts, dtype=torch.float32)
+    width = moe.experts.layout.d_model
+    with torch.no_grad():
+        base = _block_output(moe, hidden, {})
+        for start in range(0, experts, width):
+            chunk = range(start, min(start + width, experts))
+            out = _block_output(moe, hidden, {j: (j - start, scale) for j in chunk})
+            gates[:, chunk.start : chunk.stop] = ((out - base).float() / scale)[:, : len(chunk)]
+    top = int((gates != 0).sum(1).max())
+    gate, expert = gates.topk(max(top, 1), dim=1)
+    return Routing(flat, expert, gate)
+
+
+def _block_output(moe: MoELayer, hidden: Tensor, unit: dict[int, tuple[int, float]]) -> Tensor:
+    """Output ``[N, d]`` of the block with expert j answering ``scale * e_coordinate``, or zero if not in ``unit``."""
+
+    def answer(j: int) -> Callable[..., Tensor]:
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            out = torch.zeros_like(output)
+            if j in unit:
+                coordinate, scale = unit[j]
+                out[..., coordinate] = scale
+            return out
+
+        return hook
+
+    with hooks() as handles:
+        for j, expert in enumerate(moe.experts.module):
+            handles.append(expert.register_forward_hook(answer(j)))
+        output = layer_output(moe.block(hidden))
+    return output.reshape(-1, output.shape[-1])
+
+
+def routed_keys(moe: MoELayer, routing: Routing, rows: Tensor) -> RoutedKeys:
+    """:class:`RoutedKeys` in float32 of the tokens ``rows`` of one layer's routing."""
+    hidden, expert = routing.hidden[rows], routing.expert[rows]
+    spread = hidden.repeat_interleave(expert.shape[1], dim=0)
+    keys = moe.experts.keys(spread, expert.reshape(-1)).reshape(*expert.shape, -1)
+    return RoutedKeys(expert, routing.gate[rows].float(), keys.float())
+
+
+def capture_facts(
+    view: MoELayerView,
+    sequences: Sequence[Sequence[int]],
+    positions: Sequence[int],
+    key_layers: Sequence[int],
+    output_layers: Sequence[int],
+    pad: int,
+    batch_size: int = 64,
+) -> FactStates:
+    """Routed keys and layer outputs at one position of each token sequence.
+
+    The forward stops after the last layer named. Batches are formed by length, so results do not depend on the
+    tokenizer's padding side, nor on the order of the sequences.
+
+    Raises:
+        NumericalError: a key or an output that is not finite.
+    """
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    parts: list[FactStates] = []
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = collate([sequences[i] for i in chosen], pad)
+        where = torch.tensor([positions[i] for i in chosen])
+        parts.append(_capture_batch(view, batch, where, key_layers, output_layers))
+    back = torch.tensor(sorted(range(len(order)), key=order.__getitem__))
+    keys = {layer: _rows(RoutedKeys.cat(_same_width([p.keys[layer] for p in parts])), back) for layer in key_layers}
+    outputs = {}
+    for layer in output_layers:
+        stacked = torch.cat([p.outputs[layer] for p in parts])
+        outputs[layer] = stacked[back.to(stacked.device)]
+    for layer, value in [*outputs.items(), *((layer, k.key) for layer, k in keys.items())]:
+        if not torch.isfinite(value).all():
+            raise NumericalError(
+                f"Layer {layer} yields NaN or infinity at a fact token: the model's weights are not finite, or its "
+                "dtype overflows. Reload the model, or load it in bfloat16 or float32."
+            )
+    return FactStates(keys, outputs)
+
+
+def _rows(keys: RoutedKeys, index: Tensor) -> RoutedKeys:
+    index = index.to(keys.key.device)
+    return RoutedKeys(keys.expert[index], keys.gate[index], keys.key[index])
+
+
+def _same_width(parts: list[RoutedKeys]) -> list[RoutedKeys]:
+    """Pad routings to one K with zero gates: the ModuleList reader reports as many as a batch really used."""
+    width = max(p.expert.shape[1] for p in parts)
+    padded = []
+    for p in parts:
+        extra = width - p.expert.shape[1]
+        padded.append(
+            RoutedKeys(
+                nn.functional.pad(p.expert, (0, extra)),
+                nn.functional.pad(p.gate, (0, extra)),
+                nn.functional.pad(p.key, (0, 0, 0, extra)),
+            )
+        )
+    return padded
+
+
+def _capture_batch(
+    view: MoELayerView, batch: Batch, where: Tensor, key_layers: Sequence[int], output_layers: Sequence[int]
+) -> FactStates:
+    width = batch.ids.shape[1]
+    keys: dict[int, RoutedKeys] = {}
+    outputs: dict[int, Tensor] = {}
+    flat = torch.arange(len(where)) * width + where
+
+    def receive_routing(moe: MoELayer) -> Callable[[Routing], None]:
+        def receive(routing: Routing) -> None:
+            keys[moe.index] = routed_keys(moe, routing, flat.to(routing.hidden.device))
+
+        return receive
+
+    def receive_output(index: int) -> Callable[..., None]:
+        def receive(module: nn.Module, args: tuple, output: Any) -> None:
+            hidden = layer_output(output)
+            at = where.to(hidden.device)
+            outputs[index] = hidden[torch.arange(len(at), device=hidden.device), at].float()
+
+        return receive
+
+    with inference_mode_of(view.model), hooks() as handles:
+        for index in key_layers:
+            handles.append(read_routing(view.layers[index], receive_routing(view.layers[index])))
+        for index in output_layers:
+            handles.append(view.decoder_layers[index].register_forward_hook(receive_output(index)))
+        handles.append(stop_after(view.decoder_layers[max([*key_layers, *output_layers])]))
+        run(view.model, batch)
+    return FactStates(keys, outputs)

@@ -1,0 +1,100 @@
+"""The command ``easyedit-moe``."""
+
+from __future__ import annotations
+
+import logging
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Knowledge editing for Mixture-of-Experts language models.", no_args_is_help=True, add_completion=False
+)
+
+DTypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16; the bundled model defaults to float32.")]
+
+
+@app.callback()
+def _setup(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens.")] = False) -> None:
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
+
+
+@app.command()
+def compare(
+    model: Annotated[str, typer.Option(help="Hub name or folder; default: the bundled trained model.")] = "factworld",
+    data: Annotated[
+        str, typer.Option(help="JSON file of records; factworld and factworld-easyedit ship.")
+    ] = "factworld",
+    methods: Annotated[
+        list[str] | None, typer.Option(help="Method; repeat it, or separate names by commas. Default: the papers'.")
+    ] = None,
+    edits: Annotated[int, typer.Option(help="Number of records to edit.")] = 100,
+    skip: Annotated[int, typer.Option(help="Number of records to leave out at the start.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Edits per batch; batches follow each other.")] = 50,
+    hparams: Annotated[
+        str | None, typer.Option(help="A YAML file, or a folder of <METHOD>/<model>.yaml; default: those that ship.")
+    ] = None,
+    out: Annotated[str, typer.Option(help="Folder for results.json, table.md and comparison.png.")] = "results",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; default: that of the hparams.")] = "",
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N; default: that of the hparams.")] = "",
+    stats_dir: Annotated[str, typer.Option(help="Folder of cached statistics; default: that of the hparams.")] = "",
+) -> None:
+    """Edit the same records by several methods and print a side-by-side table, scored after all edits."""
+    from rich.console import Console
+
+    from easyedit_moe import compare as comparing
+    from easyedit_moe import report
+    from easyedit_moe.errors import EditingError
+
+    console = Console()
+    try:
+        names = _split(methods) or list(comparing.DEFAULT_METHODS)
+        overrides = {"device": device, "dtype": dtype, "stats_dir": stats_dir}
+        overrides = {name: value for name, value in overrides.items() if value}
+        settings = [
+            comparing.resolve_hparams(name, model, hparams, {**overrides, "model_name": model}) for name in names
+        ]
+        folder = report.check_folder(out)
+        first = settings[0]
+        task = comparing.load_task(
+            model, data, edits, skip, batch_size, first.dtype, first.device, first.model_parallel
+        )
+        result = comparing.compare(task, settings, on_row=lambda row: console.print(f"{row.method}: {_brief(row)}"))
+        paths = report.write_results(result, folder)
+    except EditingError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {type(error).__name__}: {error}", highlight=False)
+        raise typer.Exit(2) from error
+    console.print(report.table(result))
+    console.print("Written: " + ", ".join(str(path) for path in paths), highlight=False)
+
+
+@app.command()
+def methods() -> None:
+    """List all methods and the models that hparams ship for."""
+    from rich.console import Console
+
+    from easyedit_moe.editors import editor_class, method_names
+    from easyedit_moe.hparams import hparams_folder
+
+    console = Console()
+    for name in method_names():
+        models = ", ".join(sorted(p.stem for p in (hparams_folder() / name).glob("*.yaml")))
+        summary = (editor_class(name).__doc__ or "").strip().splitlines()[0]
+        console.print(f"[bold]{name}[/]: {summary} [dim]({models})[/]", highlight=False)
+
+
+def _split(names: list[str] | None) -> list[str]:
+    return [part.strip() for name in names or [] for part in name.split(",") if part.strip()]
+
+
+def _brief(row: object) -> str:
+    scores = row.scores
+    return (
+        f"efficacy {scores.efficacy.mean:.1f}, generalisation {scores.generalisation.mean:.1f}, "
+        f"specificity {scores.specificity.mean:.1f}"
+    )
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

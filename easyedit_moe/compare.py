@@ -1,0 +1,238 @@
+"""Editors side by side: every method edits the same restored model in sequential batches and is judged after all edits."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from easyedit_moe import factworld, presets
+from easyedit_moe.cache import model_fingerprint
+from easyedit_moe.corpus import corpus_hash
+from easyedit_moe.editors import EditMemory, make_editor
+from easyedit_moe.errors import DataError, EditingWarning, HyperParamsError
+from easyedit_moe.hparams import MoEHyperParams, hparams_folder, load_hyperparams
+from easyedit_moe.layers import MoELayerView
+from easyedit_moe.loading import load_model
+from easyedit_moe.measure import Stopwatch, peak_memory_bytes, reset_peak_memory
+from easyedit_moe.metrics import EvaluationResult, evaluate, routing_similarity, routing_snapshot
+from easyedit_moe.patch import WeightPatch, restore, versions
+from easyedit_moe.records import EvaluationRecord, load_records
+
+logger = logging.getLogger(__name__)
+
+PRE_EDIT = "pre-edit"
+DEFAULT_METHODS = ("MoTE", "MoEEdit-BCD", "BCD+speedup", "Global", "Global+speedup")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a method's scores after all edits, and what they cost.
+
+    ``rounding_loss`` is the largest share of an update that the weights' dtype swallowed at one write.
+    """
+
+    method: str
+    edits: str
+    code: str
+    scores: EvaluationResult
+    routing: dict[str, Any]
+    seconds: dict[str, float]
+    peak_memory_bytes: int
+    targets_reached: int | None = None
+    rounding_loss: float | None = None
+    hparams: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For results.json."""
+        scores = self.scores.to_dict()
+        return {
+            "method": self.method,
+            "edits": self.edits,
+            "code": self.code,
+            **{name: scores[name] for name in ("efficacy", "generalisation", "specificity", "utility", "exact_match")},
+            "routing_similarity": self.routing,
+            "seconds": self.seconds,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "targets_reached": self.targets_reached,
+            "rounding_loss": self.rounding_loss,
+            "hparams": self.hparams,
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All rows, and everything needed to make them again."""
+
+    rows: tuple[Row, ...]
+    provenance: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Content of results.json (schema 1)."""
+        return {"schema": 1, "rows": [row.to_dict() for row in self.rows], "provenance": self.provenance}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a comparison runs on: a loaded model and the records to edit and judge."""
+
+    model: nn.Module
+    tok: PreTrainedTokenizerBase
+    records: tuple[EvaluationRecord, ...]
+    protocol: str
+    batch_size: int
+    provenance: dict[str, Any]
+
+
+def resolve_hparams(
+    method: str, model_name: str, path: str | Path | None, overrides: Mapping[str, Any]
+) -> MoEHyperParams:
+    """Hparams of one method: from ``path`` (a file, or a folder laid out like the shipped one), else the shipped ones.
+
+    Raises:
+        HyperParamsError: no file for this method and model; the message lists what ships.
+    """
+    name = presets.canonical_name(method)
+    if path is not None and Path(path).is_file():
+        return load_hyperparams(path, **overrides)
+    folder = Path(path) if path is not None else hparams_folder()
+    file = folder / name / f"{Path(model_name).name.lower()}.yaml"
+    if not file.is_file():
+        known = sorted(p.stem for p in (folder / name).glob("*.yaml"))
+        raise HyperParamsError(
+            f"There are no hparams for {name} on {model_name!r} ({file} does not exist). Known models: "
+            f"{', '.join(known) or 'none'}. Pass --hparams with a file, or with a folder of <METHOD>/<model>.yaml."
+        )
+    return load_hyperparams(file, **overrides)
+
+
+def load_task(
+    model_name: str, data: str, edits: int, skip: int, batch_size: int, dtype: str, device: int | str,
+    model_parallel: bool = False,
+) -> Task:  # fmt: skip
+    """Load model and records; record ``skip`` is the first to be edited.
+
+    Raises:
+        DataError: unusable data or model, or fewer records than asked for. HyperParamsError: bad dtype or device.
+    """
+    found = load_records(data)
+    if edits < 1 or skip < 0 or batch_size < 1:
+        raise DataError(f"edits and batch-size must be >= 1 and skip >= 0; found {edits}, {batch_size}, {skip}.")
+    records = found.records[skip : skip + edits]
+    if len(records) < edits:
+        raise DataError(f"{data} has {len(found.records)} usable records; {skip} + {edits} were asked for.")
+    if found.skipped:
+        number, reason = found.skipped[0]
+        logger.warning("%d records of %s are unusable; the first, %d: %s", len(found.skipped), data, number, reason)
+    model, tok = load_model(model_name, dtype, device, model_parallel)
+    provenance = {
+        "model": model_name,
+        "model_fingerprint": model_fingerprint(MoELayerView(model)),
+        "data": data,
+        "data_hash": corpus_hash([repr(record) for record in records]),
+        "protocol": found.protocol,
+        "edits": edits,
+        "skip": skip,
+        "batch_size": batch_size,
+        "skipped_records": len(found.skipped),
+        "dtype": dtype,
+        "device": str(device),
+        "versions": versions(),
+    }
+    return Task(model, tok, records, found.protocol, batch_size, provenance)
+
+
+def compare(
+    task: Task,
+    hparams: Sequence[MoEHyperParams],
+    on_row: Callable[[Row], None] | None = None,
+    labels: Sequence[str] = (),
+) -> Comparison:
+    """A pre-edit row, then one row per hparams; the model is bit-equal to before after each.
+
+    Args:
+        on_row: called with each finished row.
+        labels: names of the rows where they are not the methods'.
+    """
+    edit_prompts = [record.request.prompt for record in task.records]
+    kept_prompts = sorted({prompt for record in task.records for prompt, _ in record.neighbours})
+    model, tok = task.model, task.tok
+    before = {
+        "edit": routing_snapshot(model, tok, edit_prompts),
+        "preservation": routing_snapshot(model, tok, kept_prompts or edit_prompts),
+    }
+
+    def routing() -> dict[str, Any]:
+        return {
+            "edit": routing_similarity(before["edit"], routing_snapshot(model, tok, edit_prompts)),
+            "preservation": routing_similarity(
+                before["preservation"], routing_snapshot(model, tok, kept_prompts or edit_prompts)
+            ),
+        }
+
+    rows: list[Row] = []
+
+    def add(row: Row) -> None:
+        rows.append(row)
+        if on_row:
+            on_row(row)
+
+    watch = Stopwatch()
+    reset_peak_memory()
+    with watch.stage("evaluate"):
+        scores = evaluate(model, tok, task.records, task.protocol)
+    add(Row(PRE_EDIT, "nothing", "easyedit_moe", scores, routing(), watch.seconds, peak_memory_bytes()))
+    for number, hp in enumerate(hparams):
+        add(_run_method(task, hp, labels[number] if labels else hp.alg_name, routing))
+    settings = {row.method: row.hparams for row in rows if row.hparams}
+    return Comparison(tuple(rows), {**task.provenance, "hparams": settings})
+
+
+def _run_method(task: Task, hparams: MoEHyperParams, label: str, routing: Callable[[], dict[str, Any]]) -> Row:
+    watch, model = Stopwatch(), task.model
+    reset_peak_memory()
+    editor = make_editor(hparams)
+    memory, patches, reached = EditMemory(), [], 0
+    with _restored(model, patches):
+        for start in range(0, len(task.records), task.batch_size):
+            batch = [record.request for record in task.records[start : start + task.batch_size]]
+            with warnings.catch_warnings():
+                # Targets that are not reached are counted in the row instead of being told batch by batch.
+                warnings.simplefilter("ignore", EditingWarning)
+                result = editor.edit(model, task.tok, batch, memory)
+            memory = result.memory
+            patches.append(result.patch)
+            reached += sum(int(t.reached.sum()) for t in result.targets)
+            for stage, seconds in result.seconds.items():
+                watch.seconds[stage] += seconds
+        with watch.stage("evaluate"):
+            scores = evaluate(model, task.tok, task.records, task.protocol)
+        rounding = max(report.rounding_loss for patch in patches for report in patch.reports)
+        similarity, peak = routing(), peak_memory_bytes()
+    return Row(
+        label, "experts", "easyedit_moe", scores, similarity, watch.seconds, peak, reached, rounding,
+        asdict(hparams),
+    )  # fmt: skip
+
+
+@contextmanager
+def _restored(model: nn.Module, patches: list[WeightPatch]) -> Iterator[None]:
+    """Whatever happens inside, the originals of all patches are back afterwards."""
+    try:
+        yield
+    finally:
+        view = MoELayerView(model)
+        for patch in reversed(patches):
+            restore(view, patch.originals)
+
+
+def default_model() -> str:
+    """The bundled model."""
+    return factworld.MODEL_NAME

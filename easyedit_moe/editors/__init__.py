@@ -1,0 +1,39 @@
+"""One file per method; importing this package registers all of them."""
+
+from easyedit_moe.editors.base import EditMemory, Editor, EditResult, Prepared
+from easyedit_moe.editors.bcd_speedup import BCDSpeedupEditor, apply_bcd_speedup_to_model
+from easyedit_moe.editors.global_ import GlobalEditor, apply_global_to_model
+from easyedit_moe.editors.global_speedup import GlobalSpeedupEditor, apply_global_speedup_to_model
+from easyedit_moe.editors.moe_alphaedit import MoEAlphaEditEditor, apply_moe_alphaedit_to_model
+from easyedit_moe.editors.moe_memit import MoEMEMITEditor, apply_moe_memit_to_model
+from easyedit_moe.editors.moe_rome import MoEROMEEditor, apply_moe_rome_to_model
+from easyedit_moe.editors.moeedit import MoEEditEditor, apply_moeedit_to_model
+from easyedit_moe.editors.mote import MoTEEditor, apply_mote_to_model
+from easyedit_moe.editors.registry import editor_class, make_editor, method_names, register_editor
+
+__all__ = [
+    "BCDSpeedupEditor",
+    "EditMemory",
+    "EditResult",
+    "Editor",
+    "GlobalEditor",
+    "GlobalSpeedupEditor",
+    "MoEAlphaEditEditor",
+    "MoEEditEditor",
+    "MoEMEMITEditor",
+    "MoEROMEEditor",
+    "MoTEEditor",
+    "Prepared",
+    "apply_bcd_speedup_to_model",
+    "apply_global_speedup_to_model",
+    "apply_global_to_model",
+    "apply_moe_alphaedit_to_model",
+    "apply_moe_memit_to_model",
+    "apply_moe_rome_to_model",
+    "apply_moeedit_to_model",
+    "apply_mote_to_model",
+    "editor_class",
+    "make_editor",
+    "method_names",
+    "register_editor",
+]

@@ -1,0 +1,27 @@
+"""Global: the exact minimiser of MoEEdit's objective, with residual spread. Ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from easyedit_moe.editors.base import Editor, Prepared
+from easyedit_moe.editors.registry import register_editor
+from easyedit_moe.hparams import GlobalHyperParams
+from easyedit_moe.routing import RoutedKeys
+from easyedit_moe.solvers import solve_exact
+
+
+@register_editor
+class GlobalEditor(Editor):
+    """One T x T system per layer instead of sweeps over experts."""
+
+    method = "Global"
+    hparams_class = GlobalHyperParams
+
+    def solve(self, keys: RoutedKeys, residual: Tensor, layer: int, prepared: Prepared) -> tuple[Any, Any]:
+        return solve_exact(keys, residual, self.hparams.lambda_reg, prepared.metrics[layer]), None
+
+
+apply_global_to_model = GlobalEditor.apply_to_model

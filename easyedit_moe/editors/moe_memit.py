@@ -1,0 +1,16 @@
+"""MoE-MEMIT: MEMIT's objective lifted to experts."""
+
+from __future__ import annotations
+
+from easyedit_moe.editors.global_ import GlobalEditor
+from easyedit_moe.editors.registry import register_editor
+
+
+@register_editor
+class MoEMEMITEditor(GlobalEditor):
+    """Covariance metric with ``lambda_reg`` as MEMIT's ``mom2_update_weight``, residual spread."""
+
+    method = "MoE-MEMIT"
+
+
+apply_moe_memit_to_model = MoEMEMITEditor.apply_to_model

@@ -1,0 +1,29 @@
+"""MoEEdit (arXiv 2602.10965): per-expert null-space projection and randomised block coordinate descent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from easyedit_moe.editors.base import Editor, Prepared
+from easyedit_moe.editors.registry import register_editor
+from easyedit_moe.hparams import MoEEditHyperParams
+from easyedit_moe.routing import RoutedKeys
+from easyedit_moe.solvers import expert_orders, solve_bcd
+
+
+@register_editor
+class MoEEditEditor(Editor):
+    """BCD over experts with residual spread: keys are re-collected at each layer, as in the paper."""
+
+    method = "MoEEdit-BCD"
+    hparams_class = MoEEditHyperParams
+
+    def solve(self, keys: RoutedKeys, residual: Tensor, layer: int, prepared: Prepared) -> tuple[Any, Any]:
+        hp = self.hparams
+        orders = expert_orders(int(keys.expert.max()) + 1, hp.num_passes, hp.seed)
+        return solve_bcd(keys, residual, hp.lambda_reg, prepared.metrics[layer], orders)
+
+
+apply_moeedit_to_model = MoEEditEditor.apply_to_model

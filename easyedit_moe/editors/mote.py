@@ -1,0 +1,45 @@
+"""MoTE (arXiv 2605.16686): the update is restricted to the Tucker manifold of the layer's experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from easyedit_moe.editors.base import Editor, Prepared
+from easyedit_moe.editors.registry import register_editor
+from easyedit_moe.hparams import MoTEHyperParams
+from easyedit_moe.layers import MoELayerView
+from easyedit_moe.moments import LayerMoments
+from easyedit_moe.routing import FactoredUpdate, RoutedKeys
+from easyedit_moe.solvers import expand_core, solve_core
+from easyedit_moe.tucker import TuckerBasis, tucker_basis
+
+
+@register_editor
+class MoTEEditor(Editor):
+    """Ridge on the Tucker core, ``Delta_j = U_out (sum_a U_e[j,a] G_a) U_in^T P_j``.
+
+    As in its paper with ``spread: update`` (eq. 14: the core, divided by the layers left, is mapped back by each layer's
+    own factors and projectors); ``spread: residual`` solves a core per layer and is ours.
+    """
+
+    method = "MoTE"
+    hparams_class = MoTEHyperParams
+
+    def solve(self, keys: RoutedKeys, residual: Tensor, layer: int, prepared: Prepared) -> tuple[Any, Any]:
+        metric, basis = prepared.metrics[layer], prepared.bases[layer]
+        return solve_core(keys, residual, self.hparams.lambda_reg, metric, basis), None
+
+    def place(self, solution: Tensor, layer: int, prepared: Prepared) -> FactoredUpdate:
+        return expand_core(solution, prepared.bases[layer], prepared.metrics[layer])
+
+    def _basis(self, view: MoELayerView, layer: int, moments: LayerMoments | None) -> TuckerBasis:
+        hp = self.hparams
+        return tucker_basis(
+            view.layers[layer].experts.stacked(), hp.rank_expert, hp.rank_out, hp.rank_in, hp.hooi_sweeps, hp.whitening,
+            moments.pooled() if moments else None, moments.output if moments else None, hp.whitening_eps,
+        )  # fmt: skip
+
+
+apply_mote_to_model = MoTEEditor.apply_to_model

@@ -1,0 +1,77 @@
+"""Typed errors and warnings. Each message says what was expected, what was found and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class EditingError(Exception):
+    """Base class of every error that this package raises on purpose."""
+
+
+class RequestError(EditingError, ValueError):
+    """An edit request, or a set of them, that can't be used."""
+
+
+class HyperParamsError(EditingError, ValueError):
+    """A hyper-parameter that is unknown, of the wrong type or out of range."""
+
+
+class MethodError(EditingError, KeyError):
+    """An unknown method name, or one that is registered twice."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class LayoutError(EditingError, TypeError):
+    """Experts whose storage this package does not know, so that it refuses to touch them."""
+
+
+class QuantizedExpertsError(LayoutError):
+    """Experts stored in a quantised format, which can't take a float update."""
+
+
+class DenseModelError(LayoutError):
+    """A model without a single MoE layer."""
+
+
+class LayerError(EditingError, ValueError):
+    """Layers that are out of range, unsorted, repeated or dense."""
+
+
+class NumericalError(EditingError, ArithmeticError):
+    """A system that can't be solved, or a value that is not finite."""
+
+
+class CacheError(EditingError, ValueError):
+    """A cached file that is corrupt, or was made for another model or other settings."""
+
+
+class PatchError(EditingError, ValueError):
+    """A patch that does not fit the model, or a file that is not a patch."""
+
+
+class DataError(EditingError, ValueError):
+    """A data file that is missing or not in the expected layout."""
+
+
+class EditingWarning(UserWarning):
+    """Something the user should know, though the edit goes on."""
+
+
+class TargetNotReachedWarning(EditingWarning):
+    """The optimisation of a target vector ended far from its target."""
+
+
+class CoverageWarning(EditingWarning):
+    """Experts whose statistics rest on too few tokens."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`` Did you mean 'x'?`` for the nearest known name, or an empty string."""
+    known = list(known)
+    folded = {candidate.lower(): candidate for candidate in known}
+    close = difflib.get_close_matches(name.lower(), list(folded), n=1, cutoff=0.5)
+    return f" Did you mean '{folded[close[0]]}'?" if close else ""

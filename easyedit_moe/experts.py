@@ -1,0 +1,238 @@
+"""The experts of one MoE layer behind one interface, whatever their storage.
+
+``PackedExperts`` covers every module that follows transformers' experts protocol (one 3-D parameter for all experts);
+``ModuleListExperts`` the older one module per expert. The layout is read from the module's own flags and classes; what
+is not recognised is refused.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from easyedit_moe.errors import LayoutError, QuantizedExpertsError
+
+_QUANTIZED_MARKS = ("down_proj_blocks", "down_proj_scales", "down_proj_scale_inv", "down_proj_qweight")
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_QUANTIZED_ADVICE = (
+    "Editing needs float weights: load the model dequantised (for MXFP4 pass "
+    "quantization_config=Mxfp4Config(dequantize=True), which easyedit_moe.loading does by itself) or in bf16."
+)
+
+
+@dataclass(frozen=True)
+class ExpertLayout:
+    """How a layer stores its down-projections.
+
+    Attributes:
+        num_experts, d_model, d_hidden: E, d, h.
+        transposed: stored as ``[E, h, d]`` rather than the canonical ``[E, d, h]``.
+        biased: the down-projections have biases.
+        gated: gate and up projections (rather than up alone).
+        storage: "packed" or "modulelist".
+        dtype: of the parameters.
+    """
+
+    num_experts: int
+    d_model: int
+    d_hidden: int
+    transposed: bool
+    biased: bool
+    gated: bool
+    storage: str
+    dtype: torch.dtype
+
+
+class Experts(ABC):
+    """Common interface; ``module`` is the packed module or the ModuleList."""
+
+    module: nn.Module
+    layout: ExpertLayout
+
+    @abstractmethod
+    def expert_key(self, x: Tensor, expert: int) -> Tensor:
+        """Keys ``[n, h]`` of hidden states ``x [n, d]`` at one expert, in the model's dtype."""
+
+    @abstractmethod
+    def expert_bias(self, expert: int) -> Tensor | None:
+        """``b_j [d]`` of the down-projection, or None."""
+
+    @abstractmethod
+    def read(self, expert: int) -> Tensor:
+        """``W_j [d, h]``: a view on the parameter in canonical orientation."""
+
+    @abstractmethod
+    def parameters_of(self, expert: int) -> tuple[str, nn.Parameter]:
+        """Name within ``module`` and parameter that holds ``W_j`` (shared by all experts if packed)."""
+
+    def stacked(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """``W [E, d, h]`` as a new tensor."""
+        return torch.stack([self.read(j).to(dtype) for j in range(self.layout.num_experts)])
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Each parameter that holds down-projections, once, with its name within ``module``."""
+        seen: set[int] = set()
+        for expert in range(self.layout.num_experts):
+            name, parameter = self.parameters_of(expert)
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield name, parameter
+
+    def keys(self, x: Tensor, expert: Tensor) -> Tensor:
+        """The one key function: ``[S, h]`` for rows ``x [S, d]``, each at its own expert ``[S]``."""
+        order = torch.argsort(expert, stable=True)
+        hit, counts = torch.unique_consecutive(expert[order], return_counts=True)
+        out = x.new_empty(len(expert), self.layout.d_hidden)
+        start = 0
+        for j, count in zip(hit.tolist(), counts.tolist(), strict=True):
+            rows = order[start : start + count]
+            out[rows] = self.expert_key(x[rows], j).to(out.dtype)
+            start += count
+        return out
+
+
+class PackedExperts(Experts):
+    """Experts as 3-D parameters under transformers' protocol (``is_transposed``, ``has_bias``, ``has_gate``)."""
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.module = module
+        down = module.down_proj
+        if getattr(module, "has_post_expert_norm", False):
+            raise LayoutError(
+                f"{name} ({type(module).__name__}) normalises after each down-projection, so its output is not "
+                "linear in the down-projections and this package does not edit it."
+            )
+        self._up_name = "gate_up_proj" if module.has_gate else "up_proj"
+        up = getattr(module, self._up_name, None)
+        if not isinstance(up, nn.Parameter) or up.dim() != 3:
+            raise LayoutError(
+                f"{name} ({type(module).__name__}) has a packed down_proj but no 3-D {self._up_name}; this layout is "
+                "unknown. Please report the model's class."
+            )
+        transposed = bool(module.is_transposed)
+        experts, rows, columns = down.shape
+        d_model, d_hidden = (columns, rows) if transposed else (rows, columns)
+        width = up.shape[2] if transposed else up.shape[1]
+        d_in = up.shape[1] if transposed else up.shape[2]
+        if width != d_hidden * (2 if module.has_gate else 1) or d_in != d_model:
+            raise LayoutError(
+                f"{name}: down_proj {tuple(down.shape)} and {self._up_name} {tuple(up.shape)} do not fit each other "
+                f"under is_transposed={transposed}, has_gate={module.has_gate}; this layout is unknown."
+            )
+        self.layout = ExpertLayout(
+            experts, d_model, d_hidden, transposed, bool(module.has_bias), bool(module.has_gate), "packed", down.dtype
+        )
+
+    def expert_key(self, x: Tensor, expert: int) -> Tensor:
+        module, up = self.module, getattr(self.module, self._up_name)[expert]
+        hidden = x @ up if self.layout.transposed else nn.functional.linear(x, up)
+        if self.layout.biased:
+            hidden = hidden + getattr(module, f"{self._up_name}_bias")[expert]
+        return module._apply_gate(hidden) if self.layout.gated else module.act_fn(hidden)
+
+    def expert_bias(self, expert: int) -> Tensor | None:
+        return self.module.down_proj_bias[expert] if self.layout.biased else None
+
+    def read(self, expert: int) -> Tensor:
+        weight = self.module.down_proj.data[expert]
+        return weight.T if self.layout.transposed else weight
+
+    def parameters_of(self, expert: int) -> tuple[str, nn.Parameter]:
+        return "down_proj", self.module.down_proj
+
+
+_DOWN_NAMES = ("down_proj", "w2")
+
+
+class ModuleListExperts(Experts):
+    """One module per expert with its own down-projection ``nn.Linear`` (``down_proj``, or Mixtral's ``w2``)."""
+
+    def __init__(self, module: nn.ModuleList, name: str) -> None:
+        self.module = module
+        self._down_name = next(n for n in _DOWN_NAMES if hasattr(module[0], n))
+        first = self._down(0)
+        for j in range(len(module)):
+            if type(module[j]) is not type(module[0]) or self._down(j).weight.shape != first.weight.shape:
+                raise LayoutError(f"{name}: expert {j} differs in class or shape from expert 0; layout unknown.")
+        gated = any(hasattr(module[0], n) for n in ("gate_proj", "w1"))
+        d_model, d_hidden = first.weight.shape
+        biased = first.bias is not None
+        self.layout = ExpertLayout(
+            len(module), d_model, d_hidden, False, biased, gated, "modulelist", first.weight.dtype
+        )
+
+    def _down(self, expert: int) -> nn.Linear:
+        return getattr(self.module[expert], self._down_name)
+
+    def expert_key(self, x: Tensor, expert: int) -> Tensor:
+        caught: list[Tensor] = []
+        hook = self._down(expert).register_forward_pre_hook(lambda _, args: caught.append(args[0]))
+        try:
+            self.module[expert](x)
+        finally:
+            hook.remove()
+        return caught[0].reshape(len(x), -1)
+
+    def expert_bias(self, expert: int) -> Tensor | None:
+        return self._down(expert).bias
+
+    def read(self, expert: int) -> Tensor:
+        return self._down(expert).weight.data
+
+    def parameters_of(self, expert: int) -> tuple[str, nn.Parameter]:
+        return f"{expert}.{self._down_name}.weight", self._down(expert).weight
+
+
+def find_experts(module: nn.Module, name: str) -> Experts | None:
+    """Wrap ``module`` if it is a collection of experts; None if it plainly is not.
+
+    Raises:
+        QuantizedExpertsError: experts in MXFP4, FP8, bitsandbytes or another quantised format.
+        LayoutError: a packed collection whose layout is not known.
+    """
+    if isinstance(module, nn.ModuleList):
+        return _find_modulelist(module, name)
+    marks = [mark for mark in _QUANTIZED_MARKS if hasattr(module, mark)]
+    down = getattr(module, "down_proj", None)
+    packed = isinstance(down, nn.Parameter) and down.dim() == 3
+    if marks or (packed and _is_quantized(down)):
+        found = ", ".join(marks) if marks else f"down_proj of dtype {down.dtype}"
+        raise QuantizedExpertsError(f"{name} ({type(module).__name__}) is quantised: {found}. {_QUANTIZED_ADVICE}")
+    if not packed:
+        if isinstance(down, nn.Parameter) and _is_quantized(down) and hasattr(module, "num_experts"):
+            raise QuantizedExpertsError(
+                f"{name} ({type(module).__name__}) is quantised: {type(down).__name__} {down.dtype}. {_QUANTIZED_ADVICE}"
+            )
+        return None
+    missing = [flag for flag in ("is_transposed", "has_bias", "has_gate") if not hasattr(module, flag)]
+    if missing:
+        raise LayoutError(
+            f"{name} ({type(module).__name__}) holds a 3-D down_proj {tuple(down.shape)} but lacks "
+            f"{', '.join(missing)}, the flags of transformers' experts protocol, so its orientation can't be known. "
+            "It is refused rather than guessed; please report the model's class."
+        )
+    return PackedExperts(module, name)
+
+
+def _is_quantized(parameter: nn.Parameter) -> bool:
+    return parameter.dtype not in _FLOATS or hasattr(parameter, "quant_state")
+
+
+def _find_modulelist(module: nn.ModuleList, name: str) -> Experts | None:
+    if len(module) < 2 or not name.split(".")[-1].endswith("experts"):
+        return None
+    down = next((getattr(module[0], n) for n in _DOWN_NAMES if hasattr(module[0], n)), None)
+    if not isinstance(down, nn.Module) or not isinstance(getattr(down, "weight", None), nn.Parameter):
+        raise LayoutError(
+            f"{name}: experts of class {type(module[0]).__name__} have no down-projection named "
+            f"{' or '.join(_DOWN_NAMES)}; this layout is unknown. Please report the model's class."
+        )
+    if _is_quantized(down.weight) or not isinstance(down, nn.Linear):
+        raise QuantizedExpertsError(
+            f"{name}: down-projection of class {type(down).__name__}, dtype {down.weight.dtype}. {_QUANTIZED_ADVICE}"
+        )
+    return ModuleListExperts(module, name)

@@ -1,0 +1,136 @@
+"""The MoE layers of a causal language model: where they are, and which may be edited."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from easyedit_moe.errors import DenseModelError, LayerError, LayoutError
+from easyedit_moe.experts import Experts, find_experts
+
+
+@dataclass(frozen=True)
+class MoELayer:
+    """One decoder layer with experts.
+
+    Attributes:
+        index: among all decoder layers, dense ones included.
+        name: path of the decoder layer in the model.
+        layer: the decoder layer, whose output is the residual stream.
+        block: the module that calls the router and the experts (the decoder layer itself in some families).
+        experts: its routed experts; a shared expert is part of the block's output but is not edited.
+        experts_name: path of the experts module in the model.
+    """
+
+    index: int
+    name: str
+    layer: nn.Module
+    block: nn.Module
+    experts: Experts
+    experts_name: str
+
+    @property
+    def output_site(self) -> nn.Module:
+        """The module whose output is the MoE block's output: the block, or the experts where the layer is the block."""
+        return self.experts.module if self.block is self.layer else self.block
+
+    def parameter_names(self) -> list[str]:
+        """Full names of the parameters that hold this layer's down-projections."""
+        return [f"{self.experts_name}.{name}" for name, _ in self.experts.parameters()]
+
+
+class MoELayerView:
+    """All MoE layers of a model, found by walking its decoder.
+
+    Raises:
+        DenseModelError: no MoE layer at all. LayoutError, QuantizedExpertsError: experts that can't be edited.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.decoder_layers, self.stack_name = _decoder_stack(model)
+        self.layers: dict[int, MoELayer] = {}
+        for index, layer in enumerate(self.decoder_layers):
+            found = _experts_of_layer(model, layer, f"{self.stack_name}.{index}", index)
+            if found is not None:
+                self.layers[index] = found
+        if not self.layers:
+            raise DenseModelError(
+                f"{type(model).__name__} has {len(self.decoder_layers)} decoder layers and no experts in any of them. "
+                "This package edits Mixture-of-Experts models; use EasyEdit's own editors for a dense one."
+            )
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers, dense ones included."""
+        return len(self.decoder_layers)
+
+    def require(self, layers: Sequence[int]) -> list[MoELayer]:
+        """The MoE layers with these indices.
+
+        Raises:
+            LayerError: empty, not strictly increasing, out of range or dense.
+        """
+        if not layers:
+            raise LayerError("layers is empty; name at least one MoE layer.")
+        if any(isinstance(i, bool) or not isinstance(i, int) for i in layers):
+            raise LayerError(f"layers must be whole numbers; found {list(layers)}.")
+        if any(b <= a for a, b in zip(layers, layers[1:], strict=False)):
+            raise LayerError(f"layers must be strictly increasing; found {list(layers)}.")
+        outside = [i for i in layers if not 0 <= i < self.num_layers]
+        if outside:
+            raise LayerError(f"layers {outside} are out of range: the model has layers 0 to {self.num_layers - 1}.")
+        dense = [i for i in layers if i not in self.layers]
+        if dense:
+            raise LayerError(f"layers {dense} are dense; the MoE layers of this model are {sorted(self.layers)}.")
+        return [self.layers[i] for i in layers]
+
+
+def _decoder_stack(model: nn.Module) -> tuple[nn.ModuleList, str]:
+    """The ModuleList of decoder layers, and its path; behind a multimodal wrapper, that of the text decoder."""
+    names = {id(module): name for name, module in model.named_modules()}
+    root = model
+    if hasattr(model, "get_decoder"):
+        decoder = model.get_decoder()
+        if isinstance(decoder, nn.Module) and id(decoder) in names:
+            root = decoder
+    prefix = names[id(root)]
+    candidates = [
+        (name, module)
+        for name, module in root.named_modules(prefix=prefix)
+        if isinstance(module, nn.ModuleList) and name.split(".")[-1] in ("layers", "h", "blocks", "layer")
+    ]
+    outermost = [
+        (name, module)
+        for name, module in candidates
+        if not any(name.startswith(other + ".") for other, _ in candidates if other != name)
+    ]
+    if not outermost:
+        raise LayoutError(
+            f"{type(model).__name__} has no list of decoder layers named layers, h or blocks; this architecture is unknown."
+        )
+    if len(outermost) > 1:
+        stacks = ", ".join(name for name, _ in outermost)
+        raise LayoutError(
+            f"{type(model).__name__} has several stacks of layers ({stacks}) and no get_decoder() that picks one."
+        )
+    name, module = outermost[0]
+    return module, name
+
+
+def _experts_of_layer(model: nn.Module, layer: nn.Module, name: str, index: int) -> MoELayer | None:
+    found: list[tuple[str, Experts]] = []
+    for path, module in layer.named_modules(prefix=name):
+        experts = find_experts(module, path)
+        if experts is not None:
+            found.append((path, experts))
+    if not found:
+        return None
+    if len(found) > 1:
+        paths = ", ".join(path for path, _ in found)
+        raise LayoutError(f"{name} has several collections of experts ({paths}); which one to edit is ambiguous.")
+    path, experts = found[0]
+    block = model.get_submodule(path.rpartition(".")[0])
+    return MoELayer(index, name, layer, block, experts, path)

@@ -1,0 +1,103 @@
+"""Loading a MoE model and its tokenizer the way an edit needs them."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from easyedit_moe import factworld
+from easyedit_moe.errors import DataError, HyperParamsError
+from easyedit_moe.hparams import DTYPES
+
+logger = logging.getLogger(__name__)
+
+
+def load_model(
+    model_name: str,
+    dtype: str = "bfloat16",
+    device: int | str = "cpu",
+    model_parallel: bool = False,
+    device_map: Any = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model in evaluation mode, and its own tokenizer.
+
+    MXFP4 checkpoints (GPT-OSS) are dequantised. A multimodal checkpoint without a text-only class is loaded whole; its
+    text decoder is what gets edited.
+
+    Args:
+        model_name: hub name, folder, or "factworld" for the bundled model.
+        dtype: float32, bfloat16 or float16.
+        device: "cpu", "cuda", "cuda:1" or a GPU's number; unused with a device map.
+        model_parallel: the same as ``device_map="auto"``.
+
+    Raises:
+        HyperParamsError: unknown dtype or a GPU that is not there. DataError: the checkpoint can't be found or read.
+    """
+    if dtype not in DTYPES:
+        raise HyperParamsError(f"dtype must be one of {', '.join(DTYPES)}; found {dtype!r}.")
+    name = str(factworld.model_path()) if model_name == factworld.MODEL_NAME else model_name
+    where = _device(device)
+    try:
+        config = AutoConfig.from_pretrained(name)
+        tok = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise DataError(f"The model {model_name!r} can't be loaded: {error}") from error
+    if tok.pad_token_id is None:
+        tok.pad_token = tok.eos_token
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "config": config}
+    if device_map is not None or model_parallel:
+        options["device_map"] = device_map if device_map is not None else "auto"
+    if _is_mxfp4(config):
+        from transformers import Mxfp4Config
+
+        logger.info("%s is MXFP4; it is dequantised, since edits need float weights.", model_name)
+        options["quantization_config"] = Mxfp4Config(dequantize=True)
+    try:
+        model = _auto_class(config).from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        raise DataError(f"The weights of {model_name!r} can't be loaded: {error}") from error
+    if "device_map" not in options:
+        model.to(where)
+    return model.eval(), tok
+
+
+def _auto_class(config: Any) -> Any:
+    if type(config) in AutoModelForCausalLM._model_mapping:
+        return AutoModelForCausalLM
+    if type(config) in AutoModelForImageTextToText._model_mapping:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
+def _is_mxfp4(config: Any) -> bool:
+    settings = getattr(config, "quantization_config", None)
+    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    return str(getattr(method, "value", method)).lower() == "mxfp4"
+
+
+def _device(device: int | str) -> torch.device:
+    try:
+        where = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    except RuntimeError as error:
+        raise HyperParamsError(f"device must be 'cpu', 'cuda', 'cuda:N' or a number; found {device!r}.") from error
+    if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
+        raise HyperParamsError(
+            f"device {device!r} is not there: this machine has {torch.cuda.device_count()} GPUs. Set device: cpu."
+        )
+    return where
+
+
+def model_label(model_name: str) -> str:
+    """A short name for tables."""
+    return Path(model_name).name

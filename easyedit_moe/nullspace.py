@@ -1,0 +1,122 @@
+"""From second moments of preserved keys to per-expert projectors (pure, torch only)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from easyedit_moe.errors import HyperParamsError, NumericalError
+
+LOW_COVERAGE = ("keep", "identity", "pooled", "frozen")
+"""What becomes of an expert that fewer than ``min_count`` tokens reached.
+
+``keep``: its own moment is used; only the directions that were seen are protected.
+``identity``: no direction is protected. ``frozen``: the expert is never edited.
+``pooled``: the moment pooled over all experts, weighted by their counts, stands in for its own.
+"""
+
+
+@dataclass(frozen=True)
+class ExpertProjector:
+    """``P = U U^T``, or ``P = I - U U^T`` if ``complement``; ``basis`` U is the cheaper side, ``[h, r]``."""
+
+    basis: Tensor
+    complement: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``P x`` for ``x [h, n]``, in x's dtype."""
+        u = self.basis.to(device=x.device, dtype=x.dtype)
+        projected = u @ (u.T @ x)
+        return x - projected if self.complement else projected
+
+    @property
+    def rank(self) -> int:
+        """Dimension of the space that edits may use."""
+        h, r = self.basis.shape
+        return h - r if self.complement else r
+
+
+@dataclass(frozen=True)
+class NullSpace:
+    """Projectors of all experts of one layer; a metric ``M_j = P_j`` for the solvers."""
+
+    projectors: tuple[ExpertProjector, ...]
+
+    def apply(self, expert: int, x: Tensor) -> Tensor:
+        """``P_j x`` for ``x [h, n]``."""
+        return self.projectors[expert](x)
+
+    @property
+    def ranks(self) -> list[int]:
+        """Per expert, the dimension of its null space."""
+        return [p.rank for p in self.projectors]
+
+
+def pooled_moment(moments: Tensor, counts: Tensor) -> Tensor:
+    """Count-weighted mean ``[h, h]`` of the normalised moments ``[E, h, h]``, in float64."""
+    weights = counts.to(torch.float64)
+    if weights.sum() == 0:
+        raise NumericalError("No token reached any expert: there are no statistics to pool. Use a larger corpus.")
+    return torch.einsum("e,eij->ij", weights / weights.sum(), moments.to(torch.float64))
+
+
+def resolve_coverage(moments: Tensor, counts: Tensor, min_count: int, low_coverage: str) -> list[Tensor | str]:
+    """Per expert its moment ``[h, h]`` float64, or ``"identity"`` or ``"frozen"``, after the explicit choice."""
+    if low_coverage not in LOW_COVERAGE:
+        raise HyperParamsError(f"low_coverage must be one of {', '.join(LOW_COVERAGE)}; found {low_coverage!r}.")
+    if not torch.isfinite(moments).all():
+        raise NumericalError("The second moments hold NaN or infinity. Delete this layer's cache and collect anew.")
+    pooled = pooled_moment(moments, counts) if low_coverage == "pooled" else None
+    resolved: list[Tensor | str] = []
+    for moment, count in zip(moments, counts.tolist(), strict=True):
+        if count >= min_count or low_coverage == "keep":
+            resolved.append(moment.to(torch.float64))
+        elif pooled is not None:
+            resolved.append(pooled)
+        else:
+            resolved.append(low_coverage)
+    return resolved
+
+
+def null_space(
+    moments: Tensor,
+    counts: Tensor,
+    threshold: float,
+    relative: bool = False,
+    min_count: int = 0,
+    low_coverage: str = "keep",
+) -> NullSpace:
+    """Projectors on the eigenvectors of ``C_j`` with eigenvalues <= threshold (MoEEdit, AlphaEdit).
+
+    Args:
+        moments: ``[E, h, h]``, ``C_j = (1/n_j) sum k k^T``, any float dtype; eigh runs in float64.
+        counts: ``[E]``, tokens that reached each expert.
+        threshold: absolute (papers: 0.02), or a share of each expert's largest eigenvalue if ``relative``.
+        min_count, low_coverage: see :data:`LOW_COVERAGE`.
+
+    Raises:
+        NumericalError: moments that are not finite, or an eigendecomposition that fails.
+        HyperParamsError: a negative threshold, a relative one above 1, or an unknown ``low_coverage``.
+    """
+    if threshold < 0 or (relative and threshold > 1):
+        raise HyperParamsError(f"nullspace_threshold must be >= 0, and <= 1 where it is relative; found {threshold}.")
+    projectors = []
+    for expert, moment in enumerate(resolve_coverage(moments, counts, min_count, low_coverage)):
+        size = moments.shape[-1]
+        if isinstance(moment, str):
+            nothing = torch.zeros(size, 0, dtype=torch.float64, device=moments.device)
+            projectors.append(ExpertProjector(nothing, complement=moment == "identity"))
+            continue
+        try:
+            values, vectors = torch.linalg.eigh(moment)
+        except torch.linalg.LinAlgError as error:
+            raise NumericalError(f"Eigendecomposition of expert {expert}'s moment failed: {error}") from error
+        limit = threshold * values[-1].clamp_min(0) if relative else threshold
+        free = int((values <= limit).sum())
+        if free <= size - free:
+            projectors.append(ExpertProjector(vectors[:, :free].contiguous(), complement=False))
+        else:
+            projectors.append(ExpertProjector(vectors[:, free:].contiguous(), complement=True))
+    return NullSpace(tuple(projectors))

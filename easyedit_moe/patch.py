@@ -1,0 +1,285 @@
+"""Weight patches: an edit as a value that can be written, reverted bit-exactly, saved and loaded."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from easyedit_moe.cache import model_fingerprint, read_safetensors, write_safetensors
+from easyedit_moe.errors import NumericalError, PatchError
+from easyedit_moe.layers import MoELayer, MoELayerView
+from easyedit_moe.routing import FactoredUpdate
+
+SCHEMA = 1
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class WriteReport:
+    """What one write did to one layer.
+
+    Attributes:
+        layer: index of the layer.
+        rounding_loss: ``||applied - intended|| / ||intended||`` over the layer; what the parameter's dtype swallowed.
+        update_norm: Frobenius norm of the intended update.
+        experts: number of experts written.
+    """
+
+    layer: int
+    rounding_loss: float
+    update_norm: float
+    experts: int
+
+
+@dataclass
+class WeightPatch:
+    """Factored updates in the order in which they were written, and the originals of what they overwrote.
+
+    ``steps`` hold float32 factors. ``originals`` (layer -> expert -> ``[d, h]`` in the parameter's dtype) exist only
+    in the process that wrote the patch; a loaded patch gets them when it is applied.
+    """
+
+    steps: list[tuple[int, FactoredUpdate]]
+    fingerprint: str
+    metadata: dict[str, Any] = field(default_factory=dict)
+    reports: list[WriteReport] = field(default_factory=list)
+    originals: dict[int, dict[int, Tensor]] = field(default_factory=dict)
+    written: dict[int, dict[int, int]] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> list[int]:
+        """Layers that the patch touches."""
+        return sorted({layer for layer, _ in self.steps})
+
+    def apply(self, model: nn.Module) -> list[WriteReport]:
+        """Write a loaded (or reverted) patch: all layers or none; the same arithmetic as when it was made.
+
+        Raises:
+            PatchError: already applied, or made for another model. NumericalError: non-finite result.
+        """
+        if self.originals:
+            raise PatchError("This patch is already applied; revert it first.")
+        view = MoELayerView(model)
+        found = model_fingerprint(view)
+        if found != self.fingerprint:
+            raise PatchError(
+                f"This patch was made for another model: expected fingerprint {self.fingerprint[:16]}, found {found[:16]}. "
+                "Load the model it was made for, in the same dtype."
+            )
+        with writing(view) as writer:
+            for layer, update in self.steps:
+                self._check_fits(view, layer, update)
+                writer.write(layer, update)
+            self.originals, self.written, self.reports = writer.originals, writer.checksums(), writer.reports
+        return self.reports
+
+    def revert(self, model: nn.Module) -> None:
+        """Put the originals back; every down-projection is then bit-equal to before the patch.
+
+        Raises:
+            PatchError: not applied in this process, or the weights were changed since (revert later patches first).
+        """
+        if not self.originals:
+            raise PatchError("This patch is not applied, so there is nothing to revert.")
+        view = MoELayerView(model)
+        for layer, experts in self.written.items():
+            for expert, checksum in experts.items():
+                if _checksum(view.layers[layer].experts.read(expert)) != checksum:
+                    raise PatchError(
+                        f"Layer {layer}, expert {expert} was changed after this patch was written; revert the later patch first."
+                    )
+        restore(view, self.originals)
+        self.originals, self.written = {}, {}
+
+    def weights_copy(self, model: nn.Module) -> dict[str, Tensor]:
+        """Full original tensors by full parameter name, as EasyEdit restores them."""
+        view, full = MoELayerView(model), {}
+        for layer, experts in self.originals.items():
+            moe = view.layers[layer]
+            for expert, original in experts.items():
+                name, parameter = moe.experts.parameters_of(expert)
+                copy = full.setdefault(f"{moe.experts_name}.{name}", parameter.detach().clone())
+                target = copy if parameter.dim() == 2 else copy[expert]
+                target.copy_(original.T if moe.experts.layout.transposed else original)
+        return full
+
+    def save(self, path: str | Path) -> None:
+        """Write factors and provenance to one safetensors file, atomically."""
+        tensors: dict[str, Tensor] = {}
+        for i, (_, update) in enumerate(self.steps):
+            tensors[f"{i}.left"] = update.left
+            tensors[f"{i}.experts"] = torch.tensor(update.experts)
+            tensors[f"{i}.sizes"] = torch.tensor([len(c) for c in update.columns])
+            tensors[f"{i}.columns"] = torch.cat(update.columns)
+            tensors[f"{i}.right"] = torch.cat(update.right, dim=1)
+        metadata = {
+            "schema": SCHEMA,
+            "kind": "patch",
+            "fingerprint": self.fingerprint,
+            "layers": [layer for layer, _ in self.steps],
+            "provenance": self.metadata,
+        }
+        write_safetensors(Path(path), tensors, metadata)
+
+    @staticmethod
+    def load(path: str | Path) -> WeightPatch:
+        """Read a saved patch; it is not applied yet.
+
+        Raises:
+            PatchError: missing, truncated or corrupt file, or not a patch.
+        """
+        tensors, metadata = read_safetensors(Path(path), PatchError, "save the patch anew")
+        if metadata.get("kind") != "patch" or metadata.get("schema") != SCHEMA:
+            raise PatchError(f"{path} is not a patch of schema {SCHEMA}.")
+        steps = []
+        for i, layer in enumerate(metadata["layers"]):
+            sizes = tensors[f"{i}.sizes"].tolist()
+            columns = torch.split(tensors[f"{i}.columns"], sizes)
+            right = torch.split(tensors[f"{i}.right"], sizes, dim=1)
+            experts = tuple(tensors[f"{i}.experts"].tolist())
+            steps.append((int(layer), FactoredUpdate(tensors[f"{i}.left"], experts, columns, right)))
+        return WeightPatch(steps, metadata["fingerprint"], metadata["provenance"])
+
+    @staticmethod
+    def concat(patches: list[WeightPatch]) -> WeightPatch:
+        """One patch for several that were written one after the other; reverting it undoes all of them.
+
+        Raises:
+            PatchError: no patch, patches of different models, or one that is not applied.
+        """
+        if not patches or len({p.fingerprint for p in patches}) != 1:
+            raise PatchError("concat needs at least one patch, all of the same model.")
+        if any(p.steps and not p.originals for p in patches):
+            raise PatchError("concat needs patches that are applied; a reverted one is among them.")
+        originals: dict[int, dict[int, Tensor]] = {}
+        written: dict[int, dict[int, int]] = {}
+        for patch in patches:
+            for layer, experts in patch.originals.items():
+                for expert, original in experts.items():
+                    originals.setdefault(layer, {}).setdefault(expert, original)
+            for layer, checksums in patch.written.items():
+                written.setdefault(layer, {}).update(checksums)
+        return WeightPatch(
+            [step for p in patches for step in p.steps],
+            patches[0].fingerprint,
+            {"parts": [p.metadata for p in patches]},
+            [report for p in patches for report in p.reports],
+            originals,
+            written,
+        )
+
+    @staticmethod
+    def _check_fits(view: MoELayerView, layer: int, update: FactoredUpdate) -> None:
+        moe = view.require([layer])[0]
+        layout = moe.experts.layout
+        d, h = update.left.shape[0], update.right[0].shape[0]
+        if (d, h) != (layout.d_model, layout.d_hidden) or max(update.experts) >= layout.num_experts:
+            raise PatchError(
+                f"Layer {layer} has {layout.num_experts} experts of {layout.d_model} x {layout.d_hidden}; "
+                f"the patch holds updates of {d} x {h} up to expert {max(update.experts)}."
+            )
+
+
+class PatchWriter:
+    """Writes updates and remembers what they overwrite; made by :func:`writing`."""
+
+    def __init__(self, view: MoELayerView) -> None:
+        self.view = view
+        self.originals: dict[int, dict[int, Tensor]] = {}
+        self.steps: list[tuple[int, FactoredUpdate]] = []
+        self.reports: list[WriteReport] = []
+
+    def write(self, layer: int, update: FactoredUpdate) -> WriteReport:
+        """Add ``update`` to one layer: in float32, rounded once to the parameter's dtype.
+
+        Raises:
+            NumericalError: the update, or a weight it leads to, is not finite.
+        """
+        moe = self.view.layers[layer]
+        update = update.to(dtype=torch.float32)
+        if not update.is_finite():
+            raise NumericalError(f"The update of layer {layer} holds NaN or infinity; nothing was kept of this edit.")
+        lost = total = 0.0
+        saved = self.originals.setdefault(layer, {})
+        with torch.no_grad():
+            for expert, delta in update.deltas():
+                weight = moe.experts.read(expert)
+                saved.setdefault(expert, weight.clone())
+                error, norm = _add(moe, expert, weight, delta.to(weight.device))
+                lost, total = lost + error, total + norm
+        self.steps.append((layer, update))
+        loss = (lost / total) ** 0.5 if total else 0.0
+        self.reports.append(WriteReport(layer, loss, total**0.5, len(update.experts)))
+        return self.reports[-1]
+
+    def checksums(self) -> dict[int, dict[int, int]]:
+        """Checksums of all written experts, by which a revert sees later changes."""
+        return {
+            layer: {expert: _checksum(self.view.layers[layer].experts.read(expert)) for expert in experts}
+            for layer, experts in self.originals.items()
+        }
+
+    def finish(self, metadata: Mapping[str, Any], fingerprint: str) -> WeightPatch:
+        """The patch of everything written so far."""
+        provenance = {**metadata, "versions": versions()}
+        json.dumps(provenance)
+        return WeightPatch(self.steps, fingerprint, provenance, self.reports, self.originals, self.checksums())
+
+
+@contextmanager
+def writing(view: MoELayerView) -> Iterator[PatchWriter]:
+    """All writes inside are kept, or, if anything raises, none: the model is then bit-equal to before."""
+    writer = PatchWriter(view)
+    try:
+        yield writer
+    except BaseException:
+        restore(view, writer.originals)
+        raise
+
+
+def restore(view: MoELayerView, originals: Mapping[int, Mapping[int, Tensor]]) -> None:
+    """Copy originals back, bit for bit."""
+    with torch.no_grad():
+        for layer, experts in originals.items():
+            for expert, original in experts.items():
+                view.layers[layer].experts.read(expert).copy_(original)
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on."""
+    from easyedit_moe import __version__
+
+    return {
+        "easyedit_moe": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _add(moe: MoELayer, expert: int, weight: Tensor, delta: Tensor) -> tuple[float, float]:
+    """Squared norms of what rounding lost and of what was intended."""
+    before = weight.float()
+    rounded = (before + delta).to(weight.dtype)
+    if not torch.isfinite(rounded).all():
+        raise NumericalError(
+            f"Expert {expert} of layer {moe.index} would become NaN or infinite in {weight.dtype}; nothing was kept "
+            "of this edit. Raise lambda_reg, or load the model in bfloat16 or float32."
+        )
+    weight.copy_(rounded)
+    return float(((rounded.float() - before - delta) ** 2).sum()), float((delta**2).sum())
+
+
+def _checksum(weight: Tensor) -> int:
+    bits = weight.contiguous().view(_BITS[weight.element_size()]).to(torch.int64).flatten()
+    positions = torch.arange(1, len(bits) + 1, device=bits.device) % 65521 + 1
+    return int((bits * positions).sum())

@@ -1,0 +1,115 @@
+"""Checks that are measured on the model itself, once, before anything is edited."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from easyedit_moe.capture import (
+    Routing,
+    hooks,
+    inference_mode_of,
+    layer_output,
+    read_routing,
+    replace_layer_output,
+    routed_keys,
+    run,
+    stop_after,
+)
+from easyedit_moe.errors import LayoutError, NumericalError
+from easyedit_moe.experts import ModuleListExperts
+from easyedit_moe.layers import MoELayer, MoELayerView
+from easyedit_moe.tokens import collate
+
+_KEY_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+
+
+def expert_sum(moe: MoELayer, routing: Routing) -> Tensor:
+    """``sum_j g_j (W_j k_j + b_j)`` of every token, ``[N, d]`` float32, from this package's keys and weights."""
+    keys = routed_keys(moe, routing, torch.arange(len(routing.hidden), device=routing.hidden.device))
+    out = torch.zeros(keys.num_tokens, moe.experts.layout.d_model, device=keys.key.device)
+    for block in keys.design(torch.float32):
+        out.index_add_(0, block.rows, (moe.experts.read(block.expert).float() @ block.z).T)
+    if moe.experts.layout.biased:
+        bias = torch.stack([moe.experts.expert_bias(j).detach().float() for j in range(moe.experts.layout.num_experts)])
+        out += (keys.gate[..., None] * bias[keys.expert]).sum(1)
+    return out
+
+
+def check_keys(view: MoELayerView, index: int, ids: Sequence[int], pad: int) -> float:
+    """Relative distance between :func:`expert_sum` and what the experts module itself returns on ``ids``.
+
+    For ModuleList experts, whose sum no module returns, there is nothing to compare with and 0 is returned.
+
+    Raises:
+        LayoutError: they differ, so this layer's layout is not what its flags say.
+        NumericalError: the experts' output is not finite.
+    """
+    moe = view.layers[index]
+    if isinstance(moe.experts, ModuleListExperts):
+        return 0.0
+    seen: list[Tensor] = []
+    with inference_mode_of(view.model), hooks() as handles:
+        handles.append(read_routing(moe, lambda routing: seen.append(expert_sum(moe, routing))))
+        handles.append(moe.experts.module.register_forward_hook(lambda _, __, out: seen.append(layer_output(out))))
+        handles.append(stop_after(moe.layer))
+        run(view.model, collate([ids], pad))
+    ours, theirs = seen[0], seen[1].reshape(seen[0].shape).float()
+    if not torch.isfinite(theirs).all():
+        raise NumericalError(
+            f"{moe.experts_name} returns NaN or infinity: the model's weights are not finite, or its dtype overflows. "
+            "Reload it, or load it in bfloat16 or float32."
+        )
+    error = float((ours - theirs).norm() / theirs.norm().clamp_min(1e-30))
+    if error > _KEY_TOLERANCE[moe.experts.layout.dtype]:
+        raise LayoutError(
+            f"{moe.experts_name} ({type(moe.experts.module).__name__}): the sum of gated expert outputs differs from the "
+            f"module's own output by {error:.1e}. Its layout is not what its flags say; please report the model's class."
+        )
+    return error
+
+
+def residual_gain(view: MoELayerView, index: int, ids: Sequence[int], pad: int) -> float:
+    """How much a change of the MoE block's output moves the layer's output (1 without a residual multiplier).
+
+    Measured, not read from a config: the block's output is shifted by a fixed direction and the layer's output compared.
+
+    Raises:
+        LayoutError: the layer's output is not ``gain * block output + rest`` (for instance a norm behind the block).
+    """
+    moe = view.layers[index]
+    states: list[Tensor] = []
+    blocks: list[Tensor] = []
+    shift: list[Tensor] = []
+
+    def move(module: nn.Module, args: tuple, output: Any) -> Any:
+        hidden = layer_output(output)
+        blocks.append(hidden.detach().float())
+        return replace_layer_output(output, hidden + shift[0].to(hidden)) if shift else None
+
+    def read(module: nn.Module, args: tuple, output: Any) -> None:
+        states.append(layer_output(output).detach().float())
+
+    with inference_mode_of(view.model), hooks() as handles:
+        handles.append(moe.output_site.register_forward_hook(move))
+        handles.append(moe.layer.register_forward_hook(read))
+        handles.append(stop_after(moe.layer))
+        batch = collate([ids], pad)
+        run(view.model, batch)
+        scale = blocks[0].abs().max().clamp_min(states[0].abs().max()).clamp_min(1e-6)
+        direction = torch.cos(torch.arange(moe.experts.layout.d_model, dtype=torch.float32)).to(blocks[0].device)
+        shift.append(direction * scale)
+        run(view.model, batch)
+    moved = (states[1] - states[0]).reshape(-1, len(direction))
+    wanted = shift[0].to(moved.device)
+    gain = float((moved @ wanted).mean() / (wanted @ wanted))
+    error = float((moved - gain * wanted).norm() / (moved.norm() + 1e-30))
+    if abs(gain) < 1e-6 or error > 0.05:
+        raise LayoutError(
+            f"{moe.name}: its output does not follow its MoE block's output linearly (relative deviation {error:.2f}), "
+            "so a residual at the layer's output can't be handed to the experts. This architecture is not supported."
+        )
+    return 1.0 if abs(gain - 1) < 0.01 else gain

@@ -1,0 +1,140 @@
+"""A comparison as a table on the terminal, a Markdown table, results.json and a chart."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from rich.table import Table
+
+from easyedit_moe.compare import Comparison, Row
+from easyedit_moe.errors import DataError
+from easyedit_moe.metrics import Score
+
+COLUMNS = (
+    "method", "edits", "efficacy", "generalisation", "specificity", "utility", "routing (kept)", "targets s", "solve s",
+    "write s", "peak MiB",
+)  # fmt: skip
+
+
+def cells(row: Row) -> list[str]:
+    """One line of the table, as text; scores as mean ± standard error in percent."""
+    scores, seconds = row.scores, row.seconds
+    preserved = row.routing["preservation"]["mean"]
+    return [
+        row.method,
+        row.edits,
+        _score(scores.efficacy),
+        _score(scores.generalisation),
+        _score(scores.specificity),
+        _score(scores.utility),
+        f"{preserved:.1f}",
+        f"{seconds['targets']:.1f}",
+        f"{seconds['solve']:.2f}",
+        f"{seconds['write']:.2f}",
+        f"{row.peak_memory_bytes / 2**20:.0f}",
+    ]
+
+
+def _score(score: Score) -> str:
+    return f"{score.mean:.1f} ± {score.stderr:.1f}" if score.count else "-"
+
+
+def table(comparison: Comparison) -> Table:
+    """The table for a terminal."""
+    provenance = comparison.provenance
+    out = Table(
+        title=f"{provenance['edits']} {provenance['protocol']} edits in batches of {provenance['batch_size']} on "
+        f"{provenance['model']}, scored after all of them (percent, teacher-forced)"
+    )
+    for i, name in enumerate(COLUMNS):
+        out.add_column(name, justify="left" if i < 2 else "right", no_wrap=i == 0)
+    for row in comparison.rows:
+        out.add_row(*cells(row))
+    return out
+
+
+def markdown(comparison: Comparison) -> str:
+    """The same table for a README."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * 2 + "---:|" * (len(COLUMNS) - 2)]
+    lines += ["| " + " | ".join(cells(row)) + " |" for row in comparison.rows]
+    return "\n".join(lines) + "\n"
+
+
+def check_folder(out: str | Path) -> Path:
+    """The folder for results, made if need be.
+
+    Raises:
+        DataError: it can't be made or written to.
+    """
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"The output folder {folder} can't be made: {error}") from error
+    if not os.access(folder, os.W_OK):
+        raise DataError(f"The output folder {folder} is not writable.")
+    return folder
+
+
+def write_results(comparison: Comparison, folder: Path) -> list[Path]:
+    """Write ``results.json``, ``table.md`` and ``comparison.png``; each in full or not at all."""
+    text = json.dumps(comparison.to_dict(), indent=1, ensure_ascii=False, allow_nan=True)
+    paths = [_write(folder / "results.json", text + "\n"), _write(folder / "table.md", markdown(comparison))]
+    chart(comparison, folder / "comparison.png")
+    return [*paths, folder / "comparison.png"]
+
+
+def _write(path: Path, text: str) -> Path:
+    descriptor, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
+    Path(partial).chmod(0o644)
+    os.replace(partial, path)
+    return path
+
+
+def chart(comparison: Comparison, path: Path) -> None:
+    """Efficacy, generalisation and specificity as bars with standard errors, and seconds per stage beside them."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = comparison.rows
+    names = [row.method for row in rows]
+    figure, (scores, times) = plt.subplots(
+        1, 2, figsize=(13, 0.55 * len(rows) + 2.2), width_ratios=(3, 2), sharey=True, layout="constrained"
+    )
+    for k, (name, colour) in enumerate(
+        (("efficacy", "#1b6ca8"), ("generalisation", "#e08e45"), ("specificity", "#4a9d5b"))
+    ):
+        values = [getattr(row.scores, name) for row in rows]
+        scores.barh(
+            [i + (k - 1) * 0.26 for i in range(len(rows))],
+            [v.mean for v in values],
+            height=0.24,
+            xerr=[v.stderr for v in values],
+            color=colour,
+            label=name,
+            error_kw={"elinewidth": 1, "ecolor": "#333333"},
+        )
+    scores.set(xlim=(0, 104), xlabel="percent (mean and standard error)")
+    scores.set_yticks(range(len(rows)), names)
+    scores.invert_yaxis()
+    scores.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=3, frameon=False)
+    left = [0.0] * len(rows)
+    for stage, colour in (("targets", "#9db8d2"), ("solve", "#b5446e"), ("write", "#f0c05a")):
+        values = [row.seconds[stage] for row in rows]
+        times.barh(range(len(rows)), values, left=left, color=colour, label=stage, height=0.6)
+        left = [a + b for a, b in zip(left, values, strict=True)]
+    times.set(xlabel="seconds for all edits")
+    times.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=3, frameon=False)
+    for axis in (scores, times):
+        axis.spines[["top", "right"]].set_visible(False)
+    partial = path.with_name(f".{path.name}.partial.png")
+    figure.savefig(partial, dpi=110)
+    plt.close(figure)
+    os.replace(partial, path)

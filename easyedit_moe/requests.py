@@ -1,0 +1,99 @@
+"""Edit requests: from host dicts or dataset records to validated values."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from easyedit_moe.errors import EditingWarning, RequestError
+from easyedit_moe.tokens import subject_span
+
+
+@dataclass(frozen=True)
+class EditRequest:
+    """One fact to write: after ``prompt`` the model should say ``target_new``.
+
+    ``subject`` occurs in the prompt; ``ground_truth`` is what the model said before, where known.
+    """
+
+    prompt: str
+    subject: str
+    target_new: str
+    ground_truth: str | None = None
+
+
+def parse_request(record: Mapping[str, Any] | EditRequest) -> EditRequest:
+    """One request from EasyEdit's dict (prompt, subject, target_new, ground_truth) or ROME's (prompt with ``{}``,
+    targets as ``{"str": ...}``, also nested under "requested_rewrite").
+
+    Raises:
+        RequestError: a missing or blank field, or a subject that is not in the prompt.
+    """
+    if isinstance(record, EditRequest):
+        record = vars(record)
+    if not isinstance(record, Mapping):
+        raise RequestError(f"A request must be a dict; found {type(record).__name__}: {str(record)[:80]!r}.")
+    rewrite = record.get("requested_rewrite", record)
+    prompt = _required_text(rewrite, "prompt")
+    subject = _required_text(rewrite, "subject", "Editing needs the subject: pass subject=... with the prompt.")
+    target = _required_text(rewrite, "target_new")
+    truth = rewrite.get("ground_truth", rewrite.get("target_true"))
+    if isinstance(truth, Sequence) and not isinstance(truth, str):
+        truth = truth[0] if truth else None
+    if isinstance(truth, Mapping):
+        truth = truth.get("str")
+    if "{}" in prompt:
+        prompt = prompt.replace("{}", subject)
+    subject_span(prompt, subject)
+    return EditRequest(prompt, subject, target, truth)
+
+
+def parse_requests(records: Sequence[Mapping[str, Any] | EditRequest]) -> list[EditRequest]:
+    """All requests of one batch, checked against each other.
+
+    Warns (:class:`EditingWarning`) where a target equals the ground truth.
+
+    Raises:
+        RequestError: no request, one that is unusable, one given twice, or two with different targets for one prompt.
+    """
+    if isinstance(records, (Mapping, EditRequest, str)):
+        raise RequestError("Requests must be a list; wrap a single request in [ ].")
+    if not records:
+        raise RequestError("There is nothing to edit: the list of requests is empty.")
+    requests: list[EditRequest] = []
+    seen: dict[str, tuple[int, str]] = {}
+    for number, record in enumerate(records):
+        try:
+            request = parse_request(record)
+        except RequestError as error:
+            raise RequestError(f"Request {number}: {error}") from error
+        if request.prompt in seen:
+            other, target = seen[request.prompt]
+            if target == request.target_new.strip():
+                raise RequestError(f"Requests {other} and {number} are the same: {request.prompt!r} -> {target!r}.")
+            raise RequestError(
+                f"Requests {other} and {number} conflict: {request.prompt!r} -> {target!r} and {request.target_new!r}. "
+                "Keep one, or edit them in successive batches, where the later one wins."
+            )
+        seen[request.prompt] = (number, request.target_new.strip())
+        if request.ground_truth is not None and request.ground_truth.strip() == request.target_new.strip():
+            warnings.warn(
+                f"Request {number}: the target {request.target_new!r} equals the ground truth; nothing is to change.",
+                EditingWarning,
+                stacklevel=2,
+            )
+        requests.append(request)
+    return requests
+
+
+def _required_text(record: Mapping[str, Any], name: str, advice: str = "") -> str:
+    value = record.get(name)
+    if isinstance(value, Mapping):
+        value = value.get("str")
+    if not isinstance(value, str):
+        raise RequestError(f"'{name}' must be a string; found {value!r}. {advice}".rstrip())
+    if not value.strip():
+        raise RequestError(f"'{name}' is empty or blank. {advice}".rstrip())
+    return value

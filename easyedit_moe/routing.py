@@ -1,0 +1,146 @@
+"""Routed keys: the sparse form in which every solver sees a batch of facts (pure, torch only)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RoutedKeys:
+    """Experts, gates and keys of T fact tokens at one layer.
+
+    Together they are the design vectors ``psi[t] = concat_j g[t,j] k[t,j]`` without their zero blocks.
+
+    Attributes:
+        expert: ``[T, K]`` int64, the experts that the router picked.
+        gate: ``[T, K]`` float, the weights with which it mixes them.
+        key: ``[T, K, h]`` float, the input of each picked expert's down-projection.
+    """
+
+    expert: Tensor
+    gate: Tensor
+    key: Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return self.expert.shape[0]
+
+    @property
+    def d_hidden(self) -> int:
+        """h."""
+        return self.key.shape[-1]
+
+    def design(self, dtype: torch.dtype = torch.float64) -> list[ExpertDesign]:
+        """One :class:`ExpertDesign` per expert that is hit, in increasing order of experts."""
+        flat = self.expert.reshape(-1)
+        order = torch.argsort(flat, stable=True)
+        hit, counts = torch.unique_consecutive(flat[order], return_counts=True)
+        width = self.expert.shape[1]
+        scaled = self.gate.to(dtype).unsqueeze(-1) * self.key.to(dtype)
+        scaled = scaled.reshape(-1, self.d_hidden)
+        blocks, start = [], 0
+        for expert, count in zip(hit.tolist(), counts.tolist(), strict=True):
+            slots = order[start : start + count]
+            blocks.append(ExpertDesign(expert, slots // width, scaled[slots].T))
+            start += count
+        return blocks
+
+    def dense(self, num_experts: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        """``psi`` as ``[T, E * h]``: for tests and small problems only."""
+        out = torch.zeros(self.num_tokens, num_experts, self.d_hidden, dtype=dtype, device=self.key.device)
+        for block in self.design(dtype):
+            out[block.rows, block.expert] += block.z.T
+        return out.reshape(self.num_tokens, -1)
+
+    def to(self, device: torch.device | str) -> RoutedKeys:
+        """The same keys on another device."""
+        return RoutedKeys(self.expert.to(device), self.gate.to(device), self.key.to(device))
+
+    @staticmethod
+    def cat(parts: list[RoutedKeys]) -> RoutedKeys:
+        """Rows of several batches, one after the other."""
+        return RoutedKeys(
+            torch.cat([p.expert for p in parts]),
+            torch.cat([p.gate for p in parts]),
+            torch.cat([p.key for p in parts]),
+        )
+
+
+@dataclass(frozen=True)
+class ExpertDesign:
+    """The block of the design that belongs to one expert.
+
+    Attributes:
+        expert: index j.
+        rows: ``[T_j]`` int64, the tokens that reach it.
+        z: ``[h, T_j]``, their gated keys ``Z_j``.
+    """
+
+    expert: int
+    rows: Tensor
+    z: Tensor
+
+
+@dataclass(frozen=True)
+class FactoredUpdate:
+    """An update ``Delta[E, d, h]`` in factored form: ``Delta_j = left[:, columns_j] @ right_j^T``.
+
+    Experts that are not listed have a zero update.
+
+    Attributes:
+        left: ``[d, C]``.
+        experts: the experts with an update, increasing.
+        columns: per listed expert, ``[r_j]`` int64 columns of ``left``.
+        right: per listed expert, ``[h, r_j]``.
+    """
+
+    left: Tensor
+    experts: tuple[int, ...]
+    columns: tuple[Tensor, ...]
+    right: tuple[Tensor, ...]
+
+    def deltas(self) -> Iterator[tuple[int, Tensor]]:
+        """``(j, Delta_j [d, h])`` one expert at a time, so that the dense update never exists whole."""
+        for expert, columns, right in zip(self.experts, self.columns, self.right, strict=True):
+            yield expert, self.left[:, columns] @ right.T
+
+    def dense(self, num_experts: int) -> Tensor:
+        """``Delta`` as ``[E, d, h]``: for tests and small problems only."""
+        height = self.right[0].shape[0] if self.right else 0
+        out = torch.zeros(num_experts, self.left.shape[0], height, dtype=self.left.dtype, device=self.left.device)
+        for expert, delta in self.deltas():
+            out[expert] = delta
+        return out
+
+    def scale(self, factor: float) -> FactoredUpdate:
+        """``factor * Delta``."""
+        return FactoredUpdate(self.left * factor, self.experts, self.columns, self.right)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> FactoredUpdate:
+        """The same update in another dtype or on another device."""
+        return FactoredUpdate(
+            self.left.to(device=device, dtype=dtype),
+            self.experts,
+            tuple(c.to(device=device) for c in self.columns),
+            tuple(r.to(device=device, dtype=dtype) for r in self.right),
+        )
+
+    def is_finite(self) -> bool:
+        """Whether every factor is finite."""
+        return bool(torch.isfinite(self.left).all()) and all(bool(torch.isfinite(r).all()) for r in self.right)
+
+    def apply(self, keys: RoutedKeys) -> Tensor:
+        """``sum_j g_tj Delta_j k_tj`` as ``[T, d]``: how much the update moves each token's MoE output."""
+        out = torch.zeros(keys.num_tokens, self.left.shape[0], dtype=self.left.dtype, device=self.left.device)
+        by_expert = dict(zip(self.experts, zip(self.columns, self.right, strict=True), strict=True))
+        for block in keys.design(self.left.dtype):
+            if block.expert in by_expert:
+                columns, right = by_expert[block.expert]
+                moved = self.left[:, columns] @ (right.T @ block.z)
+                out.index_add_(0, block.rows, moved.T)
+        return out

@@ -1,0 +1,96 @@
+"""Teacher-forced scores of targets after prompts, batched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from easyedit_moe.capture import hooks, inference_mode_of, model_device
+from easyedit_moe.tokens import collate, encode_target, encode_text, pad_id
+
+
+@dataclass(frozen=True)
+class TargetScore:
+    """One target after one prompt, teacher-forced.
+
+    Attributes:
+        nll: mean negative log-likelihood per target token, as in ROME and MEMIT.
+        predicted: the most likely token at each target position, given the true tokens before it.
+        labels: the target's tokens.
+    """
+
+    nll: float
+    predicted: tuple[int, ...]
+    labels: tuple[int, ...]
+
+    @property
+    def token_accuracy(self) -> float:
+        """Share of target tokens that are the most likely ones."""
+        return sum(a == b for a, b in zip(self.predicted, self.labels, strict=True)) / len(self.labels)
+
+    @property
+    def exact(self) -> bool:
+        """All target tokens are the most likely ones, which is when free greedy generation writes the target."""
+        return self.predicted == self.labels
+
+
+def score_only(model: nn.Module, positions: Tensor) -> Any:
+    """Hook handle that hands only ``positions [B, M]`` of each row to the output embedding."""
+
+    def select(module: nn.Module, args: tuple) -> tuple:
+        hidden = args[0]
+        index = positions.to(hidden.device)[:, :, None].expand(-1, -1, hidden.shape[-1])
+        return (hidden.gather(1, index), *args[1:])
+
+    return model.get_output_embeddings().register_forward_pre_hook(select)
+
+
+def score_targets(
+    model: nn.Module,
+    tok: PreTrainedTokenizerBase,
+    pairs: Sequence[tuple[str, str]],
+    batch_size: int = 128,
+    max_length: int | None = None,
+) -> list[TargetScore]:
+    """Scores of (prompt, target) pairs, in their order; a prompt is cut from the left at ``max_length`` tokens."""
+    rows = []
+    for prompt, target in pairs:
+        ids, labels = encode_text(tok, prompt), encode_target(tok, target)
+        rows.append((ids[-max_length:] if max_length else ids, labels))
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
+    scores: list[TargetScore | None] = [None] * len(rows)
+    with inference_mode_of(model):
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            for i, score in zip(chosen, _score_batch(model, tok, [rows[i] for i in chosen]), strict=True):
+                scores[i] = score
+    return scores
+
+
+def _score_batch(
+    model: nn.Module, tok: PreTrainedTokenizerBase, rows: Sequence[tuple[list[int], list[int]]]
+) -> list[TargetScore]:
+    batch = collate([ids + labels[:-1] for ids, labels in rows], pad_id(tok), str(model_device(model)))
+    width = max(len(labels) for _, labels in rows)
+    positions = torch.zeros(len(rows), width, dtype=torch.long)
+    padded = torch.full((len(rows), width), -100)
+    for i, (ids, labels) in enumerate(rows):
+        positions[i, : len(labels)] = torch.arange(len(ids) - 1, len(ids) - 1 + len(labels))
+        padded[i, : len(labels)] = torch.tensor(labels)
+    with hooks() as handles:
+        handles.append(score_only(model, positions))
+        logits = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits.float()
+    losses = nn.functional.cross_entropy(
+        logits.transpose(1, 2), padded.to(logits.device), reduction="none", ignore_index=-100
+    )
+    best = logits.argmax(-1).tolist()
+    out = []
+    for i, (_, labels) in enumerate(rows):
+        nll = float(losses[i, : len(labels)].mean())
+        out.append(TargetScore(nll, tuple(best[i][: len(labels)]), tuple(labels)))
+    return out

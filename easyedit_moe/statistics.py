@@ -1,0 +1,75 @@
+"""Statistics of the critical layers: from the cache where they are there, collected in one pass where not."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from easyedit_moe.cache import StatisticsKey, load_moments, save_moments, statistics_folder
+from easyedit_moe.corpus import corpus_hash, load_texts
+from easyedit_moe.errors import CoverageWarning
+from easyedit_moe.hparams import MoEHyperParams
+from easyedit_moe.layers import MoELayerView
+from easyedit_moe.moments import LayerMoments, collect_moments
+
+logger = logging.getLogger(__name__)
+
+
+def layer_statistics(
+    view: MoELayerView,
+    tok: PreTrainedTokenizerBase,
+    hparams: MoEHyperParams,
+    layers: Sequence[int],
+    fingerprint: str,
+    progress: bool = True,
+) -> dict[int, LayerMoments]:
+    """Moments of ``layers`` on ``hparams.mom2_dataset``, cached under ``hparams.stats_dir``.
+
+    Warns :class:`CoverageWarning` about experts that too few tokens reached.
+
+    Raises:
+        DataError: the corpus can't be read. CacheError: a cached file is corrupt or of another model.
+    """
+    texts = load_texts(hparams.mom2_dataset, hparams.mom2_n_samples)
+    corpus = corpus_hash(texts)
+    folder = statistics_folder(hparams.stats_dir, hparams.model_name, fingerprint)
+    keys = {
+        layer: StatisticsKey(fingerprint, layer, corpus, len(texts), hparams.max_length, hparams.mom2_dtype)
+        for layer in layers
+    }
+    moments = {
+        layer: load_moments(folder / key.file_name(), key)
+        for layer, key in keys.items()
+        if (folder / key.file_name()).exists()
+    }
+    missing = [layer for layer in layers if layer not in moments]
+    if missing:
+        dtype = getattr(torch, hparams.mom2_dtype)
+        collected = collect_moments(view, tok, texts, missing, hparams.max_length, dtype, progress=progress)
+        for layer, value in collected.items():
+            save_moments(folder / keys[layer].file_name(), keys[layer], value)
+        moments.update(collected)
+    _report_coverage(moments, hparams)
+    return {layer: moments[layer] for layer in layers}
+
+
+def _report_coverage(moments: dict[int, LayerMoments], hparams: MoEHyperParams) -> None:
+    for layer, value in sorted(moments.items()):
+        coverage = value.coverage()
+        logger.info(
+            "Layer %d: %d tokens, per expert at least %d, median %.0f.",
+            layer, value.num_tokens, coverage.minimum, coverage.median,
+        )  # fmt: skip
+        if coverage.thin:
+            warnings.warn(
+                f"Layer {layer}: {len(coverage.thin)} of {len(value.counts)} experts were reached by fewer than "
+                f"{coverage.d_hidden} tokens (the fewest: {coverage.minimum}), so their statistics are rank deficient. "
+                f"low_coverage is {hparams.low_coverage!r} below min_coverage {hparams.min_coverage}; a larger corpus or "
+                "another choice may be wiser.",
+                CoverageWarning,
+                stacklevel=3,
+            )

@@ -1,0 +1,142 @@
+"""Token ids of prompts and targets, and the position of the fact token in a prompt."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from easyedit_moe.errors import HyperParamsError, RequestError
+
+FACT_TOKENS = ("subject_last", "subject_first", "last", "subject_first_after_last")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A tokenised prompt without trailing special tokens; ``fact`` indexes into ``ids``."""
+
+    ids: tuple[int, ...]
+    fact: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded ids, attention mask and lengths: ``[B, S]``, ``[B, S]``, ``[B]``."""
+
+    ids: Tensor
+    mask: Tensor
+    lengths: Tensor
+
+
+def subject_span(prompt: str, subject: str) -> tuple[int, int]:
+    """Character span of the subject: its first occurrence as a whole word, else its first occurrence.
+
+    Raises:
+        RequestError: the subject is empty or does not occur.
+    """
+    if not subject.strip():
+        raise RequestError(f"The subject of {prompt!r} is empty.")
+    whole = re.search(rf"(?<!\w){re.escape(subject)}(?!\w)", prompt)
+    start = whole.start() if whole else prompt.find(subject)
+    if start < 0:
+        raise RequestError(f"The subject {subject!r} does not occur in the prompt {prompt!r}.")
+    return start, start + len(subject)
+
+
+def encode_prompt(
+    tok: PreTrainedTokenizerBase, prompt: str, subject: str | None, fact_token: str = "subject_last"
+) -> Prompt:
+    """Token ids of ``prompt`` and the position of its fact token, whatever the tokenizer's padding side.
+
+    Special tokens that the tokenizer puts before the text stay; those that it appends (end of sequence) are dropped,
+    since a target follows. Positions follow EasyEdit's names: ``subject_last``, ``subject_first``, ``last`` and
+    ``subject_first_after_last``, the token behind the subject (the prompt's last token where the subject ends it).
+    ``subject`` may be None for "last".
+
+    Raises:
+        HyperParamsError: unknown ``fact_token``. RequestError: empty prompt, or a subject that does not occur.
+    """
+    if fact_token not in FACT_TOKENS:
+        raise HyperParamsError(f"fact_token must be one of {', '.join(FACT_TOKENS)}; found {fact_token!r}.")
+    ids, spans = _encode_with_spans(tok, prompt)
+    if not ids:
+        raise RequestError(f"The prompt {prompt!r} has no tokens.")
+    if fact_token == "last":
+        return Prompt(tuple(ids), len(ids) - 1)
+    if subject is None:
+        raise RequestError(f"fact_token {fact_token!r} needs a subject; the prompt {prompt!r} came without one.")
+    start, end = subject_span(prompt, subject)
+    inside = [i for i, (a, b) in enumerate(spans) if a < end and b > start]
+    if not inside:
+        raise RequestError(f"No token of the prompt {prompt!r} covers its subject {subject!r}.")
+    positions = {
+        "subject_first": inside[0],
+        "subject_last": inside[-1],
+        "subject_first_after_last": min(inside[-1] + 1, len(ids) - 1),
+    }
+    return Prompt(tuple(ids), positions[fact_token])
+
+
+def encode_target(tok: PreTrainedTokenizerBase, target: str) -> list[int]:
+    """Token ids of a target with exactly one space before it, as EasyEdit writes it, and without special tokens."""
+    ids = tok(" " + target.strip(), add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise RequestError(f"The target {target!r} has no tokens.")
+    return list(ids)
+
+
+def encode_text(tok: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of plain text, trailing special tokens dropped."""
+    return _encode_with_spans(tok, text)[0]
+
+
+def _encode_with_spans(tok: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    if getattr(tok, "is_fast", False):
+        out = tok(text, return_offsets_mapping=True, return_special_tokens_mask=True)
+        ids, spans, special = out["input_ids"], out["offset_mapping"], out["special_tokens_mask"]
+    else:
+        ids = tok(text)["input_ids"]
+        special = tok.get_special_tokens_mask(ids, already_has_special_tokens=True)
+        spans = _spans_by_decoding(tok, text, ids, special)
+    count = len(ids)
+    while count and special[count - 1] and spans[count - 1][0] == spans[count - 1][1]:
+        count -= 1
+    return list(ids[:count]), [tuple(s) for s in spans[:count]]
+
+
+def _spans_by_decoding(
+    tok: PreTrainedTokenizerBase, text: str, ids: Sequence[int], special: Sequence[int]
+) -> list[tuple[int, int]]:
+    """Character spans for a tokenizer without offsets: the growth of the decoded prefix, token by token."""
+    spans, end = [], 0
+    for i, mark in enumerate(special):
+        if mark:
+            spans.append((end, end))
+            continue
+        decoded = tok.decode(ids[: i + 1], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        reach = min(len(text), max(end, len(decoded)))
+        spans.append((end, reach if reach > end else min(end + 1, len(text))))
+        end = reach
+    return spans
+
+
+def pad_id(tok: PreTrainedTokenizerBase) -> int:
+    """An id to pad with; any will do, because padding is masked and right of every real token."""
+    for candidate in (tok.pad_token_id, tok.eos_token_id):
+        if candidate is not None:
+            return int(candidate)
+    return 0
+
+
+def collate(sequences: Sequence[Sequence[int]], pad: int, device: str = "cpu") -> Batch:
+    """Right-pad token ids into one batch; causal attention then keeps padding out of every real token."""
+    lengths = torch.tensor([len(s) for s in sequences])
+    ids = torch.full((len(sequences), int(lengths.max())), pad, dtype=torch.long)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)] = torch.tensor(sequence)
+    mask = (torch.arange(ids.shape[1])[None, :] < lengths[:, None]).long()
+    return Batch(ids.to(device), mask.to(device), lengths.to(device))

@@ -1,0 +1,239 @@
+"""Tiny models of many MoE families, an old-style ModuleList one, and a small tokenizer, all built on the spot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import transformers as hf
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
+
+TEXTS = [
+    "Danielle Darrieux speaks French and lives in Paris.",
+    "The mother tongue of Zoë Łukasz is Polish; Zoë lives in Rome.",
+    "What is the twin city of Lyon? It is Manila.",
+    "Thomas Joannes Stieltjes was born in Zwolle and worked in Leiden.",
+    "Angola is in Africa, and Ana from Angola met Anabel in Rome.",
+    "東京 is the capital of Japan, and Москва is the capital of Russia.",
+    "The quick brown fox jumps over the lazy dog.",
+    "A quiet harbour, an empty market and a crowded bridge in the evening.",
+]
+
+VOCAB = 400
+
+
+@cache
+def _backend() -> str:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=["<eos>", "<bos>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXTS * 4, trainer)
+    return tokenizer.to_str()
+
+
+def tiny_tokenizer(
+    specials: str = "", padding_side: str = "right", pad: bool = True
+) -> hf.PreTrainedTokenizerFast:
+    """Byte-level BPE. ``specials`` may hold "bos" and "eos", which are then put around every text."""
+    tokenizer = Tokenizer.from_str(_backend())
+    if specials:
+        pieces = (["<bos>"] if "bos" in specials else []) + ["$A"] + (["<eos>"] if "eos" in specials else [])
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=" ".join(pieces), special_tokens=[("<eos>", 0), ("<bos>", 1)]
+        )
+    options = {"pad_token": "<eos>"} if pad else {}
+    return hf.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", bos_token="<bos>", padding_side=padding_side, **options
+    )
+
+
+COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+LINEAR_ATTENTION = {
+    "head_dim": 8,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"],
+}
+
+# Expert width 24 and hidden size 32 differ, except for GPT-OSS, whose real shapes are square.
+CONFIGS: dict[str, Callable[[], hf.PretrainedConfig]] = {
+    "qwen3_moe": lambda: hf.Qwen3MoeConfig(
+        **COMMON, head_dim=8, intermediate_size=48, moe_intermediate_size=24, num_experts=8, num_experts_per_tok=3
+    ),
+    "qwen2_moe": lambda: hf.Qwen2MoeConfig(
+        **COMMON,
+        intermediate_size=48,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=40,
+        num_experts=8,
+        num_experts_per_tok=3,
+    ),
+    "gpt_oss": lambda: hf.GptOssConfig(
+        **COMMON, head_dim=8, intermediate_size=32, num_local_experts=8, num_experts_per_tok=3, sliding_window=16
+    ),
+    "qwen3_5_moe": lambda: hf.Qwen3_5MoeTextConfig(
+        **COMMON,
+        **LINEAR_ATTENTION,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=40,
+        num_experts=8,
+        num_experts_per_tok=3,
+    ),
+    "mixtral": lambda: hf.MixtralConfig(**COMMON, intermediate_size=24, num_local_experts=8, num_experts_per_tok=2),
+    "olmoe": lambda: hf.OlmoeConfig(**COMMON, intermediate_size=24, num_experts=8, num_experts_per_tok=3),
+    "deepseek_v3": lambda: hf.DeepseekV3Config(
+        **{**COMMON, "num_key_value_heads": 4},
+        intermediate_size=48,
+        moe_intermediate_size=24,
+        n_routed_experts=8,
+        num_experts_per_tok=3,
+        n_shared_experts=1,
+        n_group=2,
+        topk_group=1,
+        first_k_dense_replace=1,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+    ),
+    "granitemoe": lambda: hf.GraniteMoeConfig(
+        **COMMON, intermediate_size=24, num_local_experts=8, num_experts_per_tok=3, residual_multiplier=0.22
+    ),
+    "glm4_moe": lambda: hf.Glm4MoeConfig(
+        **COMMON,
+        head_dim=8,
+        intermediate_size=48,
+        moe_intermediate_size=24,
+        n_routed_experts=8,
+        num_experts_per_tok=3,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+    ),
+}
+FAMILIES = [*CONFIGS, "modulelist"]
+
+
+def tiny_model(
+    family: str = "qwen3_moe", seed: int = 0, implementation: str = "eager", dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """A randomly initialised causal LM of one family, in evaluation mode, with weights large enough to matter."""
+    torch.manual_seed(seed)
+    base = "qwen3_moe" if family == "modulelist" else family
+    config = CONFIGS[base]()
+    model = hf.AutoModelForCausalLM.from_config(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+            elif "bias" not in "".join(type(parameter).__name__) and (parameter == 0).all():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    if family == "modulelist":
+        for layer in model.model.layers:
+            layer.mlp = OldStyleBlock(layer.mlp, shared=True)
+    else:
+        model.set_experts_implementation(implementation)
+    return model.to(dtype).eval()
+
+
+class OldStyleExpert(nn.Module):
+    def __init__(self, d: int, h: int) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(d, h, bias=False), nn.Linear(d, h, bias=False)
+        self.down_proj = nn.Linear(h, d, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class OldStyleBlock(nn.Module):
+    """A MoE block as models had it before packed experts: a ModuleList, the routing inside its own forward."""
+
+    def __init__(self, packed: nn.Module, shared: bool) -> None:
+        super().__init__()
+        source = packed.experts
+        experts, d, h = source.down_proj.shape
+        self.top_k = packed.gate.top_k
+        self.gate = nn.Linear(d, experts, bias=False)
+        self.gate.weight.data.copy_(packed.gate.weight.data)
+        self.experts = nn.ModuleList(OldStyleExpert(d, h) for _ in range(experts))
+        for j, expert in enumerate(self.experts):
+            expert.gate_proj.weight.data.copy_(source.gate_up_proj.data[j, :h])
+            expert.up_proj.weight.data.copy_(source.gate_up_proj.data[j, h:])
+            expert.down_proj.weight.data.copy_(source.down_proj.data[j])
+        self.shared_expert = OldStyleExpert(d, h) if shared else None
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        weights = torch.softmax(self.gate(flat), dim=-1)
+        weights, picked = weights.topk(self.top_k, dim=-1)
+        weights = weights / weights.sum(-1, keepdim=True)
+        out = torch.zeros_like(flat)
+        for j, expert in enumerate(self.experts):
+            rows, slots = torch.where(picked == j)
+            if len(rows):
+                out.index_add_(0, rows, expert(flat[rows]) * weights[rows, slots, None])
+        if self.shared_expert is not None:
+            out = out + self.shared_expert(flat)
+        return out.reshape(hidden_states.shape)
+
+
+def requests(count: int = 3) -> list[dict[str, str]]:
+    """Distinct edits whose words the tiny tokenizer knows."""
+    facts = [
+        ("Danielle Darrieux speaks", "Danielle Darrieux", "Polish", "French"),
+        ("The twin city of Lyon is", "Lyon", "Rome", "Manila"),
+        ("Thomas Joannes Stieltjes was born in", "Thomas Joannes Stieltjes", "Paris", "Zwolle"),
+        ("The mother tongue of Zoë Łukasz is", "Zoë Łukasz", "French", "Polish"),
+        ("Angola is in", "Angola", "Russia", "Africa"),
+        ("東京 is the capital of", "東京", "Russia", "Japan"),
+    ]
+    names = ("prompt", "subject", "target_new", "ground_truth")
+    return [dict(zip(names, fact, strict=True)) for fact in facts[:count]]
+
+
+def state_of(model: nn.Module) -> dict[str, object]:
+    """Everything that must be as before after an edit is undone: weights, flags, hooks, forwards."""
+    return {
+        "parameters": {n: p.detach().clone() for n, p in model.named_parameters()},
+        "buffers": {n: b.detach().clone() for n, b in model.named_buffers()},
+        "requires_grad": {n: p.requires_grad for n, p in model.named_parameters()},
+        "grad": {n: p.grad is None for n, p in model.named_parameters()},
+        "training": {n: m.training for n, m in model.named_modules()},
+        "hooks": {
+            n: (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks))
+            for n, m in model.named_modules()
+        },
+        "forward": {n: m.__dict__.get("forward") for n, m in model.named_modules()},
+    }
+
+
+def assert_same_state(before: dict[str, object], after: dict[str, object]) -> None:
+    for part in ("requires_grad", "grad", "training", "hooks", "forward"):
+        assert before[part] == after[part], part
+    for part in ("parameters", "buffers"):
+        assert before[part].keys() == after[part].keys()
+        for name, tensor in before[part].items():
+            assert torch.equal(tensor, after[part][name]), name
