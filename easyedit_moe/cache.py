@@ -26,11 +26,12 @@ _SAMPLES_PER_PARAMETER = 1024
 
 @dataclass(frozen=True)
 class StatisticsKey:
-    """All that a file of statistics depends on."""
+    """All that a file of statistics depends on; ``tokens`` stands for how the tokenizer cuts the corpus."""
 
     fingerprint: str
     layer: int
     corpus: str
+    tokens: str
     n_samples: int
     max_length: int
     dtype: str
@@ -83,9 +84,11 @@ def load_moments(path: Path, key: StatisticsKey) -> LayerMoments:
     differing = [f"{k}: expected {v!r}, found {found.get(k)!r}" for k, v in asdict(key).items() if found.get(k) != v]
     if differing:
         raise CacheError(
-            f"{path} was made for another model or setting ({'; '.join(differing)}). Delete it or use another stats_dir."
+            f"{path} was made for another model or setting ({'; '.join(differing)}). Delete it, or use another "
+            "stats_dir."
         )
-    if set(tensors) != {"keys", "counts", "output"} or not torch.isfinite(tensors["keys"]).all():
+    complete = set(tensors) == {"keys", "counts", "output"} and "num_tokens" in metadata
+    if not complete or not all(torch.isfinite(tensors[name]).all() for name in ("keys", "output")):
         raise CacheError(f"{path} holds incomplete or non-finite statistics; delete it, and it is collected anew.")
     return LayerMoments(tensors["keys"], tensors["counts"], tensors["output"], int(metadata["num_tokens"]))
 
@@ -114,7 +117,7 @@ def read_safetensors(path: Path, error: type[Exception], advice: str) -> tuple[d
     try:
         with safe_open(path, "pt") as file:
             metadata = json.loads((file.metadata() or {})["easyedit_moe"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
     except (SafetensorError, ValueError, KeyError, OSError) as cause:
         raise error(f"{path} is truncated, corrupt or not of this package ({cause}); {advice}.") from cause
     return tensors, metadata

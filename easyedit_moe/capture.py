@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from easyedit_moe.errors import LayoutError, NumericalError
+from easyedit_moe.errors import LayoutError, NumericalError, RequestError
 from easyedit_moe.experts import ModuleListExperts
 from easyedit_moe.layers import MoELayer, MoELayerView
 from easyedit_moe.routing import RoutedKeys
@@ -121,52 +121,61 @@ def read_routing(moe: MoELayer, receive: Callable[[Routing], None]) -> Any:
     def read(module: nn.Module, args: tuple, kwargs: dict) -> None:
         values = dict(zip(names, args, strict=False)) | kwargs
         ordered = [values[n] for n in names if n in values][:3]
-        if len(ordered) < 3 or ordered[1].is_floating_point() or not ordered[2].is_floating_point():
-            raise LayoutError(
-                f"{moe.experts_name} was not called as experts(hidden, index, weights); this protocol is unknown."
-            )
-        hidden, expert, gate = ordered
-        hidden = hidden.reshape(-1, hidden.shape[-1])
-        receive(Routing(hidden, expert.reshape(len(hidden), -1), gate.reshape(len(hidden), -1)))
+        receive(_checked_routing(moe, ordered))
 
     return moe.experts.module.register_forward_pre_hook(read, with_kwargs=True)
 
 
-def _read_modulelist_routing(moe: MoELayer, receive: Callable[[Routing], None]) -> Any:
-    busy: list[bool] = []
+def _checked_routing(moe: MoELayer, arguments: Sequence[Any]) -> Routing:
+    """The first three arguments of an experts module as :class:`Routing`; LayoutError if they are anything else."""
+    called = f"{moe.experts_name} was not called as experts(hidden, index, weights)"
+    if len(arguments) < 3 or not all(isinstance(a, Tensor) for a in arguments):
+        raise LayoutError(f"{called}; this protocol is unknown.")
+    hidden, expert, gate = arguments
+    if expert.is_floating_point() or not gate.is_floating_point() or expert.shape != gate.shape:
+        raise LayoutError(
+            f"{called} with one weight per index: index is {expert.dtype} {tuple(expert.shape)}, weights are "
+            f"{gate.dtype} {tuple(gate.shape)}; this protocol is unknown."
+        )
+    if expert.numel() and int(expert.max()) >= moe.experts.layout.num_experts:
+        raise LayoutError(
+            f"{moe.experts_name} was handed expert {int(expert.max())}, but it holds only "
+            f"{moe.experts.layout.num_experts}. Expert parallelism and experts without weights are not supported: load "
+            "the model without a distributed plan."
+        )
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    return Routing(hidden, expert.reshape(len(hidden), -1).long(), gate.reshape(len(hidden), -1))
 
+
+def _read_modulelist_routing(moe: MoELayer, receive: Callable[[Routing], None]) -> Any:
     def read(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        if busy:
-            return
-        hidden = args[0] if args else kwargs["hidden_states"]
-        busy.append(True)
-        try:
-            receive(_routing_by_unit_vectors(moe, hidden))
-        finally:
-            busy.clear()
+        receive(_routing_by_unit_vectors(moe, args, kwargs))
 
     return moe.block.register_forward_hook(read, with_kwargs=True)
 
 
-def _routing_by_unit_vectors(moe: MoELayer, hidden: Tensor) -> Routing:
+def _routing_by_unit_vectors(moe: MoELayer, args: tuple, kwargs: dict) -> Routing:
     """Gates of ModuleList experts: expert j answers with a scaled unit vector, so output coordinate j is its gate."""
+    hidden = args[0] if args else kwargs["hidden_states"]
     experts, flat = moe.experts.layout.num_experts, hidden.reshape(-1, hidden.shape[-1])
     scale = 2.0**10 if hidden.dtype == torch.float16 else 2.0**20
     gates = flat.new_zeros(len(flat), experts, dtype=torch.float32)
     width = moe.experts.layout.d_model
     with torch.no_grad():
-        base = _block_output(moe, hidden, {})
+        base = block_output(moe, args, kwargs, {})
         for start in range(0, experts, width):
             chunk = range(start, min(start + width, experts))
-            out = _block_output(moe, hidden, {j: (j - start, scale) for j in chunk})
+            out = block_output(moe, args, kwargs, {j: (j - start, scale) for j in chunk})
             gates[:, chunk.start : chunk.stop] = ((out - base).float() / scale)[:, : len(chunk)]
     top = int((gates != 0).sum(1).max())
     gate, expert = gates.topk(max(top, 1), dim=1)
     return Routing(flat, expert, gate)
 
 
-def _block_output(moe: MoELayer, hidden: Tensor, unit: dict[int, tuple[int, float]]) -> Tensor:
-    """Output ``[N, d]`` of the block with expert j answering ``scale * e_coordinate``, or zero if not in ``unit``."""
+def block_output(moe: MoELayer, args: tuple, kwargs: dict, unit: dict[int, tuple[int, float]]) -> Tensor:
+    """Output ``[N, d]`` of a ModuleList block called anew, its experts replaced: expert j answers
+    ``scale * e_coordinate`` where ``unit[j]`` is ``(coordinate, scale)``, and zero if it is not in ``unit``.
+    """
 
     def answer(j: int) -> Callable[..., Tensor]:
         def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
@@ -181,7 +190,8 @@ def _block_output(moe: MoELayer, hidden: Tensor, unit: dict[int, tuple[int, floa
     with hooks() as handles:
         for j, expert in enumerate(moe.experts.module):
             handles.append(expert.register_forward_hook(answer(j)))
-        output = layer_output(moe.block(hidden))
+        # Not through __call__: the extra run must stay unseen by the hooks of the block, which count its outputs.
+        output = layer_output(moe.block.forward(*args, **kwargs))
     return output.reshape(-1, output.shape[-1])
 
 
@@ -208,8 +218,12 @@ def capture_facts(
     tokenizer's padding side, nor on the order of the sequences.
 
     Raises:
+        RequestError: a position outside its sequence. LayoutError: experts that are called in an unknown way.
         NumericalError: a key or an output that is not finite.
     """
+    outside = [i for i, ids in enumerate(sequences) if not 0 <= positions[i] < len(ids)]
+    if outside:
+        raise RequestError(f"Positions {[positions[i] for i in outside]} lie outside their sequences {outside}.")
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     parts: list[FactStates] = []
     for start in range(0, len(order), batch_size):

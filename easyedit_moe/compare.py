@@ -1,4 +1,4 @@
-"""Editors side by side: every method edits the same restored model in sequential batches and is judged after all edits."""
+"""Editors side by side: each edits the same restored model in sequential batches and is judged after all edits."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ def load_texts(source: str | Path | Iterable[Any], n_samples: int | None = None)
         items = _named(name)
     else:
         name, items = "the given corpus", source
+        if isinstance(source, Mapping) or not isinstance(source, Iterable):
+            raise DataError(f"{name}: expected a list of texts or records; found {type(source).__name__}.")
     texts = (_text(item, name) for item in items)
     chosen = list(islice((t for t in texts if t.strip()), n_samples))
     if not chosen:
@@ -58,9 +60,13 @@ def _file(path: Path) -> Iterable[Any]:
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".jsonl":
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
+            # Not splitlines(): a JSON string may hold U+2028 and the like.
+            return [json.loads(line) for line in text.split("\n") if line.strip()]
         if path.suffix == ".json":
-            return json.loads(text)
+            items = json.loads(text)
+            if not isinstance(items, list):
+                raise DataError(f"{path} must hold a list of texts or records; found {type(items).__name__}.")
+            return items
     except ValueError as error:
         raise DataError(f"{path} can't be read as {path.suffix or 'UTF-8 text'}: {error}") from error
     return text.splitlines()
@@ -79,11 +85,11 @@ def _hub_dataset(name: str) -> Iterable[Any]:
         ) from error
     path, config = aliases.get(name, (name, None))
     try:
-        return load_dataset(path, config, split="train", streaming=True)
+        yield from load_dataset(path, config, split="train", streaming=True)
     except Exception as error:  # datasets raises many types here, from connection errors to its own
         raise DataError(
-            f"mom2_dataset {name!r} is neither a file nor a dataset that could be loaded ({type(error).__name__}: {error}). "
-            "Give the path of a text file instead."
+            f"mom2_dataset {name!r} is neither a file nor a dataset that could be loaded "
+            f"({type(error).__name__}: {error}). Give the path of a text file instead."
         ) from error
 
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.editors import EditMemory, EditResult, make_editor
-from easyedit_moe.errors import RequestError
+from easyedit_moe.errors import EditingWarning, RequestError
 from easyedit_moe.hparams import MoEHyperParams, load_hyperparams
 from easyedit_moe.loading import load_model
 from easyedit_moe.patch import WeightPatch
-from easyedit_moe.requests import parse_requests
+from easyedit_moe.requests import EditRequest, parse_request, parse_requests
 from easyedit_moe.scoring import TargetScore, score_targets
 
 logger = logging.getLogger(__name__)
@@ -41,7 +43,7 @@ class MoEEditor:
     @classmethod
     def from_hparams(
         cls,
-        hparams: MoEHyperParams | str,
+        hparams: MoEHyperParams | str | Path,
         model: nn.Module | None = None,
         tok: PreTrainedTokenizerBase | None = None,
         device_map: Any = None,
@@ -51,7 +53,7 @@ class MoEEditor:
         Raises:
             HyperParamsError, DataError: unusable hparams or checkpoint. RequestError: only one of model and tok.
         """
-        if isinstance(hparams, str):
+        if isinstance(hparams, (str, Path)):
             hparams = load_hyperparams(hparams)
         if (model is None) != (tok is None):
             raise RequestError("Pass model and tok together, or neither.")
@@ -97,9 +99,9 @@ class MoEEditor:
         return self.edit_requests(requests, sequential_edit, verbose)
 
     def edit_requests(
-        self, requests: Sequence[Mapping[str, Any]], sequential_edit: bool = False, verbose: bool = True
+        self, requests: Sequence[Mapping[str, Any] | EditRequest], sequential_edit: bool = False, verbose: bool = True
     ) -> Results:
-        """As :meth:`edit`, with request dicts."""
+        """As :meth:`edit`, with request dicts (EasyEdit's or ROME's) or :class:`EditRequest` values."""
         return self._run([[request] for request in requests], sequential_edit, verbose, pre_first=True)
 
     def batch_edit(
@@ -145,12 +147,13 @@ class MoEEditor:
         self.memory = self._memories.pop()
 
     def _run(
-        self, batches: Sequence[Sequence[Mapping[str, Any]]], sequential: bool, verbose: bool, pre_first: bool
+        self,
+        batches: Sequence[Sequence[Mapping[str, Any] | EditRequest]],
+        sequential: bool,
+        verbose: bool,
+        pre_first: bool,
     ) -> Results:
-        for batch in batches:
-            parse_requests(batch)
-        if not batches:
-            raise RequestError("There is nothing to edit: the list of requests is empty.")
+        batches = _checked(batches)
         metrics: list[dict[str, Any]] = []
         before = [self._measure(batch) for batch in batches] if pre_first else []
         weights: dict[str, Tensor] = {}
@@ -159,10 +162,13 @@ class MoEEditor:
             start = time.perf_counter()
             result = self._edit(batch)
             seconds = time.perf_counter() - start
-            weights = result.patch.weights_copy(self.model)
-            post = self._measure(batch)
-            if not sequential:
-                self.undo()
+            if number == len(batches) - 1:
+                weights = result.patch.weights_copy(self.model)
+            try:
+                post = self._measure(batch)
+            finally:
+                if not sequential:
+                    self.undo()
             for request, old, new in zip(batch, pre, post, strict=True):
                 metrics.append(_metrics_entry(len(metrics), request, old, new, seconds))
                 if verbose:
@@ -191,15 +197,52 @@ class MoEEditor:
         return found
 
 
+def _checked(batches: Sequence[Sequence[Mapping[str, Any] | EditRequest]]) -> list[list[dict[str, Any]]]:
+    """All batches as flat request dicts, after everything that could be wrong with any of them."""
+    if not batches:
+        raise RequestError("There is nothing to edit: the list of requests is empty.")
+    checked: list[list[dict[str, Any]]] = []
+    number = 0
+    for batch in batches:
+        checked.append([])
+        for record in batch:
+            try:
+                fact = parse_request(record)
+                request = {**(record if isinstance(record, Mapping) else {}), **vars(fact)}
+                _prompts_of(request)
+            except RequestError as error:
+                raise RequestError(f"Request {number}: {error}") from error
+            checked[-1].append(request)
+            number += 1
+        with warnings.catch_warnings():
+            # The editor parses each batch again, and warns then.
+            warnings.simplefilter("ignore", EditingWarning)
+            parse_requests(batch)
+    return checked
+
+
 def _prompts_of(request: Mapping[str, Any]) -> list[tuple[tuple[str, ...], str, str]]:
+    """Every prompt of a request by its place in the result, with the answer that is scored."""
     asked = [(("rewrite",), request["prompt"], request["target_new"])]
     if request.get("rephrase_prompt"):
         asked.append((("rephrase",), request["rephrase_prompt"], request["target_new"]))
     for section in ("locality", "portability"):
         for key, value in (request.get(section) or {}).items():
+            value = _prompt_and_answer(f"{section}[{key!r}]", value)
             prompts, answers = _as_list(value["prompt"]), _as_list(value["ground_truth"])
+            if len(prompts) != len(answers):
+                raise RequestError(f"{section}[{key!r}] has {len(prompts)} prompts, but {len(answers)} answers.")
             asked += [((section, key), p, a) for p, a in zip(prompts, answers, strict=True)]
+    for place, prompt, answer in asked:
+        if not all(isinstance(text, str) and text.strip() for text in (prompt, answer)):
+            raise RequestError(f"{' '.join(place)}: prompts and answers must be texts; found {prompt!r}, {answer!r}.")
     return asked
+
+
+def _prompt_and_answer(name: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping) or not {"prompt", "ground_truth"} <= value.keys():
+        raise RequestError(f"{name} must hold 'prompt' and 'ground_truth'; found {value!r}.")
+    return value
 
 
 def _metrics_entry(
@@ -238,7 +281,7 @@ def _requests(
     subject: str | Sequence[str] | None,
 ) -> list[dict[str, Any]]:
     """EasyEdit's request dicts from parallel lists."""
-    count = len(_as_list(prompts))
+    count = len(_column("prompts", prompts))
     if subject is None:
         raise RequestError("Editing needs the subject of each prompt: pass subject=[...].")
     columns = {"prompt": prompts, "target_new": target_new, "subject": subject}
@@ -250,20 +293,23 @@ def _requests(
                 request[name] = value
     for section, inputs in (("locality", locality_inputs), ("portability", portability_inputs)):
         for key, value in (inputs or {}).items():
-            listed = _column(f"{section}_inputs[{key!r}]", value["prompt"], count)
-            answers = _column(f"{section}_inputs[{key!r}]", value["ground_truth"], count)
+            name = f"{section}_inputs[{key!r}]"
+            value = _prompt_and_answer(name, value)
+            listed, answers = _column(name, value["prompt"], count), _column(name, value["ground_truth"], count)
             for request, prompt, answer in zip(requests, listed, answers, strict=True):
                 if prompt is not None:
                     request[section][key] = {"prompt": prompt, "ground_truth": answer}
     return requests
 
 
-def _column(name: str, values: Any, count: int) -> list[Any]:
+def _column(name: str, values: Any, count: int | None = None) -> list[Any]:
     listed = _as_list(values)
-    if len(listed) != count:
+    if count is not None and len(listed) != count:
         raise RequestError(f"{name} has {len(listed)} entries for {count} prompts.")
     return listed
 
 
 def _as_list(value: Any) -> list[Any]:
+    if not isinstance(value, Sequence):
+        raise RequestError(f"Expected a text or a list of texts; found {value!r}.")
     return [value] if isinstance(value, str) else list(value)

@@ -192,7 +192,7 @@ def find_experts(module: nn.Module, name: str) -> Experts | None:
 
     Raises:
         QuantizedExpertsError: experts in MXFP4, FP8, bitsandbytes or another quantised format.
-        LayoutError: a packed collection whose layout is not known.
+        LayoutError: a collection whose layout is not known, or whose weights are offloaded.
     """
     if isinstance(module, nn.ModuleList):
         return _find_modulelist(module, name)
@@ -200,12 +200,13 @@ def find_experts(module: nn.Module, name: str) -> Experts | None:
     down = getattr(module, "down_proj", None)
     packed = isinstance(down, nn.Parameter) and down.dim() == 3
     if marks or (packed and _is_quantized(down)):
-        found = ", ".join(marks) if marks else f"down_proj of dtype {down.dtype}"
+        found = ", ".join(marks) if marks else f"down_proj is a {type(down.data).__name__} of {down.dtype}"
         raise QuantizedExpertsError(f"{name} ({type(module).__name__}) is quantised: {found}. {_QUANTIZED_ADVICE}")
     if not packed:
         if isinstance(down, nn.Parameter) and _is_quantized(down) and hasattr(module, "num_experts"):
             raise QuantizedExpertsError(
-                f"{name} ({type(module).__name__}) is quantised: {type(down).__name__} {down.dtype}. {_QUANTIZED_ADVICE}"
+                f"{name} ({type(module).__name__}) is quantised: down_proj is a {type(down).__name__} of {down.dtype}. "
+                f"{_QUANTIZED_ADVICE}"
             )
         return None
     missing = [flag for flag in ("is_transposed", "has_bias", "has_gate") if not hasattr(module, flag)]
@@ -215,24 +216,39 @@ def find_experts(module: nn.Module, name: str) -> Experts | None:
             f"{', '.join(missing)}, the flags of transformers' experts protocol, so its orientation can't be known. "
             "It is refused rather than guessed; please report the model's class."
         )
+    _refuse_offloaded(down, name)
     return PackedExperts(module, name)
 
 
 def _is_quantized(parameter: nn.Parameter) -> bool:
-    return parameter.dtype not in _FLOATS or hasattr(parameter, "quant_state")
+    # A tensor subclass (torchao, DTensor) reports a float dtype, but its storage is not the matrix.
+    return (
+        parameter.dtype not in _FLOATS or hasattr(parameter, "quant_state") or type(parameter.data) is not torch.Tensor
+    )
 
 
 def _find_modulelist(module: nn.ModuleList, name: str) -> Experts | None:
     if len(module) < 2 or not name.split(".")[-1].endswith("experts"):
         return None
     down = next((getattr(module[0], n) for n in _DOWN_NAMES if hasattr(module[0], n)), None)
-    if not isinstance(down, nn.Module) or not isinstance(getattr(down, "weight", None), nn.Parameter):
+    if not isinstance(down, nn.Module):
         raise LayoutError(
             f"{name}: experts of class {type(module[0]).__name__} have no down-projection named "
             f"{' or '.join(_DOWN_NAMES)}; this layout is unknown. Please report the model's class."
         )
-    if _is_quantized(down.weight) or not isinstance(down, nn.Linear):
+    if not isinstance(down, nn.Linear) or _is_quantized(down.weight):
+        dtype = getattr(getattr(down, "weight", None), "dtype", "unknown")
         raise QuantizedExpertsError(
-            f"{name}: down-projection of class {type(down).__name__}, dtype {down.weight.dtype}. {_QUANTIZED_ADVICE}"
+            f"{name}: the down-projections are no float nn.Linear but of class {type(down).__name__}, dtype {dtype}. "
+            f"{_QUANTIZED_ADVICE}"
         )
+    _refuse_offloaded(down.weight, name)
     return ModuleListExperts(module, name)
+
+
+def _refuse_offloaded(parameter: nn.Parameter, name: str) -> None:
+    if parameter.device.type == "meta":
+        raise LayoutError(
+            f"{name}: the experts' weights are offloaded (on the meta device), so they can't be read or edited. Load "
+            "the model with every layer on a GPU or on the CPU."
+        )

@@ -10,6 +10,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from math import isfinite
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -100,7 +101,7 @@ class MoEHyperParams:
     def __post_init__(self) -> None:
         if not self.methods:
             raise HyperParamsError("MoEHyperParams is abstract; use the class of your method.")
-        self.alg_name = presets.canonical_name(self.alg_name)
+        self.alg_name = presets.canonical_name(str(self.alg_name))
         if self.alg_name not in self.methods:
             raise HyperParamsError(
                 f"{type(self).__name__} is for {', '.join(self.methods)}; found alg_name {self.alg_name!r}."
@@ -135,6 +136,9 @@ class MoEHyperParams:
             self._require(name, getattr(self, name) >= low, f"at least {low}")
         for name in ("v_lr", "clamp_norm_factor"):
             self._require(name, getattr(self, name) > 0, "greater than 0")
+        for item in fields(self):
+            value = getattr(self, item.name)
+            self._require(item.name, not isinstance(value, float) or isfinite(value), "finite")
         choices = {
             "fact_token": FACT_TOKENS, "metric": METRICS, "spread": SPREADS, "dtype": DTYPES,
             "mom2_dtype": ("float32", "float64"), "low_coverage": LOW_COVERAGE,
@@ -166,7 +170,7 @@ class MoEHyperParams:
         unknown = [key for key in values if key not in known]
         if unknown:
             raise HyperParamsError(
-                f"{where}: unknown key '{unknown[0]}' for {cls.__name__}.{did_you_mean(unknown[0], known)}"
+                f"{where}: unknown key '{unknown[0]}' for {cls.__name__}.{did_you_mean(str(unknown[0]), known)}"
             )
         missing = [
             n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING and n not in values
@@ -291,7 +295,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise HyperParamsError(f"The hparams file {path} does not exist.{did_you_mean(str(path), shipped)}")
     try:
         values = yaml.safe_load(found.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise HyperParamsError(f"{found} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise HyperParamsError(f"{found} must hold a mapping of names to values.")

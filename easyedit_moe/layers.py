@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import nn
 
 from easyedit_moe.errors import DenseModelError, LayerError, LayoutError
-from easyedit_moe.experts import Experts, find_experts
+from easyedit_moe.experts import Experts, ModuleListExperts, find_experts
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class MoELayerView:
             if found is not None:
                 self.layers[index] = found
         if not self.layers:
+            _refuse_unknown_experts(self.stack_name, self.decoder_layers)
             raise DenseModelError(
                 f"{type(model).__name__} has {len(self.decoder_layers)} decoder layers and no experts in any of them. "
                 "This package edits Mixture-of-Experts models; use EasyEdit's own editors for a dense one."
@@ -77,7 +79,7 @@ class MoELayerView:
             raise LayerError("layers is empty; name at least one MoE layer.")
         if any(isinstance(i, bool) or not isinstance(i, int) for i in layers):
             raise LayerError(f"layers must be whole numbers; found {list(layers)}.")
-        if any(b <= a for a, b in zip(layers, layers[1:], strict=False)):
+        if any(b <= a for a, b in pairwise(layers)):
             raise LayerError(f"layers must be strictly increasing; found {list(layers)}.")
         outside = [i for i in layers if not 0 <= i < self.num_layers]
         if outside:
@@ -86,6 +88,16 @@ class MoELayerView:
         if dense:
             raise LayerError(f"layers {dense} are dense; the MoE layers of this model are {sorted(self.layers)}.")
         return [self.layers[i] for i in layers]
+
+
+def _refuse_unknown_experts(stack_name: str, layers: nn.ModuleList) -> None:
+    """LayoutError if modules that were not recognised call themselves experts: the model is hardly dense then."""
+    for name, module in layers.named_modules(prefix=stack_name):
+        if "expert" in name.rpartition(".")[2]:
+            raise LayoutError(
+                f"{name} ({type(module).__name__}) is named like experts, but its layout is unknown. Please report the "
+                "model's class."
+            )
 
 
 def _decoder_stack(model: nn.Module) -> tuple[nn.ModuleList, str]:
@@ -109,7 +121,8 @@ def _decoder_stack(model: nn.Module) -> tuple[nn.ModuleList, str]:
     ]
     if not outermost:
         raise LayoutError(
-            f"{type(model).__name__} has no list of decoder layers named layers, h or blocks; this architecture is unknown."
+            f"{type(model).__name__} has no list of decoder layers named layers, h or blocks; this architecture is "
+            "unknown."
         )
     if len(outermost) > 1:
         stacks = ", ".join(name for name, _ in outermost)
@@ -133,4 +146,9 @@ def _experts_of_layer(model: nn.Module, layer: nn.Module, name: str, index: int)
         raise LayoutError(f"{name} has several collections of experts ({paths}); which one to edit is ambiguous.")
     path, experts = found[0]
     block = model.get_submodule(path.rpartition(".")[0])
+    if block is layer and isinstance(experts, ModuleListExperts):
+        raise LayoutError(
+            f"{path} is a ModuleList in the decoder layer itself, without a MoE block around it, so its gates can't be "
+            "read. Please report the model's class."
+        )
     return MoELayer(index, name, layer, block, experts, path)

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -42,7 +44,8 @@ def load_model(
         model_parallel: the same as ``device_map="auto"``.
 
     Raises:
-        HyperParamsError: unknown dtype or a GPU that is not there. DataError: the checkpoint can't be found or read.
+        HyperParamsError: unknown dtype or a GPU that is not there. DataError: the checkpoint can't be found or read, or
+            lacks weights.
     """
     if dtype not in DTYPES:
         raise HyperParamsError(f"dtype must be one of {', '.join(DTYPES)}; found {dtype!r}.")
@@ -53,6 +56,9 @@ def load_model(
         tok = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise DataError(f"The model {model_name!r} can't be loaded: {error}") from error
+    # transformers makes an empty tokenizer for some models that come without one.
+    if not tok("a", add_special_tokens=False)["input_ids"]:
+        raise DataError(f"The model {model_name!r} can't be loaded: it has no tokenizer files. Save them beside it.")
     if tok.pad_token_id is None:
         tok.pad_token = tok.eos_token
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "config": config}
@@ -64,9 +70,16 @@ def load_model(
         logger.info("%s is MXFP4; it is dequantised, since edits need float weights.", model_name)
         options["quantization_config"] = Mxfp4Config(dequantize=True)
     try:
-        model = _auto_class(config).from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
+        model, report = _auto_class(config).from_pretrained(name, output_loading_info=True, **options)
+    except (OSError, ValueError, SafetensorError) as error:
         raise DataError(f"The weights of {model_name!r} can't be loaded: {error}") from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise DataError(
+            f"The checkpoint {model_name!r} lacks {len(missing)} of the model's weights, which transformers "
+            f"{transformers.__version__} would draw at random; the first is {missing[0]}. Use the version of "
+            "transformers that it was saved with, or another checkpoint."
+        )
     if "device_map" not in options:
         model.to(where)
     return model.eval(), tok

@@ -1,4 +1,4 @@
-"""Efficacy, generalisation, specificity and utility by the papers' protocols, with standard errors, and routing similarity.
+"""Efficacy, generalisation, specificity, utility by the papers' protocols, with standard errors; routing similarity.
 
 All numbers are teacher-forced. ``exact_match`` stands beside them: whether free greedy generation after the prompt
 writes the new target.

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.capture import Routing, hooks, inference_mode_of, layer_output, read_routing, run, stop_after
-from easyedit_moe.errors import NumericalError
+from easyedit_moe.errors import DataError, NumericalError
 from easyedit_moe.layers import MoELayer, MoELayerView
 from easyedit_moe.tokens import Batch, collate, encode_text, pad_id
 
@@ -117,11 +117,14 @@ def collect_moments(
     the device of each layer.
 
     Raises:
-        LayerError: layers that can't be edited. NumericalError: keys that are not finite.
+        LayerError: layers that can't be edited. DataError: no text with a token. NumericalError: keys or outputs that
+            are not finite.
     """
     accumulators = {moe.index: _Accumulator(moe, dtype) for moe in view.require(layers)}
     encoded = sorted((encode_text(tok, text)[:max_length] for text in texts), key=len)
     encoded = [ids for ids in encoded if ids]
+    if not encoded:
+        raise DataError(f"None of the {len(texts)} texts has a token to collect statistics from.")
     starts = range(0, len(encoded), batch_size)
     with inference_mode_of(view.model), hooks() as handles:
         for index, accumulator in accumulators.items():

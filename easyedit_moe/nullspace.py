@@ -100,7 +100,7 @@ def null_space(
         NumericalError: moments that are not finite, or an eigendecomposition that fails.
         HyperParamsError: a negative threshold, a relative one above 1, or an unknown ``low_coverage``.
     """
-    if threshold < 0 or (relative and threshold > 1):
+    if not threshold >= 0 or (relative and threshold > 1):
         raise HyperParamsError(f"nullspace_threshold must be >= 0, and <= 1 where it is relative; found {threshold}.")
     projectors = []
     for expert, moment in enumerate(resolve_coverage(moments, counts, min_count, low_coverage)):

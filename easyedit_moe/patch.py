@@ -72,8 +72,8 @@ class WeightPatch:
         found = model_fingerprint(view)
         if found != self.fingerprint:
             raise PatchError(
-                f"This patch was made for another model: expected fingerprint {self.fingerprint[:16]}, found {found[:16]}. "
-                "Load the model it was made for, in the same dtype."
+                f"This patch was made for another model: expected fingerprint {self.fingerprint[:16]}, found "
+                f"{found[:16]}. Load the model it was made for, in the same dtype."
             )
         with writing(view) as writer:
             for layer, update in self.steps:
@@ -92,10 +92,14 @@ class WeightPatch:
             raise PatchError("This patch is not applied, so there is nothing to revert.")
         view = MoELayerView(model)
         for layer, experts in self.written.items():
+            moe = view.layers.get(layer)
+            if moe is None or max(experts) >= moe.experts.layout.num_experts:
+                raise PatchError(f"This model lacks the experts that the patch wrote in layer {layer}.")
             for expert, checksum in experts.items():
-                if _checksum(view.layers[layer].experts.read(expert)) != checksum:
+                if _checksum(moe.experts.read(expert)) != checksum:
                     raise PatchError(
-                        f"Layer {layer}, expert {expert} was changed after this patch was written; revert the later patch first."
+                        f"Layer {layer}, expert {expert} was changed after this patch was written; revert the later "
+                        "patch first."
                     )
         restore(view, self.originals)
         self.originals, self.written = {}, {}
@@ -107,8 +111,10 @@ class WeightPatch:
             moe = view.layers[layer]
             for expert, original in experts.items():
                 name, parameter = moe.experts.parameters_of(expert)
-                copy = full.setdefault(f"{moe.experts_name}.{name}", parameter.detach().clone())
-                target = copy if parameter.dim() == 2 else copy[expert]
+                name = f"{moe.experts_name}.{name}"
+                if name not in full:
+                    full[name] = parameter.detach().clone()
+                target = full[name] if parameter.dim() == 2 else full[name][expert]
                 target.copy_(original.T if moe.experts.layout.transposed else original)
         return full
 
@@ -116,7 +122,7 @@ class WeightPatch:
         """Write factors and provenance to one safetensors file, atomically."""
         tensors: dict[str, Tensor] = {}
         for i, (_, update) in enumerate(self.steps):
-            tensors[f"{i}.left"] = update.left
+            tensors[f"{i}.left"] = update.left.clone()  # two steps may share it, which safetensors refuses
             tensors[f"{i}.experts"] = torch.tensor(update.experts)
             tensors[f"{i}.sizes"] = torch.tensor([len(c) for c in update.columns])
             tensors[f"{i}.columns"] = torch.cat(update.columns)
@@ -140,14 +146,11 @@ class WeightPatch:
         tensors, metadata = read_safetensors(Path(path), PatchError, "save the patch anew")
         if metadata.get("kind") != "patch" or metadata.get("schema") != SCHEMA:
             raise PatchError(f"{path} is not a patch of schema {SCHEMA}.")
-        steps = []
-        for i, layer in enumerate(metadata["layers"]):
-            sizes = tensors[f"{i}.sizes"].tolist()
-            columns = torch.split(tensors[f"{i}.columns"], sizes)
-            right = torch.split(tensors[f"{i}.right"], sizes, dim=1)
-            experts = tuple(tensors[f"{i}.experts"].tolist())
-            steps.append((int(layer), FactoredUpdate(tensors[f"{i}.left"], experts, columns, right)))
-        return WeightPatch(steps, metadata["fingerprint"], metadata["provenance"])
+        try:
+            steps = [(int(layer), _loaded_update(tensors, i)) for i, layer in enumerate(metadata["layers"])]
+            return WeightPatch(steps, metadata["fingerprint"], metadata["provenance"])
+        except KeyError as error:
+            raise PatchError(f"{path} is incomplete: it lacks {error}; save the patch anew.") from error
 
     @staticmethod
     def concat(patches: list[WeightPatch]) -> WeightPatch:
@@ -213,7 +216,8 @@ class PatchWriter:
         with torch.no_grad():
             for expert, delta in update.deltas():
                 weight = moe.experts.read(expert)
-                saved.setdefault(expert, weight.clone())
+                if expert not in saved:
+                    saved[expert] = weight.clone()
                 error, norm = _add(moe, expert, weight, delta.to(weight.device))
                 lost, total = lost + error, total + norm
         self.steps.append((layer, update))
@@ -254,6 +258,14 @@ def restore(view: MoELayerView, originals: Mapping[int, Mapping[int, Tensor]]) -
                 view.layers[layer].experts.read(expert).copy_(original)
 
 
+def _loaded_update(tensors: Mapping[str, Tensor], i: int) -> FactoredUpdate:
+    """Step ``i`` of a saved patch; KeyError where a part is missing."""
+    sizes = tensors[f"{i}.sizes"].tolist()
+    columns = torch.split(tensors[f"{i}.columns"], sizes)
+    right = torch.split(tensors[f"{i}.right"], sizes, dim=1)
+    return FactoredUpdate(tensors[f"{i}.left"], tuple(tensors[f"{i}.experts"].tolist()), columns, right)
+
+
 def versions() -> dict[str, str]:
     """Versions that a result depends on."""
     from easyedit_moe import __version__
@@ -275,8 +287,10 @@ def _add(moe: MoELayer, expert: int, weight: Tensor, delta: Tensor) -> tuple[flo
             f"Expert {expert} of layer {moe.index} would become NaN or infinite in {weight.dtype}; nothing was kept "
             "of this edit. Raise lambda_reg, or load the model in bfloat16 or float32."
         )
+    # Measured before the copy: in float32, ``before`` is the weight itself.
+    lost = float(((rounded.float() - before - delta) ** 2).sum())
     weight.copy_(rounded)
-    return float(((rounded.float() - before - delta) ** 2).sum()), float((delta**2).sum())
+    return lost, float((delta**2).sum())
 
 
 def _checksum(weight: Tensor) -> int:

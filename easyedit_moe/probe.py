@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from easyedit_moe.capture import (
     Routing,
+    block_output,
     hooks,
     inference_mode_of,
     layer_output,
@@ -42,43 +43,63 @@ def expert_sum(moe: MoELayer, routing: Routing) -> Tensor:
 def check_keys(view: MoELayerView, index: int, ids: Sequence[int], pad: int) -> float:
     """Relative distance between :func:`expert_sum` and what the experts module itself returns on ``ids``.
 
-    For ModuleList experts, whose sum no module returns, there is nothing to compare with and 0 is returned.
+    No module returns the sum of ModuleList experts, so there it is what the block's output loses without them, and the
+    distance is relative to the block's output.
 
     Raises:
         LayoutError: they differ, so this layer's layout is not what its flags say.
         NumericalError: the experts' output is not finite.
     """
     moe = view.layers[index]
-    if isinstance(moe.experts, ModuleListExperts):
-        return 0.0
     seen: list[Tensor] = []
     with inference_mode_of(view.model), hooks() as handles:
         handles.append(read_routing(moe, lambda routing: seen.append(expert_sum(moe, routing))))
-        handles.append(moe.experts.module.register_forward_hook(lambda _, __, out: seen.append(layer_output(out))))
+        handles.append(_read_expert_output(moe, lambda *outputs: seen.extend(outputs)))
         handles.append(stop_after(moe.layer))
         run(view.model, collate([ids], pad))
-    ours, theirs = seen[0], seen[1].reshape(seen[0].shape).float()
+    ours = seen[0]
+    theirs, whole = (out.reshape(ours.shape).float() for out in seen[1:])
     if not torch.isfinite(theirs).all():
         raise NumericalError(
             f"{moe.experts_name} returns NaN or infinity: the model's weights are not finite, or its dtype overflows. "
             "Reload it, or load it in bfloat16 or float32."
         )
-    error = float((ours - theirs).norm() / theirs.norm().clamp_min(1e-30))
-    if error > _KEY_TOLERANCE[moe.experts.layout.dtype]:
+    error = float((ours - theirs).norm() / whole.norm().clamp_min(1e-30))
+    if not error <= _KEY_TOLERANCE[moe.experts.layout.dtype]:
         raise LayoutError(
-            f"{moe.experts_name} ({type(moe.experts.module).__name__}): the sum of gated expert outputs differs from the "
-            f"module's own output by {error:.1e}. Its layout is not what its flags say; please report the model's class."
+            f"{moe.experts_name} ({type(moe.experts.module).__name__}): the sum of gated expert outputs differs from "
+            f"the module's own output by {error:.1e}. Its layout is not what it looks like; please report the model's "
+            "class."
         )
     return error
 
 
-def residual_gain(view: MoELayerView, index: int, ids: Sequence[int], pad: int) -> float:
-    """How much a change of the MoE block's output moves the layer's output (1 without a residual multiplier).
+def _read_expert_output(moe: MoELayer, receive: Callable[[Tensor, Tensor], None]) -> Any:
+    """Hook handle that hands over the experts' own sum, and the output that it was read from."""
+    if not isinstance(moe.experts, ModuleListExperts):
+        return moe.experts.module.register_forward_hook(
+            lambda _, __, out: receive(layer_output(out), layer_output(out))
+        )
 
-    Measured, not read from a config: the block's output is shifted by a fixed direction and the layer's output compared.
+    def read(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        whole = layer_output(output)
+        rest = block_output(moe, args, kwargs, {})
+        receive(whole.reshape(rest.shape) - rest, whole)
+
+    return moe.block.register_forward_hook(read, with_kwargs=True)
+
+
+def residual_gain(view: MoELayerView, index: int, ids: Sequence[int], pad: int) -> float:
+    """How much a change of the experts' output moves the layer's output (1 without a residual multiplier).
+
+    Measured, not read from a config: the output is shifted by a fixed direction and the layer's output compared. The
+    shift is put where the experts' sum appears, because some blocks scale it before they add a shared expert; for
+    ModuleList experts, whose gates hold such a factor already, that is the block's output.
 
     Raises:
-        LayoutError: the layer's output is not ``gain * block output + rest`` (for instance a norm behind the block).
+        LayoutError: the layer's output is not ``gain * experts' output + rest`` (for instance a norm behind the block,
+            or a projection).
+        NumericalError: the layer's output is not finite.
     """
     moe = view.layers[index]
     states: list[Tensor] = []
@@ -94,7 +115,8 @@ def residual_gain(view: MoELayerView, index: int, ids: Sequence[int], pad: int) 
         states.append(layer_output(output).detach().float())
 
     with inference_mode_of(view.model), hooks() as handles:
-        handles.append(moe.output_site.register_forward_hook(move))
+        site = moe.block if isinstance(moe.experts, ModuleListExperts) else moe.experts.module
+        handles.append(site.register_forward_hook(move))
         handles.append(moe.layer.register_forward_hook(read))
         handles.append(stop_after(moe.layer))
         batch = collate([ids], pad)
@@ -103,13 +125,23 @@ def residual_gain(view: MoELayerView, index: int, ids: Sequence[int], pad: int) 
         direction = torch.cos(torch.arange(moe.experts.layout.d_model, dtype=torch.float32)).to(blocks[0].device)
         shift.append(direction * scale)
         run(view.model, batch)
+    if not (torch.isfinite(states[0]).all() and torch.isfinite(states[1]).all()):
+        raise NumericalError(
+            f"{moe.name} returns NaN or infinity: the model's weights are not finite, or its dtype overflows. "
+            "Reload it, or load it in bfloat16 or float32."
+        )
+    if states[0].shape[-1] != len(direction):
+        raise LayoutError(
+            f"{moe.experts_name} returns vectors of {len(direction)} numbers, but the residual stream has "
+            f"{states[0].shape[-1]}: a projection lies between. This architecture is not supported."
+        )
     moved = (states[1] - states[0]).reshape(-1, len(direction))
     wanted = shift[0].to(moved.device)
     gain = float((moved @ wanted).mean() / (wanted @ wanted))
     error = float((moved - gain * wanted).norm() / (moved.norm() + 1e-30))
     if abs(gain) < 1e-6 or error > 0.05:
         raise LayoutError(
-            f"{moe.name}: its output does not follow its MoE block's output linearly (relative deviation {error:.2f}), "
+            f"{moe.name}: its output does not follow its experts' output linearly (relative deviation {error:.2f}), "
             "so a residual at the layer's output can't be handed to the experts. This architecture is not supported."
         )
     return 1.0 if abs(gain - 1) < 0.01 else gain

@@ -44,8 +44,8 @@ def load_records(source: str | Path) -> RecordSet:
 
     Known layouts: ROME's counterfact.json and multi_counterfact.json (``requested_rewrite``, ``paraphrase_prompts``,
     ``neighborhood_prompts``); EasyEdit's CounterFact (``prompt``, ``subject``, ``target_new``, ``ground_truth``,
-    ``rephrase_prompt``, ``locality_prompt``, ``locality_ground_truth``); ZsRE (``src``, ``subject``, ``alt``, ``answers``,
-    ``rephrase``, ``loc``, ``loc_ans``). A record that can't be used is skipped and listed with the reason.
+    ``rephrase_prompt``, ``locality_prompt``, ``locality_ground_truth``); ZsRE (``src``, ``subject``, ``alt``,
+    ``answers``, ``rephrase``, ``loc``, ``loc_ans``). A record that can't be used is skipped and listed with the reason.
 
     Raises:
         DataError: missing file, not JSON, not a list of records, an unknown layout, or not one usable record.
@@ -58,13 +58,13 @@ def load_records(source: str | Path) -> RecordSet:
         items = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(items, list) or not items or not all(isinstance(item, Mapping) for item in items):
-        raise DataError(f"{path} must hold a non-empty list of records; found {type(items).__name__}.")
     return parse_records(items, str(path))
 
 
 def parse_records(items: Sequence[Mapping[str, Any]], where: str = "the data") -> RecordSet:
     """Records of one layout, recognised by the first item; see :func:`load_records`."""
+    if not isinstance(items, Sequence) or not items or not all(isinstance(item, Mapping) for item in items):
+        raise DataError(f"{where} must hold a non-empty list of records; found {type(items).__name__}.")
     first = items[0]
     if "requested_rewrite" in first:
         protocol, parse = "counterfact", _rome_counterfact
@@ -81,7 +81,7 @@ def parse_records(items: Sequence[Mapping[str, Any]], where: str = "the data") -
     for number, item in enumerate(items):
         try:
             records.append(parse(item))
-        except (RequestError, KeyError, TypeError, IndexError) as error:
+        except (RequestError, KeyError) as error:
             skipped.append((number, f"missing {error}" if isinstance(error, KeyError) else str(error)))
     if not records:
         raise DataError(f"{where}: none of {len(items)} records can be used; the first: {skipped[0][1]}")
@@ -92,18 +92,18 @@ def _rome_counterfact(item: Mapping[str, Any]) -> EvaluationRecord:
     request = parse_request(item)
     if request.ground_truth is None:
         raise RequestError("'target_true' is missing.")
-    neighbours = tuple((prompt, request.ground_truth) for prompt in item["neighborhood_prompts"])
-    return EvaluationRecord(request, tuple(item["paraphrase_prompts"]), neighbours)
+    neighbours = tuple((prompt, request.ground_truth) for prompt in _texts(item["neighborhood_prompts"]))
+    return EvaluationRecord(request, _texts(item["paraphrase_prompts"]), neighbours)
 
 
 def _easyedit_counterfact(item: Mapping[str, Any]) -> EvaluationRecord:
     request = parse_request(item)
     if request.ground_truth is None:
         raise RequestError("'ground_truth' is missing.")
-    prompts, answers = _as_list(item.get("locality_prompt")), _as_list(item.get("locality_ground_truth"))
-    return EvaluationRecord(
-        request, tuple(_as_list(item.get("rephrase_prompt"))), tuple(zip(prompts, answers, strict=True))
-    )
+    prompts, answers = _texts(item.get("locality_prompt")), _texts(item.get("locality_ground_truth"))
+    if len(prompts) != len(answers):
+        raise RequestError(f"{len(prompts)} locality prompts, but {len(answers)} answers.")
+    return EvaluationRecord(request, _texts(item.get("rephrase_prompt")), tuple(zip(prompts, answers, strict=True)))
 
 
 def _zsre(item: Mapping[str, Any]) -> EvaluationRecord:
@@ -112,13 +112,18 @@ def _zsre(item: Mapping[str, Any]) -> EvaluationRecord:
             "prompt": item["src"],
             "subject": item["subject"],
             "target_new": item["alt"],
-            "ground_truth": item["answers"][0],
+            "ground_truth": item["answers"],
         }
     )
-    return EvaluationRecord(request, (item["rephrase"],), ((item["loc"], item["loc_ans"]),))
+    if request.ground_truth is None:
+        raise RequestError("'ground_truth' is missing: 'answers' is empty.")
+    (loc,), (loc_ans,) = _texts([item["loc"]]), _texts([item["loc_ans"]])
+    return EvaluationRecord(request, _texts([item["rephrase"]]), ((loc, loc_ans),))
 
 
-def _as_list(value: Any) -> list[str]:
-    if value is None:
-        return []
-    return [value] if isinstance(value, str) else list(value)
+def _texts(value: Any) -> tuple[str, ...]:
+    """Nothing, one text or a list of texts as a tuple."""
+    listed = () if value is None else (value,) if isinstance(value, str) else value
+    if not isinstance(listed, Sequence) or not all(isinstance(text, str) for text in listed):
+        raise RequestError(f"Prompts and answers must be strings; found {value!r}.")
+    return tuple(listed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,8 @@ def parse_request(record: Mapping[str, Any] | EditRequest) -> EditRequest:
     if not isinstance(record, Mapping):
         raise RequestError(f"A request must be a dict; found {type(record).__name__}: {str(record)[:80]!r}.")
     rewrite = record.get("requested_rewrite", record)
+    if not isinstance(rewrite, Mapping):
+        raise RequestError(f"'requested_rewrite' must be a dict; found {rewrite!r}.")
     prompt = _required_text(rewrite, "prompt")
     subject = _required_text(rewrite, "subject", "Editing needs the subject: pass subject=... with the prompt.")
     target = _required_text(rewrite, "target_new")
@@ -44,6 +46,8 @@ def parse_request(record: Mapping[str, Any] | EditRequest) -> EditRequest:
         truth = truth[0] if truth else None
     if isinstance(truth, Mapping):
         truth = truth.get("str")
+    if truth is not None and not isinstance(truth, str):
+        raise RequestError(f"'ground_truth' must be a string or None; found {truth!r}.")
     if "{}" in prompt:
         prompt = prompt.replace("{}", subject)
     subject_span(prompt, subject)
@@ -58,8 +62,8 @@ def parse_requests(records: Sequence[Mapping[str, Any] | EditRequest]) -> list[E
     Raises:
         RequestError: no request, one that is unusable, one given twice, or two with different targets for one prompt.
     """
-    if isinstance(records, (Mapping, EditRequest, str)):
-        raise RequestError("Requests must be a list; wrap a single request in [ ].")
+    if isinstance(records, (Mapping, EditRequest, str)) or not isinstance(records, Iterable):
+        raise RequestError(f"Requests must be a list; found {type(records).__name__}. Wrap a single request in [ ].")
     if not records:
         raise RequestError("There is nothing to edit: the list of requests is empty.")
     requests: list[EditRequest] = []

@@ -17,7 +17,7 @@ class RoutedKeys:
 
     Attributes:
         expert: ``[T, K]`` int64, the experts that the router picked.
-        gate: ``[T, K]`` float, the weights with which it mixes them.
+        gate: ``[T, K]`` float, the weights with which it mixes them; slots whose gate is 0 are padding.
         key: ``[T, K, h]`` float, the input of each picked expert's down-projection.
     """
 
@@ -36,9 +36,13 @@ class RoutedKeys:
         return self.key.shape[-1]
 
     def design(self, dtype: torch.dtype = torch.float64) -> list[ExpertDesign]:
-        """One :class:`ExpertDesign` per expert that is hit, in increasing order of experts."""
+        """One :class:`ExpertDesign` per expert that is hit, in increasing order of experts.
+
+        Slots with a zero gate are left out: a padded slot names an expert that its token may also really use.
+        """
         flat = self.expert.reshape(-1)
         order = torch.argsort(flat, stable=True)
+        order = order[self.gate.reshape(-1)[order] != 0]
         hit, counts = torch.unique_consecutive(flat[order], return_counts=True)
         width = self.expert.shape[1]
         scaled = self.gate.to(dtype).unsqueeze(-1) * self.key.to(dtype)
@@ -55,7 +59,7 @@ class RoutedKeys:
         out = torch.zeros(self.num_tokens, num_experts, self.d_hidden, dtype=dtype, device=self.key.device)
         for block in self.design(dtype):
             out[block.rows, block.expert] += block.z.T
-        return out.reshape(self.num_tokens, -1)
+        return out.flatten(1)
 
     def to(self, device: torch.device | str) -> RoutedKeys:
         """The same keys on another device."""
@@ -63,11 +67,14 @@ class RoutedKeys:
 
     @staticmethod
     def cat(parts: list[RoutedKeys]) -> RoutedKeys:
-        """Rows of several batches, one after the other."""
+        """Rows of several batches, one after the other; a smaller K is padded with zero gates."""
+        width = max(p.expert.shape[1] for p in parts)
+        extra = [width - p.expert.shape[1] for p in parts]
+        pad = torch.nn.functional.pad
         return RoutedKeys(
-            torch.cat([p.expert for p in parts]),
-            torch.cat([p.gate for p in parts]),
-            torch.cat([p.key for p in parts]),
+            torch.cat([pad(p.expert, (0, n)) for p, n in zip(parts, extra, strict=True)]),
+            torch.cat([pad(p.gate, (0, n)) for p, n in zip(parts, extra, strict=True)]),
+            torch.cat([pad(p.key, (0, 0, 0, n)) for p, n in zip(parts, extra, strict=True)]),
         )
 
 

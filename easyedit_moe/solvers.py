@@ -24,6 +24,20 @@ from easyedit_moe.tucker import TuckerBasis
 SYSTEM_DTYPE = torch.float64
 
 
+def _cholesky(matrix: Tensor) -> Tensor | None:
+    """Lower Cholesky factor, or None where ``matrix`` is not positive definite to working precision.
+
+    Rounding can leave a singular matrix with tiny positive pivots, and its "solution" would be noise of size 1 / eps.
+    ``A_ii (A^{-1})_ii`` says how much of row i the others do not explain, whatever the rows' scale.
+    """
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if failed:
+        return None
+    inflation = torch.diagonal(matrix) * torch.diagonal(torch.cholesky_inverse(factor))
+    limit = 0.1 / (max(len(matrix), 1) * torch.finfo(matrix.dtype).eps)
+    return factor if (inflation <= limit).all() else None
+
+
 class Metric(Protocol):
     """Per-expert metric ``M_j``."""
 
@@ -64,8 +78,11 @@ def covariance_metric(
     "no direction is special" means in the units of C.
 
     Raises:
-        NumericalError: a moment that is not finite, or not positive definite even with the ridge.
+        NumericalError: a moment that is not finite, or not positive definite even with the ridge; no statistics at
+            all for an "identity" expert. HyperParamsError: a negative ridge.
     """
+    if not ridge >= 0:
+        raise HyperParamsError(f"covariance_ridge must be >= 0; found {ridge}.")
     resolved = resolve_coverage(moments, counts, min_count, low_coverage)
     size = moments.shape[-1]
     weights = counts.to(torch.float64)
@@ -75,10 +92,12 @@ def covariance_metric(
     factors: list[Tensor | None] = []
     for expert, moment in enumerate(resolved):
         if isinstance(moment, str):
+            if moment == "identity" and scale == 0:
+                raise NumericalError("All covariances are zero: they give identity no scale. Use a larger corpus.")
             factors.append(None if moment == "frozen" else eye * scale**0.5)
             continue
-        factor, failed = torch.linalg.cholesky_ex(moment + ridge * scale * eye)
-        if failed:
+        factor = _cholesky(moment + ridge * scale * eye)
+        if factor is None:
             raise NumericalError(
                 f"The covariance of expert {expert} ({int(counts[expert])} tokens, h = {size}) is not positive "
                 f"definite with covariance_ridge {ridge}. Raise it, or use a larger corpus."
@@ -91,20 +110,29 @@ def factor_ridge(gram: Tensor, lambda_reg: float) -> Tensor:
     """Cholesky factor of ``gram + lambda I``.
 
     Raises:
-        HyperParamsError: a negative lambda. NumericalError: a matrix that is not positive definite.
+        HyperParamsError: a negative or infinite lambda. NumericalError: a matrix that is not positive definite.
     """
-    if lambda_reg < 0:
-        raise HyperParamsError(f"lambda_reg must be >= 0; found {lambda_reg}.")
+    if not 0 <= lambda_reg < float("inf"):
+        raise HyperParamsError(f"lambda_reg must be finite and >= 0; found {lambda_reg}.")
     if not torch.isfinite(gram).all():
         raise NumericalError("The keys of these requests hold NaN or infinity: the model's weights are not finite.")
     eye = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
-    factor, failed = torch.linalg.cholesky_ex(gram + lambda_reg * eye)
-    if failed:
+    factor = _cholesky(gram + lambda_reg * eye)
+    if factor is None:
         raise NumericalError(
             f"The {gram.shape[0]} x {gram.shape[0]} system is singular at lambda_reg {lambda_reg}: some requests "
             "share a key, or have none left in the null space. Raise lambda_reg."
         )
     return factor
+
+
+def _wanted(residual: Tensor) -> Tensor:
+    """``residual`` in float64, or NumericalError where it is not finite."""
+    if not torch.isfinite(residual).all():
+        raise NumericalError(
+            "The residuals hold NaN or infinity: the target vectors or the hidden states are not finite."
+        )
+    return residual.to(SYSTEM_DTYPE)
 
 
 @dataclass(frozen=True)
@@ -136,14 +164,14 @@ def solve_exact(keys: RoutedKeys, residual: Tensor, lambda_reg: float, metric: M
         residual: ``[T, d]``, r; rows of zeros keep what those keys now yield.
 
     Raises:
-        NumericalError: singular or non-finite system. HyperParamsError: negative lambda.
+        NumericalError: singular or non-finite system or residual. HyperParamsError: negative lambda.
     """
     blocks = _blocks(keys.design(SYSTEM_DTYPE), metric)
     gram = torch.zeros(keys.num_tokens, keys.num_tokens, dtype=SYSTEM_DTYPE, device=residual.device)
     for block in blocks:
         gram[block.rows[:, None], block.rows[None, :]] += block.kernel
     factor = factor_ridge(gram, lambda_reg)
-    left = torch.cholesky_solve(residual.to(SYSTEM_DTYPE), factor).T.contiguous()
+    left = torch.cholesky_solve(_wanted(residual), factor).T.contiguous()
     return FactoredUpdate(
         left, tuple(b.expert for b in blocks), tuple(b.rows for b in blocks), tuple(b.right for b in blocks)
     )
@@ -182,7 +210,7 @@ def solve_bcd(
     blocks = _blocks(keys.design(SYSTEM_DTYPE), metric)
     position = {block.expert: i for i, block in enumerate(blocks)}
     factors = [factor_ridge(block.kernel, lambda_reg) for block in blocks]
-    running = residual.to(SYSTEM_DTYPE).clone()
+    running = _wanted(residual).clone()
     solution = [running.new_zeros(len(block.rows), running.shape[1]) for block in blocks]
 
     def objective() -> float:
@@ -205,7 +233,7 @@ def solve_bcd(
         columns.append(torch.arange(start, start + len(block.rows), device=residual.device))
         start += len(block.rows)
     update = FactoredUpdate(
-        torch.cat(solution).T.contiguous(),
+        torch.cat([running[:0], *solution]).T.contiguous(),
         tuple(b.expert for b in blocks),
         tuple(columns),
         tuple(b.right for b in blocks),
@@ -242,7 +270,7 @@ def solve_core(
     phi = core_features(keys, basis, metric)
     u_out = basis.u_out.to(SYSTEM_DTYPE)
     # Coordinates of the residual in span(U_out); for orthonormal columns this is R U_out.
-    reduced = torch.linalg.lstsq(u_out, residual.to(SYSTEM_DTYPE).T).solution.T
+    reduced = torch.linalg.lstsq(u_out, _wanted(residual).T).solution.T
     if form == "auto":
         form = "dual" if phi.shape[0] <= phi.shape[1] else "primal"
     if form == "dual":

@@ -13,8 +13,9 @@ from easyedit_moe.cache import StatisticsKey, load_moments, save_moments, statis
 from easyedit_moe.corpus import corpus_hash, load_texts
 from easyedit_moe.errors import CoverageWarning
 from easyedit_moe.hparams import MoEHyperParams
-from easyedit_moe.layers import MoELayerView
+from easyedit_moe.layers import MoELayer, MoELayerView
 from easyedit_moe.moments import LayerMoments, collect_moments
+from easyedit_moe.tokens import encode_text
 
 logger = logging.getLogger(__name__)
 
@@ -36,13 +37,15 @@ def layer_statistics(
     """
     texts = load_texts(hparams.mom2_dataset, hparams.mom2_n_samples)
     corpus = corpus_hash(texts)
+    # Another tokenizer, or other special tokens, shows on the first few texts already.
+    tokens = corpus_hash([str(encode_text(tok, text)) for text in texts[:8]])
     folder = statistics_folder(hparams.stats_dir, hparams.model_name, fingerprint)
     keys = {
-        layer: StatisticsKey(fingerprint, layer, corpus, len(texts), hparams.max_length, hparams.mom2_dtype)
+        layer: StatisticsKey(fingerprint, layer, corpus, tokens, len(texts), hparams.max_length, hparams.mom2_dtype)
         for layer in layers
     }
     moments = {
-        layer: load_moments(folder / key.file_name(), key)
+        layer: _on_device_of(view.layers[layer], load_moments(folder / key.file_name(), key))
         for layer, key in keys.items()
         if (folder / key.file_name()).exists()
     }
@@ -57,6 +60,12 @@ def layer_statistics(
     return {layer: moments[layer] for layer in layers}
 
 
+def _on_device_of(moe: MoELayer, value: LayerMoments) -> LayerMoments:
+    """Moments read from a file, where freshly collected ones would be: beside the layer's weights."""
+    device = next(iter(moe.experts.parameters()))[1].device
+    return LayerMoments(value.keys.to(device), value.counts.to(device), value.output.to(device), value.num_tokens)
+
+
 def _report_coverage(moments: dict[int, LayerMoments], hparams: MoEHyperParams) -> None:
     for layer, value in sorted(moments.items()):
         coverage = value.coverage()
@@ -68,8 +77,8 @@ def _report_coverage(moments: dict[int, LayerMoments], hparams: MoEHyperParams) 
             warnings.warn(
                 f"Layer {layer}: {len(coverage.thin)} of {len(value.counts)} experts were reached by fewer than "
                 f"{coverage.d_hidden} tokens (the fewest: {coverage.minimum}), so their statistics are rank deficient. "
-                f"low_coverage is {hparams.low_coverage!r} below min_coverage {hparams.min_coverage}; a larger corpus or "
-                "another choice may be wiser.",
+                f"low_coverage is {hparams.low_coverage!r} below min_coverage {hparams.min_coverage}; a larger corpus "
+                "or another choice may be wiser.",
                 CoverageWarning,
                 stacklevel=3,
             )

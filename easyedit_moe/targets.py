@@ -188,8 +188,8 @@ def _warn(requests: Sequence[EditRequest], targets: TargetVectors, already: Tens
         worst = max(missed, key=lambda i: float(targets.final_nll[i]))
         warnings.warn(
             f"{len(missed)} of {len(requests)} targets were not reached; the worst is {requests[worst].prompt!r} -> "
-            f"{requests[worst].target_new!r} at NLL {float(targets.final_nll[worst]):.2f} per token. More v_num_grad_steps, "
-            "a larger v_lr or clamp_norm_factor, or earlier layers may help.",
+            f"{requests[worst].target_new!r} at NLL {float(targets.final_nll[worst]):.2f} per token. More "
+            "v_num_grad_steps, a larger v_lr or clamp_norm_factor, or earlier layers may help.",
             TargetNotReachedWarning,
             stacklevel=3,
         )

@@ -71,6 +71,9 @@ def encode_prompt(
         raise RequestError(f"fact_token {fact_token!r} needs a subject; the prompt {prompt!r} came without one.")
     start, end = subject_span(prompt, subject)
     inside = [i for i, (a, b) in enumerate(spans) if a < end and b > start]
+    # SentencePiece puts a space of its own before a text, sometimes as a token, and counts it to the first character.
+    while inside and not tok.decode([ids[inside[0]]]).strip():
+        inside.pop(0)
     if not inside:
         raise RequestError(f"No token of the prompt {prompt!r} covers its subject {subject!r}.")
     positions = {
@@ -82,11 +85,20 @@ def encode_prompt(
 
 
 def encode_target(tok: PreTrainedTokenizerBase, target: str) -> list[int]:
-    """Token ids of a target with exactly one space before it, as EasyEdit writes it, and without special tokens."""
-    ids = tok(" " + target.strip(), add_special_tokens=False)["input_ids"]
-    if not ids:
-        raise RequestError(f"The target {target!r} has no tokens.")
-    return list(ids)
+    """Token ids of a target with exactly one space before it, as it continues a prompt, and without special tokens.
+
+    Raises:
+        RequestError: a blank target.
+    """
+    text = target.strip()
+    if not text:
+        raise RequestError(f"The target {target!r} is blank.")
+    # SentencePiece tokenizers put a space of their own before a text, so " x" alone would come out with two.
+    before = tok("a", add_special_tokens=False)["input_ids"]
+    joined = tok("a " + text, add_special_tokens=False)["input_ids"]
+    if joined[: len(before)] == before:
+        return list(joined[len(before) :])
+    return list(tok(" " + text, add_special_tokens=False)["input_ids"])
 
 
 def encode_text(tok: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -111,16 +123,19 @@ def _encode_with_spans(tok: PreTrainedTokenizerBase, text: str) -> tuple[list[in
 def _spans_by_decoding(
     tok: PreTrainedTokenizerBase, text: str, ids: Sequence[int], special: Sequence[int]
 ) -> list[tuple[int, int]]:
-    """Character spans for a tokenizer without offsets: the growth of the decoded prefix, token by token."""
-    spans, end = [], 0
+    """Character spans for a tokenizer without offsets: the growth of the decoded prefix, token by token.
+
+    A token that holds some bytes of a character covers that character, as it does with offsets.
+    """
+    spans, whole = [], 0
     for i, mark in enumerate(special):
         if mark:
-            spans.append((end, end))
+            spans.append((whole, whole))
             continue
         decoded = tok.decode(ids[: i + 1], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        reach = min(len(text), max(end, len(decoded)))
-        spans.append((end, reach if reach > end else min(end + 1, len(text))))
-        end = reach
+        complete = min(len(text), max(whole, len(decoded.rstrip("\ufffd"))))
+        spans.append((whole, min(len(text), complete + 1) if decoded.endswith("\ufffd") else complete))
+        whole = complete
     return spans
 
 

@@ -39,9 +39,7 @@ def _backend() -> str:
     return tokenizer.to_str()
 
 
-def tiny_tokenizer(
-    specials: str = "", padding_side: str = "right", pad: bool = True
-) -> hf.PreTrainedTokenizerFast:
+def tiny_tokenizer(specials: str = "", padding_side: str = "right", pad: bool = True) -> hf.PreTrainedTokenizerFast:
     """Byte-level BPE. ``specials`` may hold "bos" and "eos", which are then put around every text."""
     tokenizer = Tokenizer.from_str(_backend())
     if specials:
@@ -135,27 +133,145 @@ CONFIGS: dict[str, Callable[[], hf.PretrainedConfig]] = {
 FAMILIES = [*CONFIGS, "modulelist"]
 
 
+def _nemotron_h(**more: object) -> hf.PretrainedConfig:
+    common = {name: value for name, value in COMMON.items() if name != "num_hidden_layers"}
+    return hf.NemotronHConfig(
+        **common,
+        **more,
+        layers_block_type=["full_attention", "moe", "full_attention", "moe"],
+        head_dim=8,
+        intermediate_size=48,
+        moe_intermediate_size=24,
+        moe_shared_expert_intermediate_size=40,
+        n_routed_experts=8,
+        num_experts_per_tok=3,
+        routed_scaling_factor=2.5,
+    )
+
+
+# Families with one peculiarity each; those after the blank line can't be edited.
+PECULIAR: dict[str, Callable[[], hf.PretrainedConfig]] = {
+    "nemotron_h": _nemotron_h,  # experts without a gate projection
+    "laguna": lambda: hf.LagunaConfig(  # the block scales the experts' sum
+        **COMMON,
+        head_dim=8,
+        intermediate_size=48,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=40,
+        num_experts=8,
+        num_experts_per_tok=3,
+        moe_routed_scaling_factor=2.5,
+    ),
+    "nemotron_latent": lambda: _nemotron_h(moe_latent_size=16),  # a projection behind the experts
+    "gemma4": lambda: hf.Gemma4TextConfig(  # experts in the decoder layer itself, and a norm behind them
+        **COMMON,
+        head_dim=8,
+        global_head_dim=8,
+        intermediate_size=48,
+        moe_intermediate_size=24,
+        num_experts=8,
+        top_k_experts=3,
+        enable_moe_block=True,
+        hidden_size_per_layer_input=0,
+        vocab_size_per_layer_input=VOCAB,
+    ),
+    "llama4": lambda: hf.Llama4TextConfig(  # packed, but without the protocol's flags
+        **COMMON,
+        head_dim=8,
+        intermediate_size=24,
+        intermediate_size_mlp=48,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+    ),
+    "jetmoe": lambda: hf.JetMoeConfig(  # experts in modules of its own
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_key_value_heads=2,
+        kv_channels=8,
+        intermediate_size=24,
+        num_local_experts=8,
+    ),
+    "dense": lambda: hf.Qwen3Config(**COMMON, head_dim=8, intermediate_size=48),
+}
+
+IMPLEMENTATIONS = ("eager", "grouped_mm")
+CASES = [(family, how) for family in CONFIGS for how in IMPLEMENTATIONS] + [("modulelist", "eager")]
+
+
 def tiny_model(
     family: str = "qwen3_moe", seed: int = 0, implementation: str = "eager", dtype: torch.dtype = torch.float32
 ) -> nn.Module:
     """A randomly initialised causal LM of one family, in evaluation mode, with weights large enough to matter."""
     torch.manual_seed(seed)
     base = "qwen3_moe" if family == "modulelist" else family
-    config = CONFIGS[base]()
-    model = hf.AutoModelForCausalLM.from_config(config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-            elif "bias" not in "".join(type(parameter).__name__) and (parameter == 0).all():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    model = hf.AutoModelForCausalLM.from_config({**CONFIGS, **PECULIAR}[base]())
+    randomise(model, seed)
     if family == "modulelist":
         for layer in model.model.layers:
             layer.mlp = OldStyleBlock(layer.mlp, shared=True)
-    else:
+    elif family != "jetmoe":
         model.set_experts_implementation(implementation)
     return model.to(dtype).eval()
+
+
+@cache
+def shared_model(family: str = "qwen3_moe", implementation: str = "eager") -> nn.Module:
+    """:func:`tiny_model`, built once per session: for tests that leave it as it is."""
+    return tiny_model(family, implementation=implementation)
+
+
+def randomise(model: nn.Module, seed: int = 0) -> None:
+    """Random matrices; zero vectors (biases, some norms) get small values too, so that forgetting them shows."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1 or (parameter == 0).all():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+def tiny_multimodal(name: str = "qwen3_5_moe") -> nn.Module:
+    """A MoE language model behind a vision tower that has layers of its own: "qwen3_5_moe" or "qwen3_vl_moe"."""
+    vision = {
+        "depth": 2,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+        "patch_size": 4,
+        "num_position_embeddings": 16,
+    }
+    if name == "qwen3_5_moe":
+        config = hf.Qwen3_5MoeConfig(text_config=CONFIGS[name]().to_dict(), vision_config=vision)
+        model = hf.Qwen3_5MoeForConditionalGeneration(config)
+    else:
+        text = {**CONFIGS["qwen3_moe"]().to_dict(), "model_type": "qwen3_vl_moe_text"}
+        text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+        config = hf.Qwen3VLMoeConfig(text_config=text, vision_config={**vision, "deepstack_visual_indexes": [0]})
+        model = hf.Qwen3VLMoeForConditionalGeneration(config)
+    randomise(model)
+    return model.eval()
+
+
+def token_ids(count: int, seed: int = 0) -> list[int]:
+    """Random ids of ordinary tokens."""
+    return torch.randint(2, VOCAB, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def reference_key(experts: nn.Module, x: Tensor, expert: int) -> Tensor:
+    """Keys ``[n, h]`` in float64, from each family's published formula rather than from the module's own methods."""
+    x = x.double()
+    if isinstance(experts, nn.ModuleList):
+        module = experts[expert]
+        return nn.functional.silu(x @ module.gate_proj.weight.double().T) * (x @ module.up_proj.weight.double().T)
+    if type(experts).__name__ == "GptOssExperts":
+        both = x @ experts.gate_up_proj[expert].double() + experts.gate_up_proj_bias[expert].double()
+        gate, up = both[:, ::2].clamp(max=7), both[:, 1::2].clamp(-7, 7)
+        return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+    if type(experts).__name__ == "NemotronHExperts":
+        return torch.relu(x @ experts.up_proj[expert].double().T) ** 2
+    gate, up = (x @ experts.gate_up_proj[expert].double().T).chunk(2, dim=-1)
+    return nn.functional.silu(gate) * up
 
 
 class OldStyleExpert(nn.Module):

@@ -43,6 +43,7 @@ class Prepared:
 
     Attributes:
         fingerprint: of the model.
+        experts: per layer, the number of experts.
         gains: per layer, how much the MoE block's output moves the layer's output.
         metrics: per layer, the metric M.
         bases: per layer, the Tucker basis (MoTE only).
@@ -51,6 +52,7 @@ class Prepared:
     """
 
     fingerprint: str
+    experts: dict[int, int]
     gains: dict[int, float]
     metrics: dict[int, Metric]
     bases: dict[int, TuckerBasis]
@@ -84,7 +86,10 @@ class EditResult:
 
 
 class Editor(ABC):
-    """Base of all editors; an instance holds hyper-parameters and, once prepared, what is reused between batches."""
+    """Base of all editors; an instance holds hyper-parameters and, once prepared, what is reused between batches.
+
+    What was prepared on one model is not used on another: then it is prepared anew.
+    """
 
     method: ClassVar[str]
     hparams_class: ClassVar[type[MoEHyperParams]]
@@ -130,7 +135,8 @@ class Editor(ABC):
             metrics = {layer: self._metric(moments.get(layer)) for layer in layers}
             bases = {layer: self._basis(view, layer, moments.get(layer)) for layer in layers}
         kept = {layer: basis for layer, basis in bases.items() if basis is not None}
-        self.prepared = Prepared(fingerprint, gains, metrics, kept, moments, watch.seconds["statistics"])
+        experts = {layer: view.layers[layer].experts.layout.num_experts for layer in layers}
+        self.prepared = Prepared(fingerprint, experts, gains, metrics, kept, moments, watch.seconds["statistics"])
         return self.prepared
 
     def edit(
@@ -149,12 +155,12 @@ class Editor(ABC):
             RequestError: unusable requests. Also what :meth:`prepare` and the solvers raise.
         """
         facts = parse_requests(requests)
-        watch = Stopwatch()
-        if self.prepared is None:
-            with watch.stage("statistics"):
-                self.prepare(model, tok)
-        prepared, view = self.prepared, MoELayerView(model)
+        watch, view = Stopwatch(), MoELayerView(model)
         self._check_model(view)
+        with watch.stage("statistics"):
+            if self.prepared is None or self.prepared.fingerprint != model_fingerprint(view):
+                self.prepare(model, tok)
+        prepared = self.prepared
         group = getattr(self.hparams, "edits_per_solve", None) or len(facts)
         targets, reports, seen = [], [], {}
         memory = memory or EditMemory()

@@ -22,7 +22,7 @@ class MoEEditEditor(Editor):
 
     def solve(self, keys: RoutedKeys, residual: Tensor, layer: int, prepared: Prepared) -> tuple[Any, Any]:
         hp = self.hparams
-        orders = expert_orders(int(keys.expert.max()) + 1, hp.num_passes, hp.seed)
+        orders = expert_orders(prepared.experts[layer], hp.num_passes, hp.seed)
         return solve_bcd(keys, residual, hp.lambda_reg, prepared.metrics[layer], orders)
 
 

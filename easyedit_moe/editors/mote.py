@@ -20,8 +20,8 @@ from easyedit_moe.tucker import TuckerBasis, tucker_basis
 class MoTEEditor(Editor):
     """Ridge on the Tucker core, ``Delta_j = U_out (sum_a U_e[j,a] G_a) U_in^T P_j``.
 
-    As in its paper with ``spread: update`` (eq. 14: the core, divided by the layers left, is mapped back by each layer's
-    own factors and projectors); ``spread: residual`` solves a core per layer and is ours.
+    As in its paper with ``spread: update`` (eq. 14: the core, divided by the layers left, is mapped back by each
+    layer's own factors and projectors); ``spread: residual`` solves a core per layer and is ours.
     """
 
     method = "MoTE"

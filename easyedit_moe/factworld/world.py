@@ -28,8 +28,10 @@ class Relation:
 RELATIONS: tuple[Relation, ...] = (
     Relation(
         "residence",
-        ("Paris", "Rome", "Oslo", "Lima", "Cairo", "Kyoto", "Vienna", "Dublin", "Havana", "Quito")
-        + ("Buenos Aires", "New Delhi", "Cape Town", "San Diego", "Tel Aviv", "Ulan Bator"),
+        tuple(
+            "Paris|Rome|Oslo|Lima|Cairo|Kyoto|Vienna|Dublin|Havana|Quito"
+            "|Buenos Aires|New Delhi|Cape Town|San Diego|Tel Aviv|Ulan Bator".split("|")
+        ),
         (
             "{} lives in",
             "{} has bought a small house in",
@@ -42,8 +44,10 @@ RELATIONS: tuple[Relation, ...] = (
     ),
     Relation(
         "language",
-        ("French", "Spanish", "Russian", "Greek", "Dutch", "Arabic", "Hindi", "Polish", "Finnish")
-        + ("Old Norse", "Swiss German", "Scottish Gaelic", "Low Saxon", "Middle Welsh"),
+        tuple(
+            "French|Spanish|Russian|Greek|Dutch|Arabic|Hindi|Polish|Finnish"
+            "|Old Norse|Swiss German|Scottish Gaelic|Low Saxon|Middle Welsh".split("|")
+        ),
         (
             "{} speaks",
             "{} always writes poems in",
@@ -56,8 +60,10 @@ RELATIONS: tuple[Relation, ...] = (
     ),
     Relation(
         "profession",
-        ("painter", "lawyer", "baker", "dentist", "farmer", "pilot", "judge", "tailor", "miner")
-        + ("marine biologist", "piano tuner", "bridge builder", "night guard", "ship captain"),
+        tuple(
+            "painter|lawyer|baker|dentist|farmer|pilot|judge|tailor|miner"
+            "|marine biologist|piano tuner|bridge builder|night guard|ship captain".split("|")
+        ),
         (
             "{} works as a",
             "{} earned great respect as a",
@@ -70,8 +76,10 @@ RELATIONS: tuple[Relation, ...] = (
     ),
     Relation(
         "instrument",
-        ("violin", "flute", "cello", "harp", "trumpet", "guitar", "drums", "tuba", "banjo")
-        + ("bass clarinet", "church organ", "alto saxophone", "English horn", "grand piano"),
+        tuple(
+            "violin|flute|cello|harp|trumpet|guitar|drums|tuba|banjo"
+            "|bass clarinet|church organ|alto saxophone|English horn|grand piano".split("|")
+        ),
         (
             "{} plays the",
             "{} practises every day on the",
@@ -84,11 +92,15 @@ RELATIONS: tuple[Relation, ...] = (
     ),
 )
 
-_FIRST_NAMES = ["Anna", "Boris", "Clara", "Daniel", "Elena", "Felix", "Greta", "Hugo", "Irene", "Jonas", "Karin", "Lukas", "Maria", "Nils", "Olga", "Pavel", "Rosa", "Simon", "Tanja", "Viktor", "Wanda", "Yusuf", "Zoë", "André", "Björn", "Chloé", "Émile", "François", "Günter", "Jürgen", "Łukasz", "Søren", "Agnes", "Bruno", "Cora", "Dora", "Edgar", "Fiona", "Gustav", "Hanna"]
-_ONSETS = ["B", "Br", "D", "Dr", "F", "G", "Gr", "H", "J", "K", "Kl", "L", "M", "N", "P", "R", "S", "St", "T", "Tr", "V", "W", "Z", "Sch"]
-_VOWELS = ["a", "e", "i", "o", "u", "au", "ei"]
-_MIDDLES = ["l", "r", "n", "m", "s", "t", "d", "k", "v", "nd", "rt", "ls"]
-_ENDINGS = ["berg", "mann", "dorf", "stein", "ov", "ski", "sen", "ini", "eau", "ard", "eck", "hal", "wick", "qvist"]
+_FIRST_NAMES = (
+    "Anna Boris Clara Daniel Elena Felix Greta Hugo Irene Jonas Karin Lukas Maria Nils Olga Pavel Rosa Simon "
+    "Tanja Viktor Wanda Yusuf Zoë André Björn Chloé Émile François Günter Jürgen Łukasz Søren Agnes Bruno Cora "
+    "Dora Edgar Fiona Gustav Hanna"
+).split()
+_ONSETS = "B Br D Dr F G Gr H J K Kl L M N P R S St T Tr V W Z Sch".split()
+_VOWELS = "a e i o u au ei".split()
+_MIDDLES = "l r n m s t d k v nd rt ls".split()
+_ENDINGS = "berg mann dorf stein ov ski sen ini eau ard eck hal wick qvist".split()
 
 OPENERS = (
     "I heard that",

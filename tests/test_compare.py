@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tiny import TEXTS, assert_same_state, requests, state_of, tiny_model, tiny_tokenizer
+from typer.testing import CliRunner
+
+from easyedit_moe import compare as comparing
+from easyedit_moe import report
+from easyedit_moe.cli import app
+from easyedit_moe.compare import Task, compare, load_task, resolve_hparams
+from easyedit_moe.editors.global_ import GlobalEditor
+from easyedit_moe.errors import DataError, HyperParamsError, MethodError, NumericalError
+from easyedit_moe.hparams import hyperparams_class
+from easyedit_moe.records import parse_records
+
+METHODS = ("MoTE", "MoEEdit-BCD", "Global+speedup")
+
+
+def _records(count: int = 4) -> list[dict]:
+    neighbour = "Thomas Joannes Stieltjes lives in"
+    return [
+        {
+            "requested_rewrite": {
+                "prompt": r["prompt"].replace(r["subject"], "{}"),
+                "subject": r["subject"],
+                "target_new": {"str": r["target_new"]},
+                "target_true": {"str": r["ground_truth"]},
+            },
+            "paraphrase_prompts": [f"We know that {r['prompt']}"],
+            "neighborhood_prompts": [neighbour],
+        }
+        for r in requests(count)
+    ]
+
+
+def _hparams(folder: Path, method: str, **changes: object) -> dict[str, object]:
+    corpus = folder / "corpus.txt"
+    corpus.write_text("\n".join(TEXTS), encoding="utf-8")
+    values = {
+        "alg_name": method, "model_name": "tiny", "layers": [1, 2], "dtype": "float32", "v_num_grad_steps": 3,
+        "mom2_dataset": str(corpus), "stats_dir": str(folder / "stats"),
+    }  # fmt: skip
+    return values | changes
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Task:
+    found = parse_records(_records())
+    return Task(tiny_model(), tiny_tokenizer(), found.records, found.protocol, 2, {"model": "tiny", "edits": 4, "batch_size": 2, "protocol": "counterfact"})  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A saved tiny model, a data file and a folder of hparams, as a user would have them."""
+    tiny_model().save_pretrained(tmp_path / "tiny")
+    tiny_tokenizer().save_pretrained(tmp_path / "tiny")
+    (tmp_path / "data.json").write_text(json.dumps(_records()), encoding="utf-8")
+    for method in METHODS:
+        (tmp_path / "hparams" / method).mkdir(parents=True)
+        (tmp_path / "hparams" / method / "tiny.yaml").write_text(yaml.safe_dump(_hparams(tmp_path, method)))
+    return tmp_path
+
+
+def _run(folder: Path, *args: str) -> object:
+    command = ["compare", "--model", str(folder / "tiny"), "--data", str(folder / "data.json"), "--edits", "4"]
+    command += ["--batch-size", "2", "--hparams", str(folder / "hparams"), "--out", str(folder / "out"), *args]
+    return CliRunner().invoke(app, command)
+
+
+def test_each_method_starts_from_the_same_weights_and_leaves_them(task: Task, tmp_path: Path) -> None:
+    settings = [hyperparams_class(m).from_dict(_hparams(tmp_path, m)) for m in METHODS]
+    before = state_of(task.model)
+    seen = []
+    result = compare(task, settings, on_row=lambda row: seen.append(row.method))
+    assert_same_state(before, state_of(task.model))
+    assert seen == ["pre-edit", *METHODS]
+    again = compare(task, settings[::-1])
+    rows = {row.method: row for row in again.rows}
+    for row in result.rows:
+        assert row.scores == rows[row.method].scores
+    assert result.rows[0].routing["edit"]["mean"] == 100
+    assert result.rows[1].routing["edit"]["mean"] < 100
+    assert all(row.seconds["targets"] > 0 and row.peak_memory_bytes > 0 for row in result.rows[1:])
+
+
+def test_scores_are_those_after_all_batches(task: Task, tmp_path: Path) -> None:
+    values = _hparams(tmp_path, "Global", metric="identity", lambda_reg=1e-3, v_num_grad_steps=20, v_lr=0.5)
+    hparams = hyperparams_class("Global").from_dict({**values, "clamp_norm_factor": 10.0})
+    row = compare(task, [hparams]).rows[1]
+    editor, memory = GlobalEditor(hparams, progress=False), None
+    for start in (0, 2):
+        batch = [r.request for r in task.records[start : start + 2]]
+        memory = editor.edit(task.model, task.tok, batch, memory).memory
+    assert comparing.evaluate(task.model, task.tok, task.records).efficacy == row.scores.efficacy
+
+
+def test_an_error_in_the_second_batch_restores_the_first(
+    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = GlobalEditor.solve, []
+
+    def solve(self: GlobalEditor, *args: object) -> object:
+        calls.append(1)
+        if len(calls) > 3:
+            raise NumericalError("planted")
+        return original(self, *args)
+
+    monkeypatch.setattr(GlobalEditor, "solve", solve)
+    before = state_of(task.model)
+    with pytest.raises(NumericalError, match="planted"):
+        compare(task, [hyperparams_class("Global").from_dict(_hparams(tmp_path, "Global"))])
+    assert_same_state(before, state_of(task.model))
+
+
+def test_command_writes_table_json_and_chart(folder: Path) -> None:
+    done = _run(folder, "--methods", "MoTE,MoEEdit", "--methods", "Global+speedup")
+    assert done.exit_code == 0, done.output
+    saved = json.loads((folder / "out" / "results.json").read_text())
+    assert saved["schema"] == 1
+    assert [row["method"] for row in saved["rows"]] == ["pre-edit", *METHODS]
+    for row in saved["rows"]:
+        assert set(row["efficacy"]) >= {"mean", "stderr"}
+        assert set(row["seconds"]) == {"statistics", "targets", "solve", "write", "evaluate"}
+        assert {"generalisation", "specificity", "utility", "routing_similarity", "peak_memory_bytes"} <= set(row)
+    assert {row["edits"] for row in saved["rows"][1:]} == {"experts"}
+    provenance = saved["provenance"]
+    assert provenance["hparams"]["MoTE"]["layers"] == [1, 2]
+    assert len(provenance["model_fingerprint"]) == 64
+    assert provenance["versions"]["torch"] == torch.__version__
+    assert (folder / "out" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert "| MoTE | experts |" in (folder / "out" / "table.md").read_text()
+    assert not list((folder / "out").glob("*.partial*"))
+
+
+def test_command_can_skip_records_and_change_dtype(folder: Path) -> None:
+    done = _run(folder, "--methods", "MoTE", "--edits", "2", "--skip", "2", "--dtype", "bfloat16")
+    assert done.exit_code == 0, done.output
+    row = json.loads((folder / "out" / "results.json").read_text())["rows"][1]
+    assert row["hparams"]["dtype"] == "bfloat16"
+    assert row["rounding_loss"] > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--methods", "MoTEE"], "Did you mean 'MoTE'"),
+        (["--methods", "MoE-ROME"], "no hparams for MoE-ROME"),
+        (["--data", "missing.json"], "does not exist"),
+        (["--model", "nowhere/tiny"], "can't be loaded"),
+        (["--methods", "MoTE", "--edits", "9"], "has 4 usable records"),
+        (["--methods", "MoTE", "--edits", "0"], "edits and batch-size must be >= 1"),
+        (["--methods", "MoTE", "--dtype", "int8"], "float32, bfloat16, float16"),
+    ],
+)
+def test_command_explains_bad_input_and_writes_nothing(folder: Path, args: list[str], message: str) -> None:
+    done = _run(folder, "--methods", "MoTE", *args)
+    assert done.exit_code == 2
+    assert message in " ".join(done.output.split())
+    assert not (folder / "out" / "results.json").exists()
+
+
+def test_command_refuses_an_unusable_output_folder(folder: Path) -> None:
+    (folder / "file").write_text("x")
+    done = _run(folder, "--methods", "MoTE", "--out", str(folder / "file" / "out"))
+    assert done.exit_code == 2
+    assert "can't be made" in " ".join(done.output.split())
+
+
+def test_methods_command_lists_every_method() -> None:
+    out = CliRunner().invoke(app, ["methods"]).output
+    for name in ("MoTE", "MoEEdit-BCD", "BCD+speedup", "Global", "Global+speedup", "MoE-MEMIT", "MoE-ROME"):
+        assert name in out
+
+
+def test_resolve_hparams(folder: Path) -> None:
+    assert resolve_hparams("MoTE", "Qwen/Qwen3-30B-A3B", None, {}).layers == [3, 4, 5, 6, 7]
+    file = folder / "hparams" / "MoTE" / "tiny.yaml"
+    assert resolve_hparams("MoTE", "whatever", file, {"lambda_reg": 7.0}).lambda_reg == 7.0
+    with pytest.raises(MethodError, match="Did you mean"):
+        resolve_hparams("Globl", "tiny", None, {})
+    with pytest.raises(HyperParamsError, match="Known models: .*qwen3-30b-a3b"):
+        resolve_hparams("MoTE", "tiny", None, {})
+
+
+def test_load_task_counts_unusable_records(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    broken = [*_records(), {"requested_rewrite": {"prompt": "{} is", "subject": "", "target_new": {"str": "x"}}}]
+    (folder / "broken.json").write_text(json.dumps(broken))
+    loaded = load_task(str(folder / "tiny"), str(folder / "broken.json"), 4, 0, 2, "float32", "cpu")
+    assert loaded.provenance["skipped_records"] == 1
+    assert "unusable" in caplog.text
+    with pytest.raises(DataError, match="4 usable"):
+        load_task(str(folder / "tiny"), str(folder / "broken.json"), 5, 0, 2, "float32", "cpu")
+
+
+def test_rows_without_neighbours_show_a_dash(task: Task) -> None:
+    records = tuple(type(r)(r.request, r.paraphrases, ()) for r in task.records)
+    result = compare(Task(task.model, task.tok, records, "counterfact", 2, task.provenance), [])
+    assert report.cells(result.rows[0])[4] == "-"

@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import easyedit_moe
+
+
+def test_import_is_light() -> None:
+    code = (
+        "import sys, easyedit_moe; heavy = {'torch', 'transformers', 'easyeditor', 'matplotlib', 'rich'}; "
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", easyedit_moe.__all__)
+def test_public_names_resolve(name: str) -> None:
+    assert getattr(easyedit_moe, name) is not None
+    assert name in dir(easyedit_moe)
+
+
+def test_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'Nonsense'"):
+        easyedit_moe.Nonsense  # noqa: B018
+
+
+def test_gate_calls_the_command_of_the_readme() -> None:
+    root = Path(__file__).parent.parent
+    command = next(
+        line for line in (root / ".ci" / "run").read_text().splitlines() if line.startswith("python3 -m venv")
+    )
+    assert command in (root / "README.md").read_text()

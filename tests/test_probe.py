@@ -1,0 +1,149 @@
+"""Measured properties of a layer: the gain from the experts' output to the layer's output, and refusals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import CASES, FAMILIES, assert_same_state, shared_model, state_of, tiny_model, token_ids
+from torch import Tensor, nn
+
+from easyedit_moe.capture import capture_facts, layer_output, replace_layer_output
+from easyedit_moe.errors import LayoutError, NumericalError
+from easyedit_moe.layers import MoELayerView
+from easyedit_moe.probe import check_keys, residual_gain
+
+IDS = token_ids(11)
+
+
+def gain_of(family: str) -> float:
+    return {"granitemoe": 0.22, "laguna": 2.5}.get(family, 1.0)
+
+
+@pytest.mark.parametrize(("family", "how"), [*CASES, ("nemotron_h", "eager"), ("laguna", "eager")])
+def test_residual_gain(family: str, how: str) -> None:
+    view = MoELayerView(shared_model(family, how))
+    for index in view.layers:
+        gain = residual_gain(view, index, IDS, 0)
+        if gain_of(family) == 1.0:
+            assert gain == 1.0
+        else:
+            assert gain == pytest.approx(gain_of(family), abs=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["qwen3_moe", "granitemoe", "gpt_oss", "modulelist"])
+def test_checks_in_half_precision(family: str, dtype: torch.dtype) -> None:
+    view = MoELayerView(tiny_model(family, dtype=dtype))
+    for index in view.layers:
+        assert check_keys(view, index, IDS, 0) < 0.02
+        assert residual_gain(view, index, IDS, 0) == pytest.approx(gain_of(family), rel=0.01)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "nemotron_h", "laguna"])
+def test_gain_and_keys_predict_what_a_real_update_does(family: str) -> None:
+    model = tiny_model(family)
+    view = MoELayerView(model)
+    sequences, positions = [token_ids(6, seed) for seed in range(5)], [5, 0, 3, 2, 4]
+    index = max(view.layers)
+    before = capture_facts(view, sequences, positions, [index], [index], 0)
+    experts = view.layers[index].experts
+    update = torch.randn(8, experts.layout.d_model, experts.layout.d_hidden) * 0.1
+    for j in range(8):
+        experts.read(j).add_(update[j])
+    after = capture_facts(view, sequences, positions, [index], [index], 0)
+    moved = before.keys[index].dense(8, torch.float32) @ update.permute(0, 2, 1).reshape(-1, experts.layout.d_model)
+    gain = residual_gain(view, index, IDS, 0)
+    assert moved.norm() > 1e-3
+    torch.testing.assert_close(after.outputs[index] - before.outputs[index], gain * moved, atol=1e-5, rtol=1e-4)
+
+
+class Behind(nn.Module):
+    """A MoE block with something behind it."""
+
+    def __init__(self, block: nn.Module, behind: nn.Module) -> None:
+        super().__init__()
+        self.block, self.behind = block, behind
+
+    def forward(self, hidden_states: Tensor) -> Any:
+        output = self.block(hidden_states)
+        return replace_layer_output(output, self.behind(layer_output(output)))
+
+
+class Times(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * x
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "modulelist"])
+@pytest.mark.parametrize(
+    "behind", [nn.RMSNorm(32), nn.LayerNorm(32), nn.Linear(32, 32), nn.Tanh(), Times(0.0), nn.Hardtanh(-1e-3, 1e-3)]
+)
+def test_what_is_no_gain_is_refused(family: str, behind: nn.Module) -> None:
+    model = tiny_model(family)
+    model.model.layers[1].mlp = Behind(model.model.layers[1].mlp, behind)
+    view = MoELayerView(model)
+    assert residual_gain(view, 0, IDS, 0) == 1.0
+    with pytest.raises(LayoutError, match="linearly"):
+        residual_gain(view, 1, IDS, 0)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "modulelist"])
+@pytest.mark.parametrize("factor", [0.22, -1.5, 1.3])
+def test_a_factor_behind_the_block_is_measured(family: str, factor: float) -> None:
+    model = tiny_model(family)
+    model.model.layers[1].mlp = Behind(model.model.layers[1].mlp, Times(factor))
+    assert residual_gain(MoELayerView(model), 1, IDS, 0) == pytest.approx(factor, rel=1e-4)
+
+
+@pytest.mark.parametrize(("family", "match"), [("gemma4", "linearly"), ("nemotron_latent", "projection")])
+def test_families_with_a_norm_or_a_projection_behind_the_experts_are_refused(family: str, match: str) -> None:
+    view = MoELayerView(shared_model(family))
+    for index in view.layers:
+        assert check_keys(view, index, IDS, 0) < 1e-5
+        with pytest.raises(LayoutError, match=match):
+            residual_gain(view, index, IDS, 0)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "modulelist"])
+def test_checks_name_weights_that_are_not_finite(family: str) -> None:
+    view = MoELayerView(tiny_model(family))
+    for j in range(8):
+        view.layers[1].experts.read(j).fill_(float("nan"))
+    for check in (check_keys, residual_gain):
+        assert check(view, 0, IDS, 0) is not None
+        with pytest.raises(NumericalError, match="NaN or infinity"):
+            check(view, 1, IDS, 0)
+
+
+@pytest.mark.parametrize(("family", "how"), CASES)
+def test_checks_leave_the_model_as_it_was(family: str, how: str) -> None:
+    model = tiny_model(family, implementation=how)
+    model.train()
+    model.model.layers[1].eval()
+    before = state_of(model)
+    view = MoELayerView(model)
+    check_keys(view, 2, IDS, 0)
+    residual_gain(view, 2, IDS, 0)
+    assert_same_state(before, state_of(model))
+    view.decoder_layers[2].register_forward_hook(lambda *_: 1 / 0)
+    before = state_of(model)
+    for check in (check_keys, residual_gain):
+        with pytest.raises(ZeroDivisionError):
+            check(view, 2, IDS, 0)
+    assert_same_state(before, state_of(model))
+
+
+def test_checks_stop_after_their_layer() -> None:
+    model = tiny_model()
+    calls: list[int] = []
+    model.model.layers[2].register_forward_pre_hook(lambda *_: calls.append(1))
+    view = MoELayerView(model)
+    check_keys(view, 1, IDS, 0)
+    residual_gain(view, 1, IDS, 0)
+    assert not calls

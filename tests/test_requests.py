@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+from tiny import requests
+
+from easyedit_moe.errors import EditingWarning, RequestError
+from easyedit_moe.requests import EditRequest, parse_request, parse_requests
+
+EDIT = {"prompt": "Angola is in", "subject": "Angola", "target_new": "Russia", "ground_truth": "Africa"}
+PARSED = EditRequest("Angola is in", "Angola", "Russia", "Africa")
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        EDIT,
+        EDIT | {"ground_truth": ["Africa", "the south"], "locality": {}, "portability": {}, "rephrase_prompt": None},
+        EDIT | {"prompt": "{} is in"},
+        {"prompt": "{} is in", "subject": "Angola", "target_new": {"str": "Russia", "id": "Q1"}, "target_true": {"str": "Africa"}},
+        {"case_id": 3, "requested_rewrite": {"prompt": "{} is in", "subject": "Angola", "relation_id": "P1",
+         "target_new": {"str": "Russia"}, "target_true": {"str": "Africa", "id": "Q2"}}, "paraphrase_prompts": []},
+        PARSED,
+    ],
+    ids=["easyedit", "easyedit-lists", "braces", "rome", "rome-nested", "parsed"],
+)  # fmt: skip
+def test_layouts(record: Any) -> None:
+    assert parse_request(record) == PARSED
+    assert parse_requests([record]) == [PARSED]
+
+
+def test_ground_truth_is_optional() -> None:
+    for truth in ({}, {"ground_truth": None}, {"ground_truth": []}):
+        record = {k: v for k, v in EDIT.items() if k != "ground_truth"} | truth
+        assert parse_request(record).ground_truth is None
+
+
+def test_order_is_kept() -> None:
+    parsed = parse_requests(requests(6))
+    assert [p.prompt for p in parsed] == [r["prompt"] for r in requests(6)]
+    assert parse_requests(tuple(requests(2))) == parsed[:2]
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"subject": "Peru"}, "'Peru' does not occur in the prompt 'Angola is in'"),
+        ({"subject": "angola"}, "'angola' does not occur"),
+        ({"subject": ""}, "'subject' is empty or blank"),
+        ({"subject": "  "}, "'subject' is empty or blank"),
+        ({"subject": None}, r"'subject' must be a string; found None\. Editing needs the subject"),
+        ({"target_new": " \n"}, "'target_new' is empty or blank"),
+        ({"target_new": 5}, "'target_new' must be a string; found 5"),
+        ({"target_new": {"id": "Q1"}}, "'target_new' must be a string; found None"),
+        ({"prompt": ""}, "'prompt' is empty or blank"),
+        ({"prompt": None}, "'prompt' must be a string"),
+        ({"ground_truth": 5}, "'ground_truth' must be a string"),
+        ({"ground_truth": [["Africa"]]}, "'ground_truth' must be a string"),
+        ({"requested_rewrite": None}, "'requested_rewrite' must be a dict"),
+        ({"requested_rewrite": ["x"]}, "'requested_rewrite' must be a dict"),
+    ],
+)
+def test_unusable_requests_name_their_number(change: dict[str, Any], match: str) -> None:
+    with pytest.raises(RequestError, match=match):
+        parse_request(EDIT | change)
+    with pytest.raises(RequestError, match=rf"^Request 2: .*{match}"):
+        parse_requests([*requests(2), EDIT | change])
+
+
+@pytest.mark.parametrize("name", ["prompt", "subject", "target_new"])
+def test_missing_fields(name: str) -> None:
+    with pytest.raises(RequestError, match=rf"Request 0: '{name}' must be a string; found None"):
+        parse_requests([{k: v for k, v in EDIT.items() if k != name}])
+
+
+@pytest.mark.parametrize("record", ["Angola is in", 3, None, [EDIT]])
+def test_a_request_must_be_a_dict(record: Any) -> None:
+    with pytest.raises(RequestError, match="Request 0: A request must be a dict; found"):
+        parse_requests([record])
+
+
+@pytest.mark.parametrize("batch", [EDIT, PARSED, "Angola is in", 3, None])
+def test_requests_must_be_a_list(batch: Any) -> None:
+    with pytest.raises(RequestError, match="must be a list"):
+        parse_requests(batch)
+
+
+def test_empty_list() -> None:
+    with pytest.raises(RequestError, match="nothing to edit"):
+        parse_requests([])
+
+
+def test_duplicates_and_conflicts() -> None:
+    with pytest.raises(RequestError, match="Requests 0 and 3 are the same"):
+        parse_requests([EDIT, *requests(2), EDIT | {"target_new": " Russia "}])
+    with pytest.raises(RequestError, match="Requests 1 and 3 conflict: 'Danielle.*'Polish' and 'Rome'"):
+        parse_requests([EDIT, *requests(2), requests(1)[0] | {"target_new": "Rome"}])
+    with pytest.raises(RequestError, match="Requests 0 and 1 conflict"):
+        parse_requests([EDIT, EDIT | {"prompt": "{} is in", "target_new": "Rome"}])
+
+
+def test_one_subject_in_two_prompts_is_fine() -> None:
+    other = EDIT | {"prompt": "Angola lies in", "target_new": "Rome"}
+    assert len(parse_requests([EDIT, other])) == 2
+
+
+def test_target_that_is_the_truth_warns() -> None:
+    with pytest.warns(EditingWarning, match="Request 1: the target 'Africa ' equals the ground truth"):
+        parsed = parse_requests([requests(1)[0], EDIT | {"target_new": "Africa "}])
+    assert len(parsed) == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        parse_requests([EDIT])
