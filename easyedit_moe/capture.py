@@ -92,8 +92,9 @@ def replace_layer_output(output: Any, hidden: Tensor) -> Any:
 
 
 def model_device(model: nn.Module) -> torch.device:
-    """Device of the token embedding, where inputs go."""
-    return model.get_input_embeddings().weight.device
+    """Device of the token embedding, where inputs go; the CPU if accelerate brings the embedding in from elsewhere."""
+    device = model.get_input_embeddings().weight.device
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def run(model: nn.Module, batch: Batch) -> None:

@@ -87,6 +87,10 @@ class TargetVectors:
     reached: Tensor
     steps: Tensor
 
+    def rows(self, start: int, stop: int) -> TargetVectors:
+        """The targets of requests ``start`` to ``stop``."""
+        return TargetVectors(*(value[start:stop] for value in vars(self).values()))
+
 
 def fact_contexts(
     tok: PreTrainedTokenizerBase, request: EditRequest, prefixes: Sequence[str], fact_token: str

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import os
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs a hub, and a missing name then fails at once
+
 import matplotlib
 import pytest
 import torch

@@ -59,7 +59,15 @@ def test_round_trip_is_bit_equal(dtype: torch.dtype, tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-OTHER = {"fingerprint": "e" * 64, "layer": 4, "corpus": "d" * 64, "tokens": "u" * 64, "n_samples": 99, "max_length": 65, "dtype": "float64"}  # fmt: skip
+OTHER = {
+    "fingerprint": "e" * 64,
+    "layer": 4,
+    "corpus": "d" * 64,
+    "tokens": "u" * 64,
+    "n_samples": 99,
+    "max_length": 65,
+    "dtype": "float64",
+}
 
 
 def test_every_part_of_the_key_is_in_the_file_name() -> None:

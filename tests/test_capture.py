@@ -238,6 +238,20 @@ def test_bfloat16(family: str, how: str) -> None:
     assert state.outputs[2].dtype == torch.float32
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "modulelist"])
+def test_models_that_accelerate_dispatched(family: str) -> None:
+    """Each module's forward is wrapped, and the embedding lies elsewhere between forwards."""
+    accelerate = pytest.importorskip("accelerate")
+    wanted = capture(MoELayerView(shared_model(family)))
+    model = accelerate.dispatch_model(tiny_model(family), {"": "cpu"}, force_hooks=True)
+    accelerate.cpu_offload(model.model.embed_tokens, "cpu")
+    assert model.get_input_embeddings().weight.is_meta
+    found = capture(MoELayerView(model))
+    for layer in KEY_LAYERS:
+        torch.testing.assert_close(found.keys[layer].dense(8), wanted.keys[layer].dense(8), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(found.outputs[2], wanted.outputs[2], atol=1e-6, rtol=1e-5)
+
+
 def test_positions_outside_their_sequence() -> None:
     view = MoELayerView(shared_model())
     for position in (3, -1):
@@ -267,6 +281,24 @@ def test_modulelist_gates_where_there_are_more_experts_than_dimensions() -> None
     torch.testing.assert_close(
         torch.zeros(12, 8).scatter(1, seen[0].expert, seen[0].gate), wanted, atol=1e-6, rtol=1e-5
     )
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-3), (torch.float16, 2e-3)])
+def test_modulelist_gates_beside_a_loud_shared_expert(dtype: torch.dtype, tolerance: float) -> None:
+    model = tiny_model("modulelist", dtype=dtype)
+    block = model.model.layers[1].mlp
+    block.shared_expert.down_proj.weight.data.mul_(300)
+    hidden = torch.randn(1, 20, 32).to(dtype)
+    seen: list[Routing] = []
+    with hooks() as handles, torch.no_grad():
+        handles.append(read_routing(MoELayerView(model).layers[1], seen.append))
+        assert 20 < block.shared_expert(hidden).abs().max() < 500
+        block(hidden)
+        gate, expert = torch.softmax(block.gate(hidden[0]), -1).topk(3, -1)
+        gate = gate / gate.sum(-1, keepdim=True)
+    wanted = torch.zeros(20, 8).scatter(1, expert, gate.float())
+    found = torch.zeros(20, 8).scatter(1, seen[0].expert, seen[0].gate)
+    torch.testing.assert_close(found, wanted, atol=tolerance, rtol=tolerance)
 
 
 def test_reading_modulelist_gates_is_unseen_by_other_hooks_of_the_block() -> None:

@@ -13,6 +13,7 @@ from easyedit_moe import compare as comparing
 from easyedit_moe import report
 from easyedit_moe.cli import app
 from easyedit_moe.compare import Task, compare, load_task, resolve_hparams
+from easyedit_moe.editors import base
 from easyedit_moe.editors.global_ import GlobalEditor
 from easyedit_moe.errors import DataError, HyperParamsError, MethodError, NumericalError
 from easyedit_moe.hparams import hyperparams_class
@@ -51,7 +52,8 @@ def _hparams(folder: Path, method: str, **changes: object) -> dict[str, object]:
 @pytest.fixture
 def task(tmp_path: Path) -> Task:
     found = parse_records(_records())
-    return Task(tiny_model(), tiny_tokenizer(), found.records, found.protocol, 2, {"model": "tiny", "edits": 4, "batch_size": 2, "protocol": "counterfact"})  # fmt: skip
+    provenance = {"model": "tiny", "edits": 4, "batch_size": 2, "protocol": "counterfact"}
+    return Task(tiny_model(), tiny_tokenizer(), found.records, found.protocol, 2, provenance)
 
 
 @pytest.fixture
@@ -86,6 +88,22 @@ def test_each_method_starts_from_the_same_weights_and_leaves_them(task: Task, tm
     assert result.rows[0].routing["edit"]["mean"] == 100
     assert result.rows[1].routing["edit"]["mean"] < 100
     assert all(row.seconds["targets"] > 0 and row.peak_memory_bytes > 0 for row in result.rows[1:])
+
+
+def test_first_targets_are_shared_only_where_nothing_differs(task: Task, tmp_path: Path, monkeypatch) -> None:
+    calls = []
+    original = base.compute_targets
+    monkeypatch.setattr(base, "compute_targets", lambda *a, **k: calls.append(1) or original(*a, **k))
+    names = ("Global", "MoTE", "MoEEdit-BCD")
+    settings = [hyperparams_class(m).from_dict(_hparams(tmp_path, m)) for m in names]
+    result = compare(task, settings)
+    assert len(calls) == 1 + 3  # one first batch, three second ones
+    assert all(row.seconds["targets"] > 0 for row in result.rows[1:])
+    calls.clear()
+    other = hyperparams_class("MoTE").from_dict(_hparams(tmp_path, "MoTE", kl_factor=0.5))
+    alone = compare(task, [settings[0], other])
+    assert len(calls) == 4
+    assert alone.rows[1].scores == result.rows[1].scores
 
 
 def test_scores_are_those_after_all_batches(task: Task, tmp_path: Path) -> None:
@@ -183,7 +201,7 @@ def test_resolve_hparams(folder: Path) -> None:
     assert resolve_hparams("MoTE", "whatever", file, {"lambda_reg": 7.0}).lambda_reg == 7.0
     with pytest.raises(MethodError, match="Did you mean"):
         resolve_hparams("Globl", "tiny", None, {})
-    with pytest.raises(HyperParamsError, match="Known models: .*qwen3-30b-a3b"):
+    with pytest.raises(HyperParamsError, match=r"Known models: .*qwen3-30b-a3b"):
         resolve_hparams("MoTE", "tiny", None, {})
 
 

@@ -19,7 +19,9 @@ from easyedit_moe.requests import EditRequest
 
 TOK = tiny_tokenizer()
 FACTS = requests(4)
-PROMPTS, SUBJECTS, TARGETS, TRUTHS = ([f[name] for f in FACTS] for name in ("prompt", "subject", "target_new", "ground_truth"))  # fmt: skip
+PROMPTS, SUBJECTS, TARGETS, TRUTHS = (
+    [f[name] for f in FACTS] for name in ("prompt", "subject", "target_new", "ground_truth")
+)
 REPHRASED = [f"We know that {p}" for p in PROMPTS]
 LISTS = {"prompts": PROMPTS, "target_new": TARGETS, "ground_truth": TRUTHS, "subject": SUBJECTS}
 
@@ -87,14 +89,17 @@ def test_single_strings(make: Any) -> None:
 def test_everything_that_easyedit_reports(call: str, sequential: bool, make: Any) -> None:
     editor = make(batch_size=2)
     locality = {
-        "neighborhood": {"prompt": ["Kenya is in", None, "Zwolle lies in", "Rome is in"], "ground_truth": ["Africa", None, "Leiden", "Japan"]},
+        "neighborhood": {
+            "prompt": ["Kenya is in", None, "Zwolle lies in", "Rome is in"],
+            "ground_truth": ["Africa", None, "Leiden", "Japan"],
+        },
         "many": {"prompt": [["The fox", "The dog"]] * 4, "ground_truth": [["jumps", "is lazy"]] * 4},
     }  # fmt: skip
     portability = {"reasoning": {"prompt": [f"So, {p}" for p in PROMPTS], "ground_truth": TARGETS}}
     plain = tiny_model()
     metrics, model, _ = getattr(editor, call)(
-        **LISTS, rephrase_prompts=REPHRASED, locality_inputs=locality, portability_inputs=portability, target_neg=TRUTHS,
-        sequential_edit=sequential, verbose=False, keep_original_weight=True, test_generation=False,
+        **LISTS, rephrase_prompts=REPHRASED, locality_inputs=locality, portability_inputs=portability,
+        target_neg=TRUTHS, sequential_edit=sequential, verbose=False, keep_original_weight=True, test_generation=False,
     )  # fmt: skip
     assert [m["case_id"] for m in metrics] == [0, 1, 2, 3]
     assert [m["requested_rewrite"]["prompt"] for m in metrics] == PROMPTS
@@ -112,7 +117,9 @@ def test_everything_that_easyedit_reports(call: str, sequential: bool, make: Any
         if call == "edit" or not sequential or i < 2:
             assert pre["rewrite_acc"] == [pytest.approx(accuracy(plain, PROMPTS[i], TARGETS[i]))]
             assert pre["rephrase_acc"] == [pytest.approx(accuracy(plain, REPHRASED[i], TARGETS[i]))]
-            assert pre["portability"]["reasoning_acc"] == [pytest.approx(accuracy(plain, f"So, {PROMPTS[i]}", TARGETS[i]))]
+            assert pre["portability"]["reasoning_acc"] == [
+                pytest.approx(accuracy(plain, f"So, {PROMPTS[i]}", TARGETS[i]))
+            ]
     if sequential:
         last = metrics[-1]
         assert last["post"]["rewrite_acc"] == [pytest.approx(accuracy(model, PROMPTS[3], TARGETS[3]))]
@@ -127,10 +134,8 @@ def test_an_edit_shows_in_the_metrics(make: Any) -> None:
     model = tiny_model()
     with torch.no_grad():
         model.lm_head.weight.mul_(10)
-    editor = make(
-        model=model, v_num_grad_steps=60, layers=[1], metric="identity", lambda_reg=1e-6, kl_factor=0, v_weight_decay=0
-    )
-    fact = FACTS[1] | {"target_new": "is"}
+    editor = make(model=model, v_num_grad_steps=60, layers=[1], lambda_reg=1e-6, kl_factor=0, v_weight_decay=0)
+    fact = requests(5)[4] | {"target_new": "and"}
     unrelated = {"neighborhood": {"prompt": ["The quick brown fox"], "ground_truth": ["jumps over the lazy dog"]}}
     metrics, _, _ = editor.edit(
         [fact["prompt"]], [fact["target_new"]], None, subject=[fact["subject"]], locality_inputs=unrelated,
@@ -209,7 +214,9 @@ def test_undo_refuses_what_something_else_changed(make: Any) -> None:
 def test_batches(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     editor, sizes = make(batch_size=3), []
     before, plain = state_of(editor.model), editor.editor.edit
-    monkeypatch.setattr(editor.editor, "edit", lambda m, t, batch, mem: sizes.append(len(batch)) or plain(m, t, batch, mem))
+    monkeypatch.setattr(
+        editor.editor, "edit", lambda m, t, batch, mem: sizes.append(len(batch)) or plain(m, t, batch, mem)
+    )
     metrics, _, _ = editor.batch_edit(**LISTS)
     assert sizes == [3, 1]
     assert [m["requested_rewrite"]["subject"] for m in metrics] == SUBJECTS
@@ -223,7 +230,12 @@ def test_batches(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_requests_as_dicts_of_any_layout(make: Any) -> None:
-    rome = {"prompt": "{} is in", "subject": "Angola", "target_new": {"str": "Russia"}, "target_true": {"str": "Africa"}}
+    rome = {
+        "prompt": "{} is in",
+        "subject": "Angola",
+        "target_new": {"str": "Russia"},
+        "target_true": {"str": "Africa"},
+    }
     nested = {"requested_rewrite": rome, "locality": {"near": {"prompt": "Kenya is in", "ground_truth": "Africa"}}}
     parsed = EditRequest("Angola is in", "Angola", "Russia", "Africa")
     easy = {"prompt": "Angola is in", "subject": "Angola", "target_new": "Russia", "ground_truth": "Africa"}
@@ -266,7 +278,7 @@ BAD = {
     "no subject": ({"subject": None}, "Editing needs the subject of each prompt"),
     "subjects": ({"subject": SUBJECTS[:3]}, "subject has 3 entries for 4 prompts"),
     "one subject": ({"subject": "Angola"}, "subject has 1 entries for 4 prompts"),
-    "targets": ({"target_new": TARGETS + ["x"]}, "target_new has 5 entries for 4 prompts"),
+    "targets": ({"target_new": [*TARGETS, "x"]}, "target_new has 5 entries for 4 prompts"),
     "no targets": ({"target_new": None}, "Request 0: 'target_new' must be a string"),
     "truths": ({"ground_truth": ["x"]}, "ground_truth has 1 entries"),
     "rephrased": ({"rephrase_prompts": REPHRASED[:1]}, "rephrase_prompt has 1 entries"),
@@ -276,12 +288,18 @@ BAD = {
     "empty": ({"prompts": [], "subject": [], "target_new": [], "ground_truth": []}, "nothing to edit"),
     "locality prompts": ({"locality_inputs": near(["Kenya is in"])}, r"locality_inputs\['near'\] has 1 entries for 4"),
     "locality answers": ({"locality_inputs": near(ground_truth=["a"] * 5)}, r"locality_inputs\['near'\] has 5 entries"),
-    "locality without answers": ({"locality_inputs": {"near": {"prompt": ["a"] * 4}}}, "must hold 'prompt' and 'ground_truth'"),
+    "locality without answers": ({"locality_inputs": {"near": {"prompt": ["a"] * 4}}}, "must hold 'prompt' and"),
     "locality of nothing": ({"locality_inputs": near(None)}, "found None"),
     "locality as text": ({"locality_inputs": {"near": "Kenya"}}, "must hold 'prompt' and 'ground_truth'"),
-    "locality lists": ({"locality_inputs": near([["a", "b"]] * 4, [["a", "b"]] * 3 + [["a"]])}, r"Request 3: locality\['near'\] has 2 prompts, but 1"),
+    "locality lists": (
+        {"locality_inputs": near([["a", "b"]] * 4, [["a", "b"]] * 3 + [["a"]])},
+        r"Request 3: locality\['near'\] has 2 prompts, but 1",
+    ),
     "locality answer None": ({"locality_inputs": near(ground_truth=["a"] * 3 + [None])}, "Request 3"),
-    "portability answer blank": ({"portability_inputs": near(ground_truth=["a"] * 3 + [""])}, "Request 3: portability near: prompts and answers must be texts"),
+    "portability answer blank": (
+        {"portability_inputs": near(ground_truth=["a"] * 3 + [""])},
+        "Request 3: portability near: prompts and answers must be texts",
+    ),
     "rephrase of another type": ({"rephrase_prompts": [*REPHRASED[:3], 5]}, "Request 3: rephrase: prompts and answers"),
 }  # fmt: skip
 

@@ -125,8 +125,14 @@ def changed_parameters(before: dict[str, Any], model: nn.Module) -> set[str]:
 
 
 def down_projections(model: nn.Module, layers: Sequence[int]) -> set[str]:
-    return {n for n, _ in model.named_parameters() if any(f"layers.{i}." in n for i in layers) and "experts" in n
-            and n.split("experts.")[-1].removesuffix(".weight").endswith("down_proj") and "shared" not in n}  # fmt: skip
+    return {
+        n
+        for n, _ in model.named_parameters()
+        if any(f"layers.{i}." in n for i in layers)
+        and "experts" in n
+        and n.split("experts.")[-1].removesuffix(".weight").endswith("down_proj")
+        and "shared" not in n
+    }
 
 
 def stacked(model: nn.Module, layer: int) -> Tensor:
@@ -472,7 +478,9 @@ def test_an_error_at_the_second_layer(
     assert_same_state(before, state_of(model))
 
 
-@pytest.mark.parametrize("function", ["compute_targets", "capture_facts", "parse_requests", "check_keys", "model_fingerprint"])  # fmt: skip
+@pytest.mark.parametrize(
+    "function", ["compute_targets", "capture_facts", "parse_requests", "check_keys", "model_fingerprint"]
+)
 def test_an_error_anywhere(function: str, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model().train()
     before = state_of(model)
@@ -503,7 +511,15 @@ def test_a_solution_that_is_not_finite(data: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("variant", ["Global", "MoTE", "MoEEdit-BCD", "MoE-MEMIT"])
-@pytest.mark.parametrize("where", ["layers.1.mlp.experts.down_proj", "layers.1.mlp.experts.gate_up_proj", "layers.3.mlp.gate.weight", "embed_tokens.weight"])  # fmt: skip
+@pytest.mark.parametrize(
+    "where",
+    [
+        "layers.1.mlp.experts.down_proj",
+        "layers.1.mlp.experts.gate_up_proj",
+        "layers.3.mlp.gate.weight",
+        "embed_tokens.weight",
+    ],
+)
 def test_weights_that_are_not_finite(where: str, variant: str, data: Path) -> None:
     model = tiny_model()
     with torch.no_grad():
@@ -522,7 +538,7 @@ def test_a_singular_system(data: Path) -> None:
     before = state_of(model)
     facts = requests(1)
     facts.append(facts[0] | {"prompt": facts[0]["prompt"] + " mostly"})
-    with pytest.raises(NumericalError, match="singular at lambda_reg 0.0"):
+    with pytest.raises(NumericalError, match=r"singular at lambda_reg 0\.0"):
         edit(model, plain_ridge(data, lambda_reg=0.0), facts)
     assert_same_state(before, state_of(model))
 
@@ -726,9 +742,13 @@ def test_registry_refuses_duplicates_and_unknown_names() -> None:
 
 
 def test_hparams_of_another_method(data: Path) -> None:
-    with pytest.raises(HyperParamsError, match="MoTE needs MoTEHyperParams with alg_name 'MoTE'; found GlobalHyperParams"):
+    with pytest.raises(
+        HyperParamsError, match="MoTE needs MoTEHyperParams with alg_name 'MoTE'; found GlobalHyperParams"
+    ):
         MoTEEditor(hparams(data, "Global"))
-    with pytest.raises(HyperParamsError, match="Global needs .* found GlobalHyperParams with alg_name 'Global\\+speedup'"):
+    with pytest.raises(
+        HyperParamsError, match=r"Global needs .* found GlobalHyperParams with alg_name 'Global\+speedup'"
+    ):
         GlobalEditor(hparams(data, "Global+speedup"))
     with pytest.raises(HyperParamsError, match="found dict with alg_name None"):
         GlobalEditor({"alg_name": "Global"})

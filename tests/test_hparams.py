@@ -22,7 +22,16 @@ from easyedit_moe.hparams import (
 )
 
 SHIPPED = sorted(hparams_folder().glob("*/*.yaml"))
-ALL_METHODS = ("MoTE", "MoEEdit-BCD", "BCD+speedup", "Global", "Global+speedup", "MoE-MEMIT", "MoE-AlphaEdit", "MoE-ROME")
+ALL_METHODS = (
+    "MoTE",
+    "MoEEdit-BCD",
+    "BCD+speedup",
+    "Global",
+    "Global+speedup",
+    "MoE-MEMIT",
+    "MoE-AlphaEdit",
+    "MoE-ROME",
+)
 MINIMAL = {"alg_name": "MoTE", "model_name": "m", "layers": [1, 2]}
 
 
@@ -59,7 +68,11 @@ def test_shipped_yaml_loads_and_round_trips(path: Path, tmp_path: Path) -> None:
 
 
 LAYERS = {"qwen3-30b-a3b": [3, 4, 5, 6, 7], "gpt-oss-20b": [3, 4, 5], "qwen3.6-35b-a3b": [3, 4, 5, 6]}
-NAMES = {"qwen3-30b-a3b": "Qwen/Qwen3-30B-A3B", "gpt-oss-20b": "openai/gpt-oss-20b", "qwen3.6-35b-a3b": "Qwen/Qwen3.6-35B-A3B"}  # fmt: skip
+NAMES = {
+    "qwen3-30b-a3b": "Qwen/Qwen3-30B-A3B",
+    "gpt-oss-20b": "openai/gpt-oss-20b",
+    "qwen3.6-35b-a3b": "Qwen/Qwen3.6-35B-A3B",
+}
 
 
 @pytest.mark.parametrize("model", LAYERS)
@@ -146,7 +159,10 @@ def test_wrong_types(name: str, value: object) -> None:
     refused(rf"{name} must be .*found", **{name: value})
 
 
-@pytest.mark.parametrize(("alg", "name", "value"), [("MoEEdit-BCD", "num_passes", True), ("MoEEdit-BCD", "seed", "42"), ("Global", "edits_per_solve", 1.0)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("alg", "name", "value"),
+    [("MoEEdit-BCD", "num_passes", True), ("MoEEdit-BCD", "seed", "42"), ("Global", "edits_per_solve", 1.0)],
+)
 def test_wrong_types_of_other_methods(alg: str, name: str, value: object) -> None:
     refused(rf"{name} must be .*found", alg, **{name: value})
 
@@ -161,7 +177,9 @@ def test_alg_name_that_is_no_string() -> None:
 
 def test_yaml_floats_without_a_dot(tmp_path: Path) -> None:
     file = tmp_path / "h.yaml"
-    file.write_text("alg_name: MoTE\nmodel_name: m\nlayers: [1]\nwhitening_eps: 1e-5\nlambda_reg: 1\n", encoding="utf-8")
+    file.write_text(
+        "alg_name: MoTE\nmodel_name: m\nlayers: [1]\nwhitening_eps: 1e-5\nlambda_reg: 1\n", encoding="utf-8"
+    )
     assert yaml.safe_load("1e-5") == "1e-5"
     hp = load_hyperparams(file)
     assert (hp.whitening_eps, type(hp.whitening_eps)) == (1e-5, float)
@@ -229,9 +247,7 @@ def test_limits_themselves_are_fine() -> None:
     assert (hp.lambda_reg, hp.layers) == (0.0, [0])
 
 
-@pytest.mark.parametrize(
-    "name", ["fact_token", "metric", "spread", "dtype", "mom2_dtype", "low_coverage", "whitening"]
-)
+@pytest.mark.parametrize("name", ["fact_token", "metric", "spread", "dtype", "mom2_dtype", "low_coverage", "whitening"])
 def test_choices_are_listed(name: str) -> None:
     refused(rf"{name} must be one of .*, .*; found 'nonsense'", **{name: "nonsense"})
 
@@ -255,7 +271,9 @@ def test_alias() -> None:
     assert MoEEditHyperParams(**{**MINIMAL, "alg_name": "MoEEdit"}).alg_name == "MoEEdit-BCD"
 
 
-@pytest.mark.parametrize(("wrong", "near"), [("MOTE", "MoTE"), ("Global+speed", "Global+speedup"), ("MEMIT", "MoE-MEMIT")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("wrong", "near"), [("MOTE", "MoTE"), ("Global+speed", "Global+speedup"), ("MEMIT", "MoE-MEMIT")]
+)
 def test_unknown_method(wrong: str, near: str, tmp_path: Path) -> None:
     near = near.replace("+", r"\+")
     with pytest.raises(MethodError, match=rf"Unknown method '.*'\. Did you mean '{near}'\?"):
@@ -328,7 +346,8 @@ def test_shipped_names_resolve_from_any_folder(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        (b"alg_name: [MoTE\n", "is not valid YAML"), (b"- a\n- b\n", "must hold a mapping"), (b"", "must hold a mapping"),
+        (b"alg_name: [MoTE\n", "is not valid YAML"), (b"", "must hold a mapping"),
+        (b"- a\n- b\n", "must hold a mapping"),
         (b"just text", "must hold a mapping"), (b"alg_name: \xff\xfe\n", "is not valid YAML"),
         (b"model_name: m\nlayers: [1]\n", "missing alg_name"), (b"alg_name: 3\n", "missing alg_name"),
     ],

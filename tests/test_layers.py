@@ -88,6 +88,15 @@ def test_a_base_model_without_head_works() -> None:
     assert view.layers[1].parameter_names() == ["layers.1.mlp.experts.down_proj"]
 
 
+@pytest.mark.parametrize("name", ["layers", "h", "blocks", "layer"])
+def test_other_names_of_the_stack(name: str) -> None:
+    model = nn.Module()
+    model.transformer = nn.Module()
+    setattr(model.transformer, name, tiny_model("modulelist").model.layers)
+    view = MoELayerView(model)
+    assert (view.stack_name, sorted(view.layers)) == (f"transformer.{name}", [0, 1, 2, 3])
+
+
 def test_a_dense_model_is_refused() -> None:
     with pytest.raises(DenseModelError, match="4 decoder layers"):
         MoELayerView(shared_model("dense"))

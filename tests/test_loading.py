@@ -95,10 +95,10 @@ def test_folder_without_a_part(tmp_path: Path) -> None:
     weights = tmp_path / "model.safetensors"
     whole = weights.read_bytes()
     weights.unlink()
-    with pytest.raises(DataError, match="weights of .* can't be loaded"):
+    with pytest.raises(DataError, match=r"weights of .* can't be loaded"):
         load_model(str(tmp_path))
     weights.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match="weights of .* can't be loaded"):
+    with pytest.raises(DataError, match=r"weights of .* can't be loaded"):
         load_model(str(tmp_path))
     weights.write_bytes(whole)
     load_model(str(tmp_path))
@@ -154,7 +154,7 @@ def test_bad_device(device: int | str, folders: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("device", ["cuda:99", 99])
 def test_a_gpu_that_is_not_there(device: int | str) -> None:
-    with pytest.raises(HyperParamsError, match="is not there: this machine has .* GPUs"):
+    with pytest.raises(HyperParamsError, match=r"is not there: this machine has .* GPUs"):
         load_model("the device is checked before anything is read", device=device)
 
 
@@ -190,7 +190,10 @@ def to_mxfp4(folder: Path) -> dict[str, torch.Tensor]:
         meaning[name] = values.reshape(experts, height, width).transpose(1, 2)
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.embed_tokens", "lm_head"]}
+    config["quantization_config"] = {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": ["model.embed_tokens", "lm_head"],
+    }
     (folder / "config.json").write_text(json.dumps(config))
     return meaning
 

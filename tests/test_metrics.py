@@ -29,7 +29,8 @@ def test_scores_equal_a_plain_computation(family: str, specials: str) -> None:
         ids = tok(prompt)["input_ids"]
         ids = ids[:-1] if "eos" in specials else ids
         labels = tok(" " + target, add_special_tokens=False)["input_ids"]
-        logits = model(torch.tensor([ids + labels])).logits[0, len(ids) - 1 : -1].double()
+        with torch.no_grad():
+            logits = model(torch.tensor([ids + labels])).logits[0, len(ids) - 1 : -1].double()
         nll = -logits.log_softmax(-1)[range(len(labels)), labels].mean()
         assert score.nll == pytest.approx(float(nll), abs=1e-5)
         assert score.predicted == tuple(logits.argmax(-1).tolist())

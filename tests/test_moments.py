@@ -161,9 +161,23 @@ def test_weights_that_are_not_finite(family: str) -> None:
     view = MoELayerView(model)
     view.layers[1].experts.read(2).fill_(float("nan"))
     for layer in (1, 2):
-        with pytest.raises(NumericalError, match=f"layers.{layer}"):
+        with pytest.raises(NumericalError, match=rf"layers\.{layer}"):
             collect(model, [layer])
     assert torch.isfinite(collect(model, [0])[0].keys).all()
+
+
+def test_sums_that_overflow() -> None:
+    """Keys of 1e24 give a finite output here, but their squares need float64."""
+    model = tiny_model()
+    plain = collect(model, [1])[1]
+    experts = model.model.layers[1].mlp.experts
+    experts.gate_up_proj.data[:, 24:].mul_(1e24)
+    experts.down_proj.data.div_(1e24)
+    with pytest.raises(NumericalError, match=r"layers\.1"):
+        collect(model, [1])
+    found = collect(model, [1], dtype=torch.float64)[1]
+    close(found.output.float(), plain.output)
+    close((found.keys / 1e48).float(), plain.keys)
 
 
 def test_coverage() -> None:

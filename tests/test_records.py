@@ -65,7 +65,11 @@ def test_easyedit_layout(tmp_path: Path) -> None:
 
 
 def test_easyedit_layout_with_lists_and_without_extras() -> None:
-    lists = EASYEDIT | {"rephrase_prompt": ["a", "b"], "locality_prompt": ["c", "d"], "locality_ground_truth": ["e", "f"]}
+    lists = EASYEDIT | {
+        "rephrase_prompt": ["a", "b"],
+        "locality_prompt": ["c", "d"],
+        "locality_ground_truth": ["e", "f"],
+    }
     assert only(parse_records([lists])).neighbours == (("c", "e"), ("d", "f"))
     bare = {k: EASYEDIT[k] for k in ("prompt", "subject", "target_new", "ground_truth")}
     assert only(parse_records([bare])).paraphrases == ()

@@ -19,7 +19,8 @@ PARSED = EditRequest("Angola is in", "Angola", "Russia", "Africa")
         EDIT,
         EDIT | {"ground_truth": ["Africa", "the south"], "locality": {}, "portability": {}, "rephrase_prompt": None},
         EDIT | {"prompt": "{} is in"},
-        {"prompt": "{} is in", "subject": "Angola", "target_new": {"str": "Russia", "id": "Q1"}, "target_true": {"str": "Africa"}},
+        {"prompt": "{} is in", "subject": "Angola",
+         "target_new": {"str": "Russia", "id": "Q1"}, "target_true": {"str": "Africa"}},
         {"case_id": 3, "requested_rewrite": {"prompt": "{} is in", "subject": "Angola", "relation_id": "P1",
          "target_new": {"str": "Russia"}, "target_true": {"str": "Africa", "id": "Q2"}}, "paraphrase_prompts": []},
         PARSED,
@@ -95,7 +96,7 @@ def test_empty_list() -> None:
 def test_duplicates_and_conflicts() -> None:
     with pytest.raises(RequestError, match="Requests 0 and 3 are the same"):
         parse_requests([EDIT, *requests(2), EDIT | {"target_new": " Russia "}])
-    with pytest.raises(RequestError, match="Requests 1 and 3 conflict: 'Danielle.*'Polish' and 'Rome'"):
+    with pytest.raises(RequestError, match=r"Requests 1 and 3 conflict: 'Danielle.*'Polish' and 'Rome'"):
         parse_requests([EDIT, *requests(2), requests(1)[0] | {"target_new": "Rome"}])
     with pytest.raises(RequestError, match="Requests 0 and 1 conflict"):
         parse_requests([EDIT, EDIT | {"prompt": "{} is in", "target_new": "Rome"}])

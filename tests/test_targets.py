@@ -72,7 +72,9 @@ class Plain:
 
     def _state(self, ids: list[int]) -> Tensor:
         seen: list[Tensor] = []
-        handle = self.module.register_forward_hook(lambda _, __, out: seen.append(out if isinstance(out, Tensor) else out[0]))  # fmt: skip
+        handle = self.module.register_forward_hook(
+            lambda _, __, out: seen.append(out if isinstance(out, Tensor) else out[0])
+        )
         try:
             self.model(torch.tensor([ids]))
         finally:
@@ -141,7 +143,9 @@ def test_same_as_a_plain_computation(family: str) -> None:
     assert (found.delta.dtype, found.delta.shape) == (torch.float32, (1, 32))
 
 
-@pytest.mark.parametrize("changes", [{"clamp_norm_factor": 0.2}, {"early_stop_loss": None}, {"kl_factor": 3.0}, {"weight_decay": 2.0}])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes", [{"clamp_norm_factor": 0.2}, {"early_stop_loss": None}, {"kl_factor": 3.0}, {"weight_decay": 2.0}]
+)
 def test_each_setting_means_what_the_plain_computation_means(changes: dict[str, Any]) -> None:
     model = tiny_model()
     fact = requests(1)[0]
@@ -168,7 +172,10 @@ def test_the_target_becomes_more_likely(family: str, dtype: torch.dtype) -> None
 
 
 def test_reached_targets_stop_early_and_say_so() -> None:
-    facts = [fact | {"target_new": word} for fact, word in zip(requests(6), ("in", "is", "the", "and", "of", "Russia"), strict=True)]  # fmt: skip
+    facts = [
+        fact | {"target_new": word}
+        for fact, word in zip(requests(6), ("in", "is", "the", "and", "of", "Russia"), strict=True)
+    ]
     model = sharper(tiny_model())
     stop = {"early_stop_loss": 1.0, "steps": 60}
     found = targets(model, facts, lr=0.5, clamp_norm_factor=20, weight_decay=0, kl_factor=0, **stop)
@@ -287,7 +294,9 @@ def test_kl_factor_keeps_the_essence() -> None:
     for factor in (0.0, 1.0, 100.0):
         found = targets(model, facts, kl_factor=factor, weight_decay=0.0, steps=15)
         with torch.no_grad():
-            drift.append(torch.stack([Plain(model, f, 1).divergence(d) for f, d in zip(facts, found.delta, strict=True)]))
+            drift.append(
+                torch.stack([Plain(model, f, 1).divergence(d) for f, d in zip(facts, found.delta, strict=True)])
+            )
     assert (drift[1] < drift[0]).all()
     assert (drift[2] < drift[1]).all()
 
@@ -411,7 +420,7 @@ def test_warning_about_targets_that_are_the_models_answer() -> None:
 
 
 def test_a_prefix_may_not_mention_the_subject() -> None:
-    with pytest.raises(RequestError, match="context prefix 'Lyon is far. ' mentions the subject 'Lyon'"):
+    with pytest.raises(RequestError, match=r"context prefix 'Lyon is far\. ' mentions the subject 'Lyon'"):
         targets(tiny_model(), requests(2), prefixes=["Lyon is far. "])
 
 
@@ -427,7 +436,9 @@ def test_prompt_longer_than_the_context() -> None:
     assert_same_state(before, state_of(model))
 
 
-@pytest.mark.parametrize("where", ["model.layers.0.mlp.experts.down_proj", "model.layers.3.self_attn.q_proj.weight", "lm_head.weight"])  # fmt: skip
+@pytest.mark.parametrize(
+    "where", ["model.layers.0.mlp.experts.down_proj", "model.layers.3.self_attn.q_proj.weight", "lm_head.weight"]
+)
 def test_weights_that_are_not_finite(where: str) -> None:
     model = tiny_model()
     with torch.no_grad():

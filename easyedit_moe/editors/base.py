@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from easyedit_moe import presets
 from easyedit_moe.cache import model_fingerprint
 from easyedit_moe.capture import FactStates, capture_facts
-from easyedit_moe.errors import HyperParamsError, LayerError
+from easyedit_moe.errors import HyperParamsError, LayerError, RequestError
 from easyedit_moe.hparams import MoEHyperParams
 from easyedit_moe.layers import MoELayerView
 from easyedit_moe.measure import Stopwatch
@@ -145,16 +145,24 @@ class Editor(ABC):
         tok: PreTrainedTokenizerBase,
         requests: Sequence[Any],
         memory: EditMemory | None = None,
+        targets: TargetVectors | None = None,
     ) -> EditResult:
         """Write one batch of facts into the model, in place: all layers, or, if anything raises, none.
 
         Afterwards hooks, ``requires_grad`` flags and training modes are as before. The returned patch reverts the edit
         bit-exactly.
 
+        Args:
+            targets: target vectors of these requests, found at these weights with the same :meth:`target_settings`
+                ("z ready"); by default they are found here.
+
         Raises:
-            RequestError: unusable requests. Also what :meth:`prepare` and the solvers raise.
+            RequestError: unusable requests, or targets of another number of them. Also what :meth:`prepare` and the
+                solvers raise.
         """
         facts = parse_requests(requests)
+        if targets is not None and len(targets.delta) != len(facts):
+            raise RequestError(f"There are {len(targets.delta)} target vectors for {len(facts)} requests.")
         watch, view = Stopwatch(), MoELayerView(model)
         self._check_model(view)
         with watch.stage("statistics"):
@@ -162,20 +170,21 @@ class Editor(ABC):
                 self.prepare(model, tok)
         prepared = self.prepared
         group = getattr(self.hparams, "edits_per_solve", None) or len(facts)
-        targets, reports, seen = [], [], {}
+        used, reports, seen = [], [], {}
         memory = memory or EditMemory()
         with writing(view) as writer:
             for start in range(0, len(facts), group):
                 chunk = facts[start : start + group]
                 job = _Job(self, view, tok, chunk, prepared, memory.extended(seen), writer, watch)
-                targets.append(job.find_targets())
+                used.append(job.find_targets() if targets is None else targets.rows(start, start + group))
+                job.aim(used[-1])
                 job.spread()
                 reports += job.reports
                 for layer, keys in job.keys.items():
                     seen.setdefault(layer, []).append(keys)
             patch = writer.finish(self._provenance(facts), prepared.fingerprint)
         kept = memory.extended(seen) if self.hparams.remember_edits else memory
-        return EditResult(patch, targets, kept, watch.seconds, reports)
+        return EditResult(patch, used, kept, watch.seconds, reports)
 
     @classmethod
     def apply_to_model(
@@ -198,6 +207,15 @@ class Editor(ABC):
         result = cls(hparams).edit(model, tok, requests)
         wanted = return_orig_weights or keep_original_weight
         return model, result.patch.weights_copy(model) if wanted else {}
+
+    def target_settings(self) -> tuple[int, tuple[str, ...], TargetSettings]:
+        """All that target vectors depend on besides model and requests: layer, context prefixes, optimisation."""
+        hp = self.hparams
+        settings = TargetSettings(
+            hp.v_num_grad_steps, hp.v_lr, hp.kl_factor, hp.v_weight_decay, hp.clamp_norm_factor, hp.early_stop_loss,
+            hp.target_batch_size, hp.fact_token,
+        )  # fmt: skip
+        return hp.layers[-1], tuple(hp.context_prefixes), settings
 
     def _needs_statistics(self) -> bool:
         return self.hparams.metric != "identity" or getattr(self.hparams, "whitening", "none") != "none"
@@ -257,15 +275,13 @@ class _Job:
         self.keys: dict[int, RoutedKeys] = {}
 
     def find_targets(self) -> TargetVectors:
-        hp = self.hparams
-        settings = TargetSettings(
-            hp.v_num_grad_steps, hp.v_lr, hp.kl_factor, hp.v_weight_decay, hp.clamp_norm_factor, hp.early_stop_loss,
-            hp.target_batch_size, hp.fact_token,
-        )  # fmt: skip
+        layer, prefixes, settings = self.editor.target_settings()
         with self.watch.stage("targets"):
-            targets = compute_targets(
-                self.view, self.tok, self.facts, hp.layers[-1], hp.context_prefixes, settings, self.editor.progress
-            )
+            return compute_targets(self.view, self.tok, self.facts, layer, prefixes, settings, self.editor.progress)
+
+    def aim(self, targets: TargetVectors) -> None:
+        """Take the shifts to reach, and lay out every context in which each fact is captured."""
+        hp = self.hparams
         contexts = [
             context
             for fact in self.facts
@@ -275,7 +291,6 @@ class _Job:
         self.positions = [context.fact for context in contexts]
         self.per_fact = len(hp.context_prefixes) + 1
         self.delta = targets.delta.repeat_interleave(self.per_fact, dim=0)
-        return targets
 
     def spread(self) -> None:
         """Solve and write all layers by the hparams' ``spread``."""

@@ -206,8 +206,9 @@ def statistics_corpus(world: World) -> list[str]:
 def counterfact_records(world: World) -> list[dict[str, Any]]:
     """One record per evaluated person in CounterFact's public layout.
 
-    The prompt is a random template of a random relation, the paraphrases are all its other templates, and the
-    neighbourhood prompts ask other people with the same true object in the prompt's own template.
+    The prompt is a random template of the record's relation, except the last one, which ends with the subject; the
+    paraphrases are all other templates, that one included; the neighbourhood prompts ask other people with the same
+    true object in the prompt's own template.
     """
     rng = random.Random(world.seed + 2)
     records: list[dict[str, Any]] = []
@@ -215,7 +216,7 @@ def counterfact_records(world: World) -> list[dict[str, Any]]:
         relation = RELATIONS[case_id % len(RELATIONS)]
         true = world.facts[subject][relation.name]
         new = rng.choice([o for o in relation.objects if o != true])
-        prompt = rng.choice(relation.templates)
+        prompt = rng.choice(relation.templates[:-1])
         same_object = [s for s in world.subjects if s != subject and world.facts[s][relation.name] == true]
         neighbours = rng.sample(same_object, min(NEIGHBOURS_PER_RECORD, len(same_object)))
         records.append(
