@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from easyedit_moe.errors import CacheError
+from easyedit_moe.files import replacing
 from easyedit_moe.layers import MoELayerView
 from easyedit_moe.moments import LayerMoments
 
@@ -95,15 +94,9 @@ def load_moments(path: Path, key: StatisticsKey) -> LayerMoments:
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Write a safetensors file in full or not at all; ``metadata`` must be JSON and is kept under one entry."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
-    os.close(descriptor)
-    try:
-        ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with replacing(path) as partial:
         save_file(ready, partial, metadata={"easyedit_moe": json.dumps(metadata, sort_keys=True)})
-        os.replace(partial, path)
-    finally:
-        Path(partial).unlink(missing_ok=True)
 
 
 def read_safetensors(path: Path, error: type[Exception], advice: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from easyedit_moe import factworld, presets
 from easyedit_moe.cache import model_fingerprint
 from easyedit_moe.corpus import corpus_hash
-from easyedit_moe.editors import Editor, EditMemory, EditResult, make_editor
+from easyedit_moe.editors import EditMemory, Editor, EditResult, make_editor
 from easyedit_moe.errors import DataError, EditingWarning, HyperParamsError
 from easyedit_moe.hparams import MoEHyperParams, hparams_folder, load_hyperparams
 from easyedit_moe.layers import MoELayerView

@@ -208,7 +208,9 @@ class PatchWriter:
             NumericalError: the update, or a weight it leads to, is not finite.
         """
         moe = self.view.layers[layer]
-        update = update.to(dtype=torch.float32)
+        # On the weights' device, so that a patch read from a file is multiplied out as when it was made.
+        device = next(iter(moe.experts.parameters()))[1].device
+        update = update.to(device=device, dtype=torch.float32)
         if not update.is_finite():
             raise NumericalError(f"The update of layer {layer} holds NaN or infinity; nothing was kept of this edit.")
         lost = total = 0.0

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 
 from rich.table import Table
 
 from easyedit_moe.compare import Comparison, Row
 from easyedit_moe.errors import DataError
+from easyedit_moe.files import replacing
 from easyedit_moe.metrics import Score
 
 COLUMNS = (
@@ -88,11 +88,8 @@ def write_results(comparison: Comparison, folder: Path) -> list[Path]:
 
 
 def _write(path: Path, text: str) -> Path:
-    descriptor, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
-    Path(partial).chmod(0o644)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
     return path
 
 
@@ -134,7 +131,6 @@ def chart(comparison: Comparison, path: Path) -> None:
     times.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=3, frameon=False)
     for axis in (scores, times):
         axis.spines[["top", "right"]].set_visible(False)
-    partial = path.with_name(f".{path.name}.partial.png")
-    figure.savefig(partial, dpi=110)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=110)
     plt.close(figure)
-    os.replace(partial, path)

@@ -1,6 +1,6 @@
 """The README's second table: editors without their null space, MoTE per whitening and as in its paper, lifted methods.
 
-    python examples/ablations.py --out results/ablations
+python examples/ablations.py --out results/ablations
 """
 
 from __future__ import annotations

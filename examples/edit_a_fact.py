@@ -1,6 +1,6 @@
 """Edit one fact of the bundled model, look at what changed, and undo it.
 
-    python examples/edit_a_fact.py
+python examples/edit_a_fact.py
 """
 
 from __future__ import annotations

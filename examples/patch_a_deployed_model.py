@@ -1,6 +1,6 @@
 """Make a patch on one machine, apply it on another, and take it back: 50 facts in one file.
 
-    python examples/patch_a_deployed_model.py --out patch.safetensors
+python examples/patch_a_deployed_model.py --out patch.safetensors
 """
 
 from __future__ import annotations

@@ -552,6 +552,16 @@ def test_unusable_requests_change_nothing(data: Path) -> None:
     assert_same_state(before, state_of(model))
 
 
+@pytest.mark.parametrize("rank", [{"rank_in": 25}, {"rank_out": 33}, {"rank_expert": 9}])
+def test_ranks_beyond_the_size_of_their_mode(rank: dict[str, int], data: Path) -> None:
+    model = tiny_model()
+    before = state_of(model)
+    (name,) = rank
+    with pytest.raises(HyperParamsError, match=rf"{name} must lie in 1\.\.\d+, the size of that mode"):
+        edit(model, hparams(data, "MoTE", **rank), requests(1))
+    assert_same_state(before, state_of(model))
+
+
 def test_missing_corpus(data: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         edit(tiny_model(), hparams(data, mom2_dataset="nowhere.txt"), requests(1))
