@@ -233,7 +233,7 @@ def capture_facts(
         where = torch.tensor([positions[i] for i in chosen])
         parts.append(_capture_batch(view, batch, where, key_layers, output_layers))
     back = torch.tensor(sorted(range(len(order)), key=order.__getitem__))
-    keys = {layer: _rows(RoutedKeys.cat(_same_width([p.keys[layer] for p in parts])), back) for layer in key_layers}
+    keys = {layer: _rows(RoutedKeys.cat([p.keys[layer] for p in parts]), back) for layer in key_layers}
     outputs = {}
     for layer in output_layers:
         stacked = torch.cat([p.outputs[layer] for p in parts])
@@ -250,22 +250,6 @@ def capture_facts(
 def _rows(keys: RoutedKeys, index: Tensor) -> RoutedKeys:
     index = index.to(keys.key.device)
     return RoutedKeys(keys.expert[index], keys.gate[index], keys.key[index])
-
-
-def _same_width(parts: list[RoutedKeys]) -> list[RoutedKeys]:
-    """Pad routings to one K with zero gates: the ModuleList reader reports as many as a batch really used."""
-    width = max(p.expert.shape[1] for p in parts)
-    padded = []
-    for p in parts:
-        extra = width - p.expert.shape[1]
-        padded.append(
-            RoutedKeys(
-                nn.functional.pad(p.expert, (0, extra)),
-                nn.functional.pad(p.gate, (0, extra)),
-                nn.functional.pad(p.key, (0, 0, 0, extra)),
-            )
-        )
-    return padded
 
 
 def _capture_batch(

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from easyedit_moe import factworld, presets
+from easyedit_moe import presets
 from easyedit_moe.cache import model_fingerprint
 from easyedit_moe.corpus import corpus_hash
 from easyedit_moe.editors import EditMemory, Editor, EditResult, make_editor
@@ -255,8 +255,3 @@ def _restored(model: nn.Module, patches: list[WeightPatch]) -> Iterator[None]:
         view = MoELayerView(model)
         for patch in reversed(patches):
             restore(view, patch.originals)
-
-
-def default_model() -> str:
-    """The bundled model."""
-    return factworld.MODEL_NAME

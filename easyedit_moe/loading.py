@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -109,8 +108,3 @@ def _device(device: int | str) -> torch.device:
             f"device {device!r} is not there: this machine has {torch.cuda.device_count()} GPUs. Set device: cpu."
         )
     return where
-
-
-def model_label(model_name: str) -> str:
-    """A short name for tables."""
-    return Path(model_name).name

@@ -154,8 +154,10 @@ def routing_snapshot(
     def receive(index: int, experts: int) -> Callable[[Routing], None]:
         def keep(routing: Routing) -> None:
             rows = real[-1].to(routing.expert.device)
+            expert, gate = routing.expert[rows], routing.gate[rows]
+            token, slot = torch.nonzero(gate, as_tuple=True)
             picked = torch.zeros(len(rows), experts, dtype=torch.bool, device=rows.device)
-            picked.scatter_(1, routing.expert[rows], routing.gate[rows] != 0)
+            picked[token, expert[token, slot]] = True
             parts[index].append(picked.cpu())
 
         return keep

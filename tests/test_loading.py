@@ -13,7 +13,7 @@ from tiny import tiny_model, tiny_tokenizer
 from easyedit_moe import loading
 from easyedit_moe.errors import DataError, HyperParamsError
 from easyedit_moe.layers import MoELayerView
-from easyedit_moe.loading import load_model, model_label
+from easyedit_moe.loading import load_model
 
 FAMILIES = ("qwen3_moe", "mixtral", "gpt_oss")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -219,7 +219,3 @@ def test_multimodal_configs_take_the_multimodal_class() -> None:
     assert loading._auto_class(hf.Qwen3MoeConfig()) is hf.AutoModelForCausalLM
     assert loading._auto_class(hf.GptOssConfig()) is hf.AutoModelForCausalLM
     assert loading._auto_class(hf.Qwen3VLMoeConfig()) is hf.AutoModelForImageTextToText
-
-
-def test_label() -> None:
-    assert [model_label(n) for n in ("Qwen/Qwen3-30B-A3B", "factworld", "/a/b/")] == ["Qwen3-30B-A3B", "factworld", "b"]
