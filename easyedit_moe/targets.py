@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -154,10 +154,14 @@ def compute_targets(
     order = sorted(range(len(groups)), key=lambda t: len(groups[t][0].ids))
     chunk = max(1, settings.batch_size // per_request)
     results: dict[int, tuple] = {}
-    with inference_mode_of(view.model), frozen_parameters(view.model):
-        for start in tqdm(range(0, len(order), chunk), desc="targets", disable=not progress, leave=False):
+    starts = range(0, len(order), chunk)
+    bar = tqdm(total=len(starts) * settings.steps, desc="targets", unit="step", disable=not progress, leave=False)
+    with inference_mode_of(view.model), frozen_parameters(view.model), bar:
+        for number, start in enumerate(starts, 1):
             chosen = order[start : start + chunk]
-            solved = _Problem(view, pad_id(tok), layer, [groups[t] for t in chosen], settings).solve()
+            problem = _Problem(view, pad_id(tok), layer, [groups[t] for t in chosen], settings)
+            solved = problem.solve(lambda: bar.update())
+            bar.update(number * settings.steps - bar.n)
             results.update({t: tuple(value[i] for value in solved) for i, t in enumerate(chosen)})
     stacked = [torch.stack([results[t][k] for t in range(len(requests))]) for k in range(6)]
     targets = TargetVectors(*stacked[:5])
@@ -221,7 +225,7 @@ class _Problem:
             self.predict[i, : len(row.predict)] = torch.tensor(row.predict)
             self.labels[i, : len(row.labels)] = torch.tensor(row.labels, dtype=torch.long)
 
-    def solve(self) -> tuple[Tensor, ...]:
+    def solve(self, on_step: Callable[[], object]) -> tuple[Tensor, ...]:
         """delta, initial NLL, final NLL, reached, steps, already known: one row per request."""
         everything = torch.arange(len(self.rows))
         hidden, plain_logits = self._lower_half()
@@ -254,6 +258,7 @@ class _Problem:
             steps[active] += 1
             self._adam(delta, first, second, active, grad, step + 1)
             self._clamp(delta, active, norms)
+            on_step()
         return delta.cpu(), nll0, nll, reached, steps, reached0
 
     def _adam(self, delta: Tensor, first: Tensor, second: Tensor, active: Tensor, grad: Tensor, step: int) -> None:

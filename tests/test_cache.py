@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny import TEXTS, tiny_model, tiny_tokenizer
 from torch import nn
 
-from easyedit_moe import cache, statistics
+from easyedit_moe import cache, files, statistics
 from easyedit_moe.cache import (
     StatisticsKey,
     load_moments,
@@ -156,7 +156,7 @@ def test_writing_is_atomic(when: str, stored: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(cache, "save_file", half)
     if when == "before renaming":
-        monkeypatch.setattr(cache.os, "replace", refuse)
+        monkeypatch.setattr(files.os, "replace", refuse)
     with pytest.raises((OSError, KeyboardInterrupt)):
         save_moments(stored, KEY, some_moments())
     assert stored.read_bytes() == before
