@@ -93,7 +93,7 @@ class MoELayerView:
 def _refuse_unknown_experts(stack_name: str, layers: nn.ModuleList) -> None:
     """LayoutError if modules that were not recognised call themselves experts: the model is hardly dense then."""
     for name, module in layers.named_modules(prefix=stack_name):
-        if "expert" in name.rpartition(".")[2]:
+        if "expert" in name.rpartition(".")[2] or "expert" in type(module).__name__.lower():
             raise LayoutError(
                 f"{name} ({type(module).__name__}) is named like experts, but its layout is unknown. Please report the "
                 "model's class."

@@ -53,7 +53,7 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(name)
         tok = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise DataError(f"The model {model_name!r} can't be loaded: {error}") from error
     # transformers makes an empty tokenizer for some models that come without one.
     if not tok("a", add_special_tokens=False)["input_ids"]:
@@ -79,6 +79,8 @@ def load_model(
             f"{transformers.__version__} would draw at random; the first is {missing[0]}. Use the version of "
             "transformers that it was saved with, or another checkpoint."
         )
+    if "quantization_config" in options:
+        model.to(getattr(torch, dtype))  # transformers 5.5 dequantises to bfloat16 whatever was asked for
     if "device_map" not in options:
         model.to(where)
     return model.eval(), tok

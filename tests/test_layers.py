@@ -102,7 +102,7 @@ def test_a_dense_model_is_refused() -> None:
         MoELayerView(shared_model("dense"))
 
 
-@pytest.mark.parametrize(("family", "match"), [("llama4", "is_transposed"), ("jetmoe", "JetMoeMoA")])
+@pytest.mark.parametrize(("family", "match"), [("llama4", "is_transposed"), ("jetmoe", r"JetMoe(MoA|ParallelExperts)")])
 def test_families_with_a_layout_of_their_own_are_refused_and_not_called_dense(family: str, match: str) -> None:
     with pytest.raises(LayoutError, match=match) as caught:
         MoELayerView(shared_model(family))
@@ -157,3 +157,20 @@ def test_layers_that_can() -> None:
     view = MoELayerView(shared_model("deepseek_v3"))
     assert [moe.index for moe in view.require([1, 3])] == [1, 3]
     assert [moe.index for moe in view.require((2,))] == [2]
+
+
+class ParallelExperts(nn.Module):
+    """As GraniteMoE stored its experts in transformers 5.5: named by class only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(8, 32, 24))
+
+
+def test_experts_known_by_their_class_only_are_not_called_dense() -> None:
+    model = tiny_model("dense")
+    for layer in model.model.layers:
+        layer.mlp.input_linear = ParallelExperts()
+    with pytest.raises(LayoutError, match=r"input_linear \(ParallelExperts\)") as caught:
+        MoELayerView(model)
+    assert not isinstance(caught.value, DenseModelError)
