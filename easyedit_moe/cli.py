@@ -11,7 +11,7 @@ app = typer.Typer(
     help="Knowledge editing for Mixture-of-Experts language models.", no_args_is_help=True, add_completion=False
 )
 
-DTypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16; the bundled model defaults to float32.")]
+TABLE_WIDTH = 150  # a narrower terminal wraps whole lines, which reads better than columns cut to three letters
 
 
 @app.callback()
@@ -47,6 +47,7 @@ def compare(
     from easyedit_moe.errors import EditingError
 
     console = Console()
+    wide = Console(width=max(console.width, TABLE_WIDTH))
     try:
         names = _split(methods) or list(comparing.DEFAULT_METHODS)
         overrides = {"device": device, "dtype": dtype, "stats_dir": stats_dir}
@@ -64,8 +65,8 @@ def compare(
     except EditingError as error:
         Console(stderr=True).print(f"[bold red]error:[/] {type(error).__name__}: {error}", highlight=False)
         raise typer.Exit(2) from error
-    console.print(report.table(result))
-    console.print("Written: " + ", ".join(str(path) for path in paths), highlight=False)
+    wide.print(report.table(result))
+    wide.print("Written: " + ", ".join(str(path) for path in paths), highlight=False)
 
 
 @app.command()

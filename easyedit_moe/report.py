@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+from rich import box
 from rich.table import Table
 
 from easyedit_moe.compare import Comparison, Row
@@ -46,11 +47,12 @@ def table(comparison: Comparison) -> Table:
     """The table for a terminal."""
     provenance = comparison.provenance
     out = Table(
+        box=box.SIMPLE_HEAD,
         title=f"{provenance['edits']} {provenance['protocol']} edits in batches of {provenance['batch_size']} on "
-        f"{provenance['model']}, scored after all of them (percent, teacher-forced)"
+        f"{provenance['model']}, scored after all of them (percent, teacher-forced)",
     )
     for i, name in enumerate(COLUMNS):
-        out.add_column(name, justify="left" if i < 2 else "right", no_wrap=i == 0)
+        out.add_column(name, justify="left" if i < 2 else "right", no_wrap=True)
     for row in comparison.rows:
         out.add_row(*cells(row))
     return out
