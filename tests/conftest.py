@@ -9,7 +9,7 @@ import pytest
 import torch
 
 matplotlib.use("Agg")
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+torch.set_num_threads(1)  # on tensors this small, threads only wait for one another
 
 
 @pytest.fixture(autouse=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -12,15 +10,6 @@ from easyedit_moe.errors import HyperParamsError, NumericalError
 from easyedit_moe.nullspace import LOW_COVERAGE, ExpertProjector, null_space, pooled_moment, resolve_coverage
 
 COUNTS = torch.tensor([500])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """On tensors this small, threads only wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def subspace(h: int, rank: int, seed: int = 0) -> Tensor:

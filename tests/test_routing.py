@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -12,15 +10,6 @@ from easyedit_moe.routing import FactoredUpdate, RoutedKeys
 
 # (T, E, K, h): experts never hit; an expert hit by several tokens; T_j > h; every expert hit by every token; one token.
 SHAPES = [(3, 9, 2, 5), (6, 4, 2, 5), (12, 3, 2, 4), (4, 3, 3, 6), (1, 4, 1, 3)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """On tensors this small, threads only wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def routed(shape: tuple[int, int, int, int], seed: int = 0, dtype: torch.dtype = torch.float64) -> RoutedKeys:
