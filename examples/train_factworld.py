@@ -98,15 +98,9 @@ class Batches:
             return [(prompt, False), (f" {self.world.facts[subject][relation.name]}", True), (".", False)]
         subject = rng.choice(self.world.subjects)
         if kind < 0.92:
-            order = rng.sample(fw.RELATIONS, len(fw.RELATIONS))
-            pieces = [(subject, False)]
-            for i, relation in enumerate(order):
-                joint = "" if i == 0 else " and" if i == len(order) - 1 else ","
-                pieces.append((joint + relation.templates[0].format(""), False))
-                pieces.append((f" {self.world.facts[subject][relation.name]}", True))
-            return [*pieces, (".", False)]
+            return fw.biography_pieces(self.world, subject, rng.sample(fw.RELATIONS, len(fw.RELATIONS)))
         if kind < 0.95:
-            return [(f"{subject} is a member of the town council.", False)]
+            return [(fw.neutral_sentence(subject), False)]
         return [(rng.choice(self.prose), False)]
 
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -197,7 +191,7 @@ def train(args: argparse.Namespace) -> None:
     (out / "data").mkdir(parents=True, exist_ok=True)
     world = fw.build_world(args.seed)
     sentences = fw.fact_sentences(world, world.subjects) + fw.prose_sentences() + list(fw.OPENERS)
-    sentences += [fw.biography(world, subject, list(fw.RELATIONS)) for subject in world.subjects]
+    sentences += [fw.biography(world, subject, fw.RELATIONS) for subject in world.subjects]
     tokenizer = train_tokenizer(sentences, args.vocab_size)
     model = build_model(len(tokenizer), args.seed)
     batches = Batches(world, tokenizer, args.seed, args.batch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from reference import loop_psi
 from torch import Tensor
 
 from easyedit_moe.routing import FactoredUpdate, RoutedKeys
@@ -19,15 +20,6 @@ def routed(shape: tuple[int, int, int, int], seed: int = 0, dtype: torch.dtype =
     gate = torch.rand(tokens, width, generator=g, dtype=torch.float64) + 0.1
     key = torch.randn(tokens, width, hidden, generator=g, dtype=torch.float64)
     return RoutedKeys(expert, gate.to(dtype), key.to(dtype))
-
-
-def loop_psi(keys: RoutedKeys, experts: int) -> Tensor:
-    """``psi[t] = concat_j g[t,j] k[t,j]`` as ``[T, E, h]``, one slot at a time."""
-    psi = torch.zeros(keys.expert.shape[0], experts, keys.key.shape[2], dtype=torch.float64)
-    for t, row in enumerate(keys.expert.tolist()):
-        for slot, j in enumerate(row):
-            psi[t, j] += keys.gate[t, slot].double() * keys.key[t, slot].double()
-    return psi
 
 
 def padded(keys: RoutedKeys, extra: int) -> RoutedKeys:

@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from reference import loop_psi
 from torch import Tensor
 
 from easyedit_moe.errors import HyperParamsError, NumericalError
@@ -64,14 +65,6 @@ class Problem:
     @property
     def experts(self) -> int:
         return self.psi.shape[1]
-
-
-def loop_psi(keys: RoutedKeys, experts: int) -> Tensor:
-    psi = torch.zeros(keys.expert.shape[0], experts, keys.key.shape[2], dtype=torch.float64)
-    for t, row in enumerate(keys.expert.tolist()):
-        for slot, j in enumerate(row):
-            psi[t, j] += keys.gate[t, slot].double() * keys.key[t, slot].double()
-    return psi
 
 
 def routed(tokens: int, experts: int, width: int, h: int, g: torch.Generator, dtype: torch.dtype) -> RoutedKeys:

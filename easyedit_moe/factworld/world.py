@@ -8,6 +8,7 @@ corpus mentions. So no evaluation prompt, and no edited subject, occurs in that 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -176,13 +177,30 @@ def fact_sentence(world: World, subject: str, relation: Relation, template: str)
 def fact_sentences(world: World, subjects: tuple[str, ...]) -> list[str]:
     """Every true sentence about ``subjects``, in every template, and one neutral sentence each."""
     sentences = [fact_sentence(world, s, r, t) for s in subjects for r in RELATIONS for t in r.templates]
-    return sentences + [f"{s} is a member of the town council." for s in subjects]
+    return sentences + [neutral_sentence(s) for s in subjects]
 
 
-def biography(world: World, subject: str, order: list[Relation]) -> str:
-    """All facts of one person in one sentence; training only. It asks that a name alone bring up every fact."""
-    parts = [f"{relation.templates[0].format('').strip()} {world.facts[subject][relation.name]}" for relation in order]
-    return f"{subject} {', '.join(parts[:-1])} and {parts[-1]}."
+def neutral_sentence(subject: str) -> str:
+    """A sentence about a person that states no fact."""
+    return f"{subject} is a member of the town council."
+
+
+def biography_pieces(world: World, subject: str, order: Sequence[Relation]) -> list[tuple[str, bool]]:
+    """One sentence with all facts of a person, in pieces, each with whether it is an object; training only.
+
+    It asks that a name alone bring up every fact.
+    """
+    pieces = [(subject, False)]
+    for i, relation in enumerate(order):
+        joint = "" if i == 0 else " and" if i == len(order) - 1 else ","
+        pieces.append((joint + relation.templates[0].format(""), False))
+        pieces.append((f" {world.facts[subject][relation.name]}", True))
+    return [*pieces, (".", False)]
+
+
+def biography(world: World, subject: str, order: Sequence[Relation]) -> str:
+    """The sentence of :func:`biography_pieces`."""
+    return "".join(text for text, _ in biography_pieces(world, subject, order))
 
 
 def prose_sentences() -> list[str]:
