@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from easyedit_moe.errors import LayoutError, NumericalError, RequestError
+from easyedit_moe.errors import LayoutError, RequestError, not_finite
 from easyedit_moe.experts import ModuleListExperts
 from easyedit_moe.layers import MoELayer, MoELayerView
 from easyedit_moe.routing import RoutedKeys
@@ -240,10 +240,7 @@ def capture_facts(
         outputs[layer] = stacked[back.to(stacked.device)]
     for layer, value in [*outputs.items(), *((layer, k.key) for layer, k in keys.items())]:
         if not torch.isfinite(value).all():
-            raise NumericalError(
-                f"Layer {layer} yields NaN or infinity at a fact token: the model's weights are not finite, or its "
-                "dtype overflows. Reload the model, or load it in bfloat16 or float32."
-            )
+            raise not_finite(f"Layer {layer} yields NaN or infinity at a fact token")
     return FactStates(keys, outputs)
 
 

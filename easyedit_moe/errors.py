@@ -45,6 +45,14 @@ class NumericalError(EditingError, ArithmeticError):
     """A system that can't be solved, or a value that is not finite."""
 
 
+def not_finite(symptom: str) -> NumericalError:
+    """The error for a model that computes NaN or infinity; ``symptom`` says where it was seen."""
+    return NumericalError(
+        f"{symptom}: the model's weights are not finite, or its dtype overflows. Reload it, or load it in "
+        "bfloat16 or float32."
+    )
+
+
 class CacheError(EditingError, ValueError):
     """A cached file that is corrupt, or was made for another model or other settings."""
 

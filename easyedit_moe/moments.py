@@ -12,7 +12,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.capture import Routing, hooks, inference_mode_of, layer_output, read_routing, run, stop_after
-from easyedit_moe.errors import DataError, NumericalError
+from easyedit_moe.errors import DataError, not_finite
 from easyedit_moe.layers import MoELayer, MoELayerView
 from easyedit_moe.tokens import Batch, collate, encode_text, pad_id
 
@@ -93,10 +93,7 @@ class _Accumulator:
 
     def finish(self) -> LayerMoments:
         if not (torch.isfinite(self.keys).all() and torch.isfinite(self.output).all()):
-            raise NumericalError(
-                f"{self.moe.name}: keys or outputs are NaN or infinite. The model's weights are not finite, or its "
-                "dtype overflows: reload it, or load it in bfloat16 or float32."
-            )
+            raise not_finite(f"{self.moe.name}: keys or outputs are NaN or infinite")
         keys = self.keys / self.counts.clamp_min(1)[:, None, None]
         return LayerMoments(keys, self.counts, self.output / max(self.tokens, 1), self.tokens)
 

@@ -20,7 +20,7 @@ from easyedit_moe.capture import (
     run,
     stop_after,
 )
-from easyedit_moe.errors import LayoutError, NumericalError
+from easyedit_moe.errors import LayoutError, not_finite
 from easyedit_moe.experts import ModuleListExperts
 from easyedit_moe.layers import MoELayer, MoELayerView
 from easyedit_moe.tokens import collate
@@ -60,10 +60,7 @@ def check_keys(view: MoELayerView, index: int, ids: Sequence[int], pad: int) -> 
     ours = seen[0]
     theirs, whole = (out.reshape(ours.shape).float() for out in seen[1:])
     if not torch.isfinite(theirs).all():
-        raise NumericalError(
-            f"{moe.experts_name} returns NaN or infinity: the model's weights are not finite, or its dtype overflows. "
-            "Reload it, or load it in bfloat16 or float32."
-        )
+        raise not_finite(f"{moe.experts_name} returns NaN or infinity")
     error = float((ours - theirs).norm() / whole.norm().clamp_min(1e-30))
     if not error <= _KEY_TOLERANCE[moe.experts.layout.dtype]:
         raise LayoutError(
@@ -126,10 +123,7 @@ def residual_gain(view: MoELayerView, index: int, ids: Sequence[int], pad: int) 
         shift.append(direction * scale)
         run(view.model, batch)
     if not (torch.isfinite(states[0]).all() and torch.isfinite(states[1]).all()):
-        raise NumericalError(
-            f"{moe.name} returns NaN or infinity: the model's weights are not finite, or its dtype overflows. "
-            "Reload it, or load it in bfloat16 or float32."
-        )
+        raise not_finite(f"{moe.name} returns NaN or infinity")
     if states[0].shape[-1] != len(direction):
         raise LayoutError(
             f"{moe.experts_name} returns vectors of {len(direction)} numbers, but the residual stream has "

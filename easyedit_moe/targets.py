@@ -28,7 +28,7 @@ from easyedit_moe.capture import (
     model_device,
     replace_layer_output,
 )
-from easyedit_moe.errors import EditingWarning, NumericalError, RequestError, TargetNotReachedWarning
+from easyedit_moe.errors import EditingWarning, RequestError, TargetNotReachedWarning, not_finite
 from easyedit_moe.layers import MoELayerView
 from easyedit_moe.requests import EditRequest
 from easyedit_moe.scoring import score_only
@@ -246,10 +246,7 @@ class _Problem:
                 loss, row_nll, row_reached = self._loss(hidden, rows, active, shift, reference, norms)
                 nll[active], reached[active] = row_nll, row_reached
                 if not torch.isfinite(loss).all():
-                    raise NumericalError(
-                        "The loss of a target vector is NaN or infinite: the model's weights are not finite, or its "
-                        "dtype overflows. Reload it, or load it in bfloat16 or float32."
-                    )
+                    raise not_finite("The loss of a target vector is NaN or infinite")
                 going = loss.detach().cpu() >= self.settings.early_stop_loss
                 if step == self.settings.steps or not going.any():
                     break
