@@ -16,14 +16,14 @@ from transformers import PreTrainedTokenizerBase
 from easyedit_moe import presets
 from easyedit_moe.cache import model_fingerprint
 from easyedit_moe.corpus import corpus_hash
-from easyedit_moe.editors import EditMemory, Editor, EditResult, make_editor
+from easyedit_moe.editors import Editor, EditResult, Patch, make_editor
 from easyedit_moe.errors import DataError, EditingWarning, HyperParamsError
 from easyedit_moe.hparams import MoEHyperParams, hparams_folder, load_hyperparams
 from easyedit_moe.layers import MoELayerView
 from easyedit_moe.loading import load_model
 from easyedit_moe.measure import Stopwatch, peak_memory_bytes, reset_peak_memory
 from easyedit_moe.metrics import EvaluationResult, evaluate, routing_similarity, routing_snapshot
-from easyedit_moe.patch import WeightPatch, restore, versions
+from easyedit_moe.patch import versions
 from easyedit_moe.records import EvaluationRecord, load_records
 from easyedit_moe.requests import EditRequest
 from easyedit_moe.targets import TargetVectors
@@ -210,7 +210,7 @@ def _run_method(
     watch, model = Stopwatch(), task.model
     reset_peak_memory()
     editor = make_editor(hparams)
-    memory, patches, reached = EditMemory(), [], 0
+    memory, patches, reached = None, [], None
     with _restored(model, patches):
         for start in range(0, len(task.records), task.batch_size):
             batch = [record.request for record in task.records[start : start + task.batch_size]]
@@ -220,38 +220,39 @@ def _run_method(
                 result = _edit_batch(editor, task, batch, memory, ready, first=start == 0)
             memory = result.memory
             patches.append(result.patch)
-            reached += sum(int(t.reached.sum()) for t in result.targets)
+            if result.targets:
+                reached = (reached or 0) + sum(int(t.reached.sum()) for t in result.targets)
             for stage, seconds in result.seconds.items():
                 watch.seconds[stage] += seconds
         with watch.stage("evaluate"):
             scores = evaluate(model, task.tok, task.records, task.protocol)
-        rounding = max(report.rounding_loss for patch in patches for report in patch.reports)
+        rounding = max((report.rounding_loss for patch in patches for report in patch.reports), default=None)
         similarity, peak = routing(), peak_memory_bytes()
     return Row(
-        label, "experts", "easyedit_moe", scores, similarity, watch.seconds, peak, reached, rounding,
+        label, editor.edits, "easyedit_moe", scores, similarity, watch.seconds, peak, reached, rounding,
         asdict(hparams),
     )  # fmt: skip
 
 
 def _edit_batch(
-    editor: Editor, task: Task, batch: list[EditRequest], memory: EditMemory, ready: ReadyTargets, first: bool
+    editor: Editor, task: Task, batch: list[EditRequest], memory: Any, ready: ReadyTargets, first: bool
 ) -> EditResult:
-    shared = first and getattr(editor.hparams, "edits_per_solve", None) is None
-    targets, seconds = ready.get(editor.target_settings(), (None, 0.0)) if shared else (None, 0.0)
+    settings = editor.target_settings()
+    shared = first and settings is not None and getattr(editor.hparams, "edits_per_solve", None) is None
+    targets, seconds = ready.get(settings, (None, 0.0)) if shared else (None, 0.0)
     result = editor.edit(task.model, task.tok, batch, memory, targets)
     if targets is not None:
         return replace(result, seconds={**result.seconds, "targets": seconds})
     if shared:
-        ready[editor.target_settings()] = (result.targets[0], result.seconds["targets"])
+        ready[settings] = (result.targets[0], result.seconds["targets"])
     return result
 
 
 @contextmanager
-def _restored(model: nn.Module, patches: list[WeightPatch]) -> Iterator[None]:
+def _restored(model: nn.Module, patches: list[Patch]) -> Iterator[None]:
     """Whatever happens inside, the originals of all patches are back afterwards."""
     try:
         yield
     finally:
-        view = MoELayerView(model)
         for patch in reversed(patches):
-            restore(view, patch.originals)
+            patch.restore(model)

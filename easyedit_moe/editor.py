@@ -12,11 +12,10 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from easyedit_moe.editors import EditMemory, EditResult, make_editor
+from easyedit_moe.editors import EditResult, Patch, make_editor
 from easyedit_moe.errors import EditingWarning, RequestError
 from easyedit_moe.hparams import MoEHyperParams, load_hyperparams
 from easyedit_moe.loading import load_model
-from easyedit_moe.patch import WeightPatch
 from easyedit_moe.requests import EditRequest, parse_request, parse_requests
 from easyedit_moe.scoring import TargetScore, score_targets
 
@@ -36,9 +35,9 @@ class MoEEditor:
     def __init__(self, hparams: MoEHyperParams, model: nn.Module, tok: PreTrainedTokenizerBase) -> None:
         self.hparams, self.model, self.tok = hparams, model, tok
         self.editor = make_editor(hparams)
-        self.memory = EditMemory()
-        self.patches: list[WeightPatch] = []
-        self._memories: list[EditMemory] = []
+        self.memory: Any = None
+        self.patches: list[Patch] = []
+        self._memories: list[Any] = []
 
     @classmethod
     def from_hparams(

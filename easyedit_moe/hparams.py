@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from math import isfinite
 from pathlib import Path
@@ -29,7 +29,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(kw_only=True)
 class MoEHyperParams:
-    """What all editors of expert weights share. Paper values: MoTE (arXiv 2605.16686), MoEEdit (arXiv 2602.10965)."""
+    """What all methods share."""
 
     methods: ClassVar[tuple[str, ...]] = ()
 
@@ -49,6 +49,95 @@ class MoEHyperParams:
     """Requests per edit in ``batch_edit``. Papers: 50."""
     max_length: int = 512
     """Tokens at which a text of the statistics corpus, or an evaluation prompt, is cut."""
+
+    def __post_init__(self) -> None:
+        if not self.methods:
+            raise HyperParamsError("MoEHyperParams is abstract; use the class of your method.")
+        self.alg_name = presets.canonical_name(str(self.alg_name))
+        if self.alg_name not in self.methods:
+            raise HyperParamsError(
+                f"{type(self).__name__} is for {', '.join(self.methods)}; found alg_name {self.alg_name!r}."
+            )
+        for name, value in presets.METHODS[self.alg_name].items():
+            if getattr(self, name) != value:
+                raise HyperParamsError(
+                    f"{self.alg_name} means {name} = {value!r}; found {getattr(self, name)!r}. "
+                    "Remove the key, or choose the method that you mean."
+                )
+        self._check_types()
+        self._check_ranges()
+
+    def _check_types(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for item in fields(self):
+            value = getattr(self, item.name)
+            fitted = _fit(value, hints[item.name])
+            if fitted is _MISFIT:
+                raise HyperParamsError(
+                    f"{item.name} must be {_describe(hints[item.name])}; found {value!r} ({type(value).__name__})."
+                )
+            setattr(self, item.name, fitted)
+
+    def _check_ranges(self) -> None:
+        self._require_at_least({"batch_size": 1, "max_length": 1})
+        for item in fields(self):
+            value = getattr(self, item.name)
+            self._require(item.name, not isinstance(value, float) or isfinite(value), "finite")
+        self._require_one_of({"dtype": DTYPES})
+        ordered = all(b > a for a, b in zip(self.layers, self.layers[1:], strict=False))
+        self._require("layers", bool(self.layers) and ordered and min(self.layers) >= 0, "increasing and not empty")
+
+    def _require_at_least(self, lows: Mapping[str, float]) -> None:
+        for name, low in lows.items():
+            self._require(name, getattr(self, name) >= low, f"at least {low}")
+
+    def _require_one_of(self, choices: Mapping[str, Sequence[Any]]) -> None:
+        for name, allowed in choices.items():
+            self._require(name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
+
+    def _require(self, name: str, fine: bool, expected: str) -> None:
+        if not fine:
+            raise HyperParamsError(f"{name} must be {expected}; found {getattr(self, name)!r}.")
+
+    @classmethod
+    def from_hparams(cls, path: str | Path, **overrides: Any) -> MoEHyperParams:
+        """Read a YAML file; a name without folder, like ``MoTE/factworld``, means a file that ships with the package.
+
+        Raises:
+            HyperParamsError: missing file, not a mapping, unknown key, wrong type or value.
+        """
+        return cls.from_dict({**read_yaml(path), **overrides}, str(path))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "hparams") -> MoEHyperParams:
+        """Build from a mapping; fixed settings of the method are filled in."""
+        known = {f.name: f for f in fields(cls)}
+        unknown = [key for key in values if key not in known]
+        if unknown:
+            raise HyperParamsError(
+                f"{where}: unknown key '{unknown[0]}' for {cls.__name__}.{did_you_mean(str(unknown[0]), known)}"
+            )
+        missing = [
+            n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING and n not in values
+        ]
+        if missing:
+            raise HyperParamsError(f"{where}: missing {', '.join(missing)}.")
+        fixed = presets.METHODS.get(presets.canonical_name(str(values["alg_name"])), {})
+        return cls(**{**{k: v for k, v in fixed.items() if k in known}, **values})
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, ready for YAML or JSON."""
+        return asdict(self)
+
+    def to_yaml(self, path: str | Path) -> None:
+        """Write all fields to a YAML file."""
+        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+@dataclass(kw_only=True)
+class SolverHyperParams(MoEHyperParams):
+    """What all solvers for expert weights share. Paper values: MoTE (arXiv 2605.16686), MoEEdit (arXiv 2602.10965)."""
+
     fact_token: str = "subject_last"
     """Where the fact sits: subject_last, subject_first, last or subject_first_after_last."""
     context_prefixes: list[str] = field(default_factory=list)
@@ -98,99 +187,29 @@ class MoEHyperParams:
     remember_edits: bool = False
     """Keep the keys of earlier sequential batches as columns with zero residual."""
 
-    def __post_init__(self) -> None:
-        if not self.methods:
-            raise HyperParamsError("MoEHyperParams is abstract; use the class of your method.")
-        self.alg_name = presets.canonical_name(str(self.alg_name))
-        if self.alg_name not in self.methods:
-            raise HyperParamsError(
-                f"{type(self).__name__} is for {', '.join(self.methods)}; found alg_name {self.alg_name!r}."
-            )
-        for name, value in presets.METHODS[self.alg_name].items():
-            if getattr(self, name) != value:
-                raise HyperParamsError(
-                    f"{self.alg_name} means {name} = {value!r}; found {getattr(self, name)!r}. "
-                    "Remove the key, or choose the method that you mean."
-                )
-        self._check_types()
-        self._check_ranges()
-
-    def _check_types(self) -> None:
-        hints = typing.get_type_hints(type(self))
-        for item in fields(self):
-            value = getattr(self, item.name)
-            fitted = _fit(value, hints[item.name])
-            if fitted is _MISFIT:
-                raise HyperParamsError(
-                    f"{item.name} must be {_describe(hints[item.name])}; found {value!r} ({type(value).__name__})."
-                )
-            setattr(self, item.name, fitted)
-
     def _check_ranges(self) -> None:
-        at_least = {
-            "batch_size": 1, "max_length": 1, "v_num_grad_steps": 1, "target_batch_size": 1, "capture_batch_size": 1,
-            "mom2_n_samples": 1, "min_coverage": 0, "v_weight_decay": 0, "kl_factor": 0, "early_stop_loss": 0,
-            "nullspace_threshold": 0, "covariance_ridge": 0, "lambda_reg": 0,
-        }  # fmt: skip
-        for name, low in at_least.items():
-            self._require(name, getattr(self, name) >= low, f"at least {low}")
+        super()._check_ranges()
+        self._require_at_least(
+            {
+                "v_num_grad_steps": 1, "target_batch_size": 1, "capture_batch_size": 1, "mom2_n_samples": 1,
+                "min_coverage": 0, "v_weight_decay": 0, "kl_factor": 0, "early_stop_loss": 0,
+                "nullspace_threshold": 0, "covariance_ridge": 0, "lambda_reg": 0,
+            }
+        )  # fmt: skip
         for name in ("v_lr", "clamp_norm_factor"):
             self._require(name, getattr(self, name) > 0, "greater than 0")
-        for item in fields(self):
-            value = getattr(self, item.name)
-            self._require(item.name, not isinstance(value, float) or isfinite(value), "finite")
-        choices = {
-            "fact_token": FACT_TOKENS, "metric": METRICS, "spread": SPREADS, "dtype": DTYPES,
-            "mom2_dtype": ("float32", "float64"), "low_coverage": LOW_COVERAGE,
-        }  # fmt: skip
-        for name, allowed in choices.items():
-            self._require(name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
+        self._require_one_of(
+            {
+                "fact_token": FACT_TOKENS, "metric": METRICS, "spread": SPREADS, "low_coverage": LOW_COVERAGE,
+                "mom2_dtype": ("float32", "float64"),
+            }
+        )  # fmt: skip
         if self.nullspace_relative:
             self._require("nullspace_threshold", self.nullspace_threshold <= 1, "at most 1 where it is relative")
-        ordered = all(b > a for a, b in zip(self.layers, self.layers[1:], strict=False))
-        self._require("layers", bool(self.layers) and ordered and min(self.layers) >= 0, "increasing and not empty")
-
-    def _require(self, name: str, fine: bool, expected: str) -> None:
-        if not fine:
-            raise HyperParamsError(f"{name} must be {expected}; found {getattr(self, name)!r}.")
-
-    @classmethod
-    def from_hparams(cls, path: str | Path, **overrides: Any) -> MoEHyperParams:
-        """Read a YAML file; a name without folder, like ``MoTE/factworld``, means a file that ships with the package.
-
-        Raises:
-            HyperParamsError: missing file, not a mapping, unknown key, wrong type or value.
-        """
-        return cls.from_dict({**read_yaml(path), **overrides}, str(path))
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any], where: str = "hparams") -> MoEHyperParams:
-        """Build from a mapping; fixed settings of the method are filled in."""
-        known = {f.name: f for f in fields(cls)}
-        unknown = [key for key in values if key not in known]
-        if unknown:
-            raise HyperParamsError(
-                f"{where}: unknown key '{unknown[0]}' for {cls.__name__}.{did_you_mean(str(unknown[0]), known)}"
-            )
-        missing = [
-            n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING and n not in values
-        ]
-        if missing:
-            raise HyperParamsError(f"{where}: missing {', '.join(missing)}.")
-        fixed = presets.METHODS.get(presets.canonical_name(str(values["alg_name"])), {})
-        return cls(**{**{k: v for k, v in fixed.items() if k in known}, **values})
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields, ready for YAML or JSON."""
-        return asdict(self)
-
-    def to_yaml(self, path: str | Path) -> None:
-        """Write all fields to a YAML file."""
-        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 @dataclass(kw_only=True)
-class MoTEHyperParams(MoEHyperParams):
+class MoTEHyperParams(SolverHyperParams):
     """MoTE: ridge on a Tucker core. The paper does not state its ranks; ours are explicit."""
 
     methods: ClassVar[tuple[str, ...]] = ("MoTE",)
@@ -221,7 +240,7 @@ class MoTEHyperParams(MoEHyperParams):
 
 
 @dataclass(kw_only=True)
-class MoEEditHyperParams(MoEHyperParams):
+class MoEEditHyperParams(SolverHyperParams):
     """MoEEdit: randomised block coordinate descent over experts."""
 
     methods: ClassVar[tuple[str, ...]] = ("MoEEdit-BCD", "BCD+speedup")
@@ -237,7 +256,7 @@ class MoEEditHyperParams(MoEHyperParams):
 
 
 @dataclass(kw_only=True)
-class GlobalHyperParams(MoEHyperParams):
+class GlobalHyperParams(SolverHyperParams):
     """The exact solver, and MEMIT, AlphaEdit and ROME lifted to experts as settings of it."""
 
     methods: ClassVar[tuple[str, ...]] = ("Global", "Global+speedup", "MoE-MEMIT", "MoE-AlphaEdit", "MoE-ROME")

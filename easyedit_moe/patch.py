@@ -104,6 +104,11 @@ class WeightPatch:
         restore(view, self.originals)
         self.originals, self.written = {}, {}
 
+    def restore(self, model: nn.Module) -> None:
+        """Put the originals back, whatever happened to the weights since; nothing where the patch is not applied."""
+        restore(MoELayerView(model), self.originals)
+        self.originals, self.written = {}, {}
+
     def weights_copy(self, model: nn.Module) -> dict[str, Tensor]:
         """Full original tensors by full parameter name, as EasyEdit restores them."""
         view, full = MoELayerView(model), {}

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from easyedit_moe.cache import StatisticsKey, load_moments, save_moments, statistics_folder
 from easyedit_moe.corpus import corpus_hash, load_texts
 from easyedit_moe.errors import CoverageWarning
-from easyedit_moe.hparams import MoEHyperParams
+from easyedit_moe.hparams import SolverHyperParams
 from easyedit_moe.layers import MoELayer, MoELayerView
 from easyedit_moe.moments import LayerMoments, collect_moments
 from easyedit_moe.tokens import encode_text
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 def layer_statistics(
     view: MoELayerView,
     tok: PreTrainedTokenizerBase,
-    hparams: MoEHyperParams,
+    hparams: SolverHyperParams,
     layers: Sequence[int],
     fingerprint: str,
     progress: bool = True,
@@ -66,7 +66,7 @@ def _on_device_of(moe: MoELayer, value: LayerMoments) -> LayerMoments:
     return LayerMoments(value.keys.to(device), value.counts.to(device), value.output.to(device), value.num_tokens)
 
 
-def _report_coverage(moments: dict[int, LayerMoments], hparams: MoEHyperParams) -> None:
+def _report_coverage(moments: dict[int, LayerMoments], hparams: SolverHyperParams) -> None:
     for layer, value in sorted(moments.items()):
         coverage = value.coverage()
         logger.info(

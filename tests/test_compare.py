@@ -13,7 +13,7 @@ from easyedit_moe import compare as comparing
 from easyedit_moe import report
 from easyedit_moe.cli import app
 from easyedit_moe.compare import Task, compare, load_task, resolve_hparams
-from easyedit_moe.editors import base
+from easyedit_moe.editors import solving
 from easyedit_moe.editors.global_ import GlobalEditor
 from easyedit_moe.errors import DataError, HyperParamsError, MethodError, NumericalError
 from easyedit_moe.hparams import hyperparams_class
@@ -92,8 +92,8 @@ def test_each_method_starts_from_the_same_weights_and_leaves_them(task: Task, tm
 
 def test_first_targets_are_shared_only_where_nothing_differs(task: Task, tmp_path: Path, monkeypatch) -> None:
     calls = []
-    original = base.compute_targets
-    monkeypatch.setattr(base, "compute_targets", lambda *a, **k: calls.append(1) or original(*a, **k))
+    original = solving.compute_targets
+    monkeypatch.setattr(solving, "compute_targets", lambda *a, **k: calls.append(1) or original(*a, **k))
     names = ("Global", "MoTE", "MoEEdit-BCD")
     settings = [hyperparams_class(m).from_dict(_hparams(tmp_path, m)) for m in names]
     result = compare(task, settings)

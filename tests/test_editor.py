@@ -181,7 +181,7 @@ def test_sequential_edits_accumulate_and_can_be_undone(make: Any) -> None:
     for i in (3, 2, 1, 0):
         editor.undo()
         assert_same_state(states[i], state_of(model))
-        assert len(editor.memory.keys.get(1, [])) == i
+        assert (len(editor.memory.keys[1]) if editor.memory else 0) == i
     with pytest.raises(RequestError, match="no edit to undo"):
         editor.undo()
     editor.edit(PROMPTS[0], TARGETS[0], subject=SUBJECTS[0], sequential_edit=True)

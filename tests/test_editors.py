@@ -30,8 +30,8 @@ from easyedit_moe.editors import (
     make_editor,
     method_names,
     register_editor,
+    solving,
 )
-from easyedit_moe.editors import base as editors_base
 from easyedit_moe.errors import (
     CoverageWarning,
     DataError,
@@ -488,7 +488,7 @@ def test_an_error_anywhere(function: str, data: Path, monkeypatch: pytest.Monkey
     def fail(*args: Any, **kwargs: Any) -> None:
         raise Trouble
 
-    monkeypatch.setattr(editors_base, function, fail)
+    monkeypatch.setattr(solving, function, fail)
     with pytest.raises(Trouble):
         edit(model, hparams(data), requests(3))
     assert_same_state(before, state_of(model))
@@ -592,8 +592,8 @@ def test_modes_flags_and_forwards_stay(variant: str, data: Path) -> None:
 
 def test_later_batches_reuse_what_was_prepared(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, editor, calls = tiny_model(), make_editor(hparams(data, "MoTE"), progress=False), []
-    plain = editors_base.layer_statistics
-    monkeypatch.setattr(editors_base, "layer_statistics", lambda *a: calls.append(1) or plain(*a))
+    plain = solving.layer_statistics
+    monkeypatch.setattr(solving, "layer_statistics", lambda *a: calls.append(1) or plain(*a))
     first = editor.edit(model, TOK, requests(2))
     prepared = editor.prepared
     second = editor.edit(model, TOK, requests(4)[2:])
@@ -624,7 +624,7 @@ def test_prepared_values_can_be_handed_on(data: Path, monkeypatch: pytest.Monkey
     hp = hparams(data)
     prepared = make_editor(hp, progress=False).prepare(tiny_model(), TOK)
     assert prepared.experts == {1: 8, 2: 8}
-    monkeypatch.setattr(editors_base, "layer_statistics", None)
+    monkeypatch.setattr(solving, "layer_statistics", None)
     model, plain = tiny_model(), tiny_model()
     GlobalEditor(hp, prepared, progress=False).edit(model, TOK, requests(2))
     monkeypatch.undo()

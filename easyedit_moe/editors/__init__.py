@@ -1,6 +1,6 @@
 """One file per method; importing this package registers all of them."""
 
-from easyedit_moe.editors.base import EditMemory, Editor, EditResult, Prepared
+from easyedit_moe.editors.base import Editor, EditResult, Patch
 from easyedit_moe.editors.bcd_speedup import BCDSpeedupEditor, apply_bcd_speedup_to_model
 from easyedit_moe.editors.global_ import GlobalEditor, apply_global_to_model
 from easyedit_moe.editors.global_speedup import GlobalSpeedupEditor, apply_global_speedup_to_model
@@ -10,6 +10,7 @@ from easyedit_moe.editors.moe_rome import MoEROMEEditor, apply_moe_rome_to_model
 from easyedit_moe.editors.moeedit import MoEEditEditor, apply_moeedit_to_model
 from easyedit_moe.editors.mote import MoTEEditor, apply_mote_to_model
 from easyedit_moe.editors.registry import editor_class, make_editor, method_names, register_editor
+from easyedit_moe.editors.solving import EditMemory, Prepared, SolvingEditor
 
 __all__ = [
     "BCDSpeedupEditor",
@@ -23,7 +24,9 @@ __all__ = [
     "MoEMEMITEditor",
     "MoEROMEEditor",
     "MoTEEditor",
+    "Patch",
     "Prepared",
+    "SolvingEditor",
     "apply_bcd_speedup_to_model",
     "apply_global_speedup_to_model",
     "apply_global_to_model",

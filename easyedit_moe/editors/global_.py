@@ -6,15 +6,15 @@ from typing import Any
 
 from torch import Tensor
 
-from easyedit_moe.editors.base import Editor, Prepared
 from easyedit_moe.editors.registry import register_editor
+from easyedit_moe.editors.solving import Prepared, SolvingEditor
 from easyedit_moe.hparams import GlobalHyperParams
 from easyedit_moe.routing import RoutedKeys
 from easyedit_moe.solvers import solve_exact
 
 
 @register_editor
-class GlobalEditor(Editor):
+class GlobalEditor(SolvingEditor):
     """One T x T system per layer instead of sweeps over experts."""
 
     method = "Global"

@@ -6,15 +6,15 @@ from typing import Any
 
 from torch import Tensor
 
-from easyedit_moe.editors.base import Editor, Prepared
 from easyedit_moe.editors.registry import register_editor
+from easyedit_moe.editors.solving import Prepared, SolvingEditor
 from easyedit_moe.hparams import MoEEditHyperParams
 from easyedit_moe.routing import RoutedKeys
 from easyedit_moe.solvers import expert_orders, solve_bcd
 
 
 @register_editor
-class MoEEditEditor(Editor):
+class MoEEditEditor(SolvingEditor):
     """BCD over experts with residual spread: keys are re-collected at each layer, as in the paper."""
 
     method = "MoEEdit-BCD"

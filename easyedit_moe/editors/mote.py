@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from easyedit_moe.editors.base import Editor, Prepared
 from easyedit_moe.editors.registry import register_editor
+from easyedit_moe.editors.solving import Prepared, SolvingEditor
 from easyedit_moe.hparams import MoTEHyperParams
 from easyedit_moe.layers import MoELayerView
 from easyedit_moe.moments import LayerMoments
@@ -17,7 +17,7 @@ from easyedit_moe.tucker import TuckerBasis, tucker_basis
 
 
 @register_editor
-class MoTEEditor(Editor):
+class MoTEEditor(SolvingEditor):
     """Ridge on the Tucker core, ``Delta_j = U_out (sum_a U_e[j,a] G_a) U_in^T P_j``.
 
     As in its paper with ``spread: update`` (eq. 14: the core, divided by the layers left, is mapped back by each
