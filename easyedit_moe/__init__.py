@@ -22,6 +22,7 @@ _LOCATIONS = {
     "load_model": "loading",
     "make_editor": "editors",
     "method_names": "editors",
+    "register": "host",
     "apply_mote_to_model": "editors",
     "apply_moeedit_to_model": "editors",
     "apply_bcd_speedup_to_model": "editors",
@@ -39,6 +40,11 @@ def __getattr__(name: str) -> Any:
     if name not in _LOCATIONS:
         raise AttributeError(f"module 'easyedit_moe' has no attribute {name!r}")
     return getattr(importlib.import_module(f"easyedit_moe.{_LOCATIONS[name]}"), name)
+
+
+from easyedit_moe.host.watch import watch  # noqa: E402  (it needs nothing of the above, and only the standard library)
+
+watch()
 
 
 def __dir__() -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,12 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from easyedit_moe.easyedit_requests import checked_batches, prompts_of, requests_from_columns
 from easyedit_moe.editors import EditResult, Patch, make_editor
-from easyedit_moe.errors import EditingWarning, RequestError
+from easyedit_moe.errors import RequestError
 from easyedit_moe.hparams import MoEHyperParams, load_hyperparams
 from easyedit_moe.loading import load_model
-from easyedit_moe.requests import EditRequest, parse_request, parse_requests
+from easyedit_moe.requests import EditRequest
 from easyedit_moe.scoring import TargetScore, score_targets
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class MoEEditor:
         Raises:
             RequestError: missing subjects, lists of different lengths, or requests that can't be used.
         """
-        requests = kwargs.get("requests") or _requests(
+        requests = kwargs.get("requests") or requests_from_columns(
             prompts,
             target_new,
             ground_truth,
@@ -118,7 +118,7 @@ class MoEEditor:
         **kwargs: Any,
     ) -> Results:
         """As :meth:`edit`, ``hparams.batch_size`` requests at a time."""
-        requests = _requests(
+        requests = requests_from_columns(
             prompts,
             target_new,
             ground_truth,
@@ -152,7 +152,7 @@ class MoEEditor:
         verbose: bool,
         pre_first: bool,
     ) -> Results:
-        batches = _checked(batches)
+        batches = checked_batches(batches)
         metrics: list[dict[str, Any]] = []
         before = [self._measure(batch) for batch in batches] if pre_first else []
         weights: dict[str, Tensor] = {}
@@ -186,7 +186,7 @@ class MoEEditor:
         places: list[tuple[int, tuple[str, ...]]] = []
         pairs: list[tuple[str, str]] = []
         for i, request in enumerate(batch):
-            for place, prompt, target in _prompts_of(request):
+            for place, prompt, target in prompts_of(request):
                 places.append((i, place))
                 pairs.append((prompt, target))
         found: list[dict[str, Any]] = [{} for _ in batch]
@@ -194,54 +194,6 @@ class MoEEditor:
         for (i, place), score in zip(places, scores, strict=True):
             found[i].setdefault(place, []).append(score)
         return found
-
-
-def _checked(batches: Sequence[Sequence[Mapping[str, Any] | EditRequest]]) -> list[list[dict[str, Any]]]:
-    """All batches as flat request dicts, after everything that could be wrong with any of them."""
-    if not batches:
-        raise RequestError("There is nothing to edit: the list of requests is empty.")
-    checked: list[list[dict[str, Any]]] = []
-    number = 0
-    for batch in batches:
-        checked.append([])
-        for record in batch:
-            try:
-                fact = parse_request(record)
-                request = {**(record if isinstance(record, Mapping) else {}), **vars(fact)}
-                _prompts_of(request)
-            except RequestError as error:
-                raise RequestError(f"Request {number}: {error}") from error
-            checked[-1].append(request)
-            number += 1
-        with warnings.catch_warnings():
-            # The editor parses each batch again, and warns then.
-            warnings.simplefilter("ignore", EditingWarning)
-            parse_requests(batch)
-    return checked
-
-
-def _prompts_of(request: Mapping[str, Any]) -> list[tuple[tuple[str, ...], str, str]]:
-    """Every prompt of a request by its place in the result, with the answer that is scored."""
-    asked = [(("rewrite",), request["prompt"], request["target_new"])]
-    if request.get("rephrase_prompt"):
-        asked.append((("rephrase",), request["rephrase_prompt"], request["target_new"]))
-    for section in ("locality", "portability"):
-        for key, value in (request.get(section) or {}).items():
-            value = _prompt_and_answer(f"{section}[{key!r}]", value)
-            prompts, answers = _as_list(value["prompt"]), _as_list(value["ground_truth"])
-            if len(prompts) != len(answers):
-                raise RequestError(f"{section}[{key!r}] has {len(prompts)} prompts, but {len(answers)} answers.")
-            asked += [((section, key), p, a) for p, a in zip(prompts, answers, strict=True)]
-    for place, prompt, answer in asked:
-        if not all(isinstance(text, str) and text.strip() for text in (prompt, answer)):
-            raise RequestError(f"{' '.join(place)}: prompts and answers must be texts; found {prompt!r}, {answer!r}.")
-    return asked
-
-
-def _prompt_and_answer(name: str, value: Any) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping) or not {"prompt", "ground_truth"} <= value.keys():
-        raise RequestError(f"{name} must hold 'prompt' and 'ground_truth'; found {value!r}.")
-    return value
 
 
 def _metrics_entry(
@@ -267,48 +219,3 @@ def _unchanged(before: Sequence[TargetScore], after: Sequence[TargetScore]) -> l
         sum(a == b for a, b in zip(x.predicted, y.predicted, strict=True)) / len(x.predicted)
         for x, y in zip(before, after, strict=True)
     ]
-
-
-def _requests(
-    prompts: str | Sequence[str],
-    target_new: str | Sequence[str],
-    ground_truth: str | Sequence[str] | None,
-    target_neg: str | Sequence[str] | None,
-    rephrase_prompts: str | Sequence[str] | None,
-    locality_inputs: Mapping[str, Mapping[str, Any]] | None,
-    portability_inputs: Mapping[str, Mapping[str, Any]] | None,
-    subject: str | Sequence[str] | None,
-) -> list[dict[str, Any]]:
-    """EasyEdit's request dicts from parallel lists."""
-    count = len(_column("prompts", prompts))
-    if subject is None:
-        raise RequestError("Editing needs the subject of each prompt: pass subject=[...].")
-    columns = {"prompt": prompts, "target_new": target_new, "subject": subject}
-    columns |= {"ground_truth": ground_truth, "target_neg": target_neg, "rephrase_prompt": rephrase_prompts}
-    requests: list[dict[str, Any]] = [{"ground_truth": None, "locality": {}, "portability": {}} for _ in range(count)]
-    for name, values in columns.items():
-        if values is not None:
-            for request, value in zip(requests, _column(name, values, count), strict=True):
-                request[name] = value
-    for section, inputs in (("locality", locality_inputs), ("portability", portability_inputs)):
-        for key, value in (inputs or {}).items():
-            name = f"{section}_inputs[{key!r}]"
-            value = _prompt_and_answer(name, value)
-            listed, answers = _column(name, value["prompt"], count), _column(name, value["ground_truth"], count)
-            for request, prompt, answer in zip(requests, listed, answers, strict=True):
-                if prompt is not None:
-                    request[section][key] = {"prompt": prompt, "ground_truth": answer}
-    return requests
-
-
-def _column(name: str, values: Any, count: int | None = None) -> list[Any]:
-    listed = _as_list(values)
-    if count is not None and len(listed) != count:
-        raise RequestError(f"{name} has {len(listed)} entries for {count} prompts.")
-    return listed
-
-
-def _as_list(value: Any) -> list[Any]:
-    if not isinstance(value, Sequence):
-        raise RequestError(f"Expected a text or a list of texts; found {value!r}.")
-    return [value] if isinstance(value, str) else list(value)

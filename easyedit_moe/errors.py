@@ -65,6 +65,10 @@ class DataError(EditingError, ValueError):
     """A data file that is missing or not in the expected layout."""
 
 
+class HostError(EditingError, ImportError):
+    """EasyEdit is not there, or is not the version that this package knows."""
+
+
 class EditingWarning(UserWarning):
     """Something the user should know, though the edit goes on."""
 

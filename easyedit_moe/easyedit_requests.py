@@ -1,0 +1,119 @@
+"""EasyEdit's request dicts: made from its parallel lists, and checked before anything is edited."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from easyedit_moe.errors import EditingWarning, RequestError
+from easyedit_moe.requests import EditRequest, parse_request, parse_requests
+
+
+def requests_from_columns(
+    prompts: str | Sequence[str],
+    target_new: str | Sequence[str],
+    ground_truth: str | Sequence[str] | None,
+    target_neg: str | Sequence[str] | None,
+    rephrase_prompts: str | Sequence[str] | None,
+    locality_inputs: Mapping[str, Mapping[str, Any]] | None,
+    portability_inputs: Mapping[str, Mapping[str, Any]] | None,
+    subject: str | Sequence[str] | None,
+) -> list[dict[str, Any]]:
+    """EasyEdit's request dicts from the parallel lists of its ``edit`` and ``batch_edit``; a text is a list of one.
+
+    Raises:
+        RequestError: no subjects, lists of different lengths, or inputs that lack 'prompt' or 'ground_truth'.
+    """
+    count = len(_column("prompts", prompts))
+    if subject is None:
+        raise RequestError("Editing needs the subject of each prompt: pass subject=[...].")
+    columns = {"prompt": prompts, "target_new": target_new, "subject": subject}
+    columns |= {"ground_truth": ground_truth, "target_neg": target_neg, "rephrase_prompt": rephrase_prompts}
+    requests: list[dict[str, Any]] = [{"ground_truth": None, "locality": {}, "portability": {}} for _ in range(count)]
+    for name, values in columns.items():
+        if values is not None:
+            for request, value in zip(requests, _column(name, values, count), strict=True):
+                request[name] = value
+    for section, inputs in (("locality", locality_inputs), ("portability", portability_inputs)):
+        for key, value in (inputs or {}).items():
+            name = f"{section}_inputs[{key!r}]"
+            value = _prompt_and_answer(name, value)
+            listed, answers = _column(name, value["prompt"], count), _column(name, value["ground_truth"], count)
+            for request, prompt, answer in zip(requests, listed, answers, strict=True):
+                if prompt is not None:
+                    request[section][key] = {"prompt": prompt, "ground_truth": answer}
+    return requests
+
+
+def _column(name: str, values: Any, count: int | None = None) -> list[Any]:
+    listed = _as_list(values)
+    if count is not None and len(listed) != count:
+        raise RequestError(f"{name} has {len(listed)} entries for {count} prompts.")
+    return listed
+
+
+def _as_list(value: Any) -> list[Any]:
+    if not isinstance(value, Sequence):
+        raise RequestError(f"Expected a text or a list of texts; found {value!r}.")
+    return [value] if isinstance(value, str) else list(value)
+
+
+def checked_batches(batches: Sequence[Sequence[Mapping[str, Any] | EditRequest]]) -> list[list[dict[str, Any]]]:
+    """All batches as EasyEdit's flat request dicts, once nothing is found wrong with any of them.
+
+    Takes EasyEdit's dicts, ROME's, and :class:`EditRequest` values.
+
+    Raises:
+        RequestError: nothing to edit, an unusable request (its number is named), or requests of one batch that are
+            the same or conflict.
+    """
+    if not batches:
+        raise RequestError("There is nothing to edit: the list of requests is empty.")
+    checked: list[list[dict[str, Any]]] = []
+    number = 0
+    for batch in batches:
+        checked.append([])
+        for record in batch:
+            try:
+                fact = parse_request(record)
+                request = {
+                    "locality": {},
+                    "portability": {},
+                    **(record if isinstance(record, Mapping) else {}),
+                    **vars(fact),
+                }
+                prompts_of(request)
+            except RequestError as error:
+                raise RequestError(f"Request {number}: {error}") from error
+            checked[-1].append(request)
+            number += 1
+        with warnings.catch_warnings():
+            # The editor parses each batch again, and warns then.
+            warnings.simplefilter("ignore", EditingWarning)
+            parse_requests(batch)
+    return checked
+
+
+def prompts_of(request: Mapping[str, Any]) -> list[tuple[tuple[str, ...], str, str]]:
+    """Every prompt of a request by its place in the result, with the answer that is scored."""
+    asked = [(("rewrite",), request["prompt"], request["target_new"])]
+    if request.get("rephrase_prompt"):
+        asked.append((("rephrase",), request["rephrase_prompt"], request["target_new"]))
+    for section in ("locality", "portability"):
+        for key, value in (request.get(section) or {}).items():
+            value = _prompt_and_answer(f"{section}[{key!r}]", value)
+            prompts, answers = _as_list(value["prompt"]), _as_list(value["ground_truth"])
+            if len(prompts) != len(answers):
+                raise RequestError(f"{section}[{key!r}] has {len(prompts)} prompts, but {len(answers)} answers.")
+            asked += [((section, key), p, a) for p, a in zip(prompts, answers, strict=True)]
+    for place, prompt, answer in asked:
+        if not all(isinstance(text, str) and text.strip() for text in (prompt, answer)):
+            raise RequestError(f"{' '.join(place)}: prompts and answers must be texts; found {prompt!r}, {answer!r}.")
+    return asked
+
+
+def _prompt_and_answer(name: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping) or not {"prompt", "ground_truth"} <= value.keys():
+        raise RequestError(f"{name} must hold 'prompt' and 'ground_truth'; found {value!r}.")
+    return value

@@ -1,0 +1,77 @@
+"""Putting our editors into EasyEdit: its table of methods, its list of batchable ones, and its BaseEditor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from easyedit_moe import presets
+from easyedit_moe.editors import editor_class, method_names
+from easyedit_moe.errors import HyperParamsError, MethodError
+from easyedit_moe.host.importing import check_symbols
+from easyedit_moe.hparams import MoEHyperParams, hyperparams_class
+
+_MARK = "_easyedit_moe"
+
+
+def register() -> list[str]:
+    """Make every editor of ours a method of the imported EasyEdit; safe to call again.
+
+    ``ALG_DICT`` gets their ``apply_to_model``, ``BatchEditor.is_batchable_method`` knows them, and
+    ``BaseEditor.from_hparams`` (or ``BaseEditor(hparams)``) makes a :class:`easyedit_moe.host.editor.HostEditor` for
+    our hparams. For all other hparams EasyEdit is as before. Runs by itself once both packages have been imported.
+
+    Returns:
+        The names that were registered, aliases included.
+
+    Raises:
+        HostError: EasyEdit is not imported, or lacks a symbol that is needed.
+        MethodError: EasyEdit has a method of its own by one of these names. Nothing is registered then.
+    """
+    host = check_symbols()
+    table = host["ALG_DICT"]
+    ours = {name: editor_class(name).apply_to_model for name in [*method_names(), *presets.ALIASES]}
+    for name, function in ours.items():
+        if name in table and getattr(table[name], "__func__", None) is not function.__func__:
+            raise MethodError(
+                f"EasyEdit and easyedit_moe both claim the method name {name!r}; EasyEdit's is "
+                f"{getattr(table[name], '__module__', '?')}. Remove one of them from ALG_DICT before registering."
+            )
+    table.update(ours)
+    host["CALLABLE_RESTORE_ALGS"].update(name for name in ours if editor_class(name).edits == "adapter")
+    _make_batchable(frozenset(ours))
+    _make_editors(host["BaseEditor"], frozenset(ours))
+    return list(ours)
+
+
+def _make_batchable(names: frozenset[str]) -> None:
+    from easyeditor.editors.batch_editor import BatchEditor
+
+    known = BatchEditor.is_batchable_method
+    original = getattr(known, _MARK, known)
+
+    def is_batchable_method(alg_name: str) -> bool:
+        return alg_name in names or original(alg_name)
+
+    setattr(is_batchable_method, _MARK, original)
+    BatchEditor.is_batchable_method = staticmethod(is_batchable_method)
+
+
+def _make_editors(base: Any, names: frozenset[str]) -> None:
+    if _MARK in vars(base):
+        return
+
+    def new(cls: type, hparams: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(hparams, MoEHyperParams):
+            from easyedit_moe.host.editor import HostEditor
+
+            return object.__new__(HostEditor if cls is base else cls)
+        name = getattr(hparams, "alg_name", None)
+        if name in names:
+            raise HyperParamsError(
+                f"{name} is a method of easyedit_moe and needs {hyperparams_class(name).__name__}; found "
+                f"{type(hparams).__name__}."
+            )
+        return object.__new__(cls)
+
+    base.__new__ = new
+    setattr(base, _MARK, True)
