@@ -11,7 +11,7 @@ app = typer.Typer(
     help="Knowledge editing for Mixture-of-Experts language models.", no_args_is_help=True, add_completion=False
 )
 
-TABLE_WIDTH = 150  # a narrower terminal wraps whole lines, which reads better than columns cut to three letters
+TABLE_WIDTH = 176  # a narrower terminal wraps whole lines, which reads better than columns cut to three letters
 
 
 @app.callback()
@@ -21,12 +21,16 @@ def _setup(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log wh
 
 @app.command()
 def compare(
+    more: Annotated[
+        list[str] | None, typer.Argument(metavar="[METHOD]...", help="More methods, so that --methods A B C works.")
+    ] = None,
     model: Annotated[str, typer.Option(help="Hub name or folder; default: the bundled trained model.")] = "factworld",
     data: Annotated[
         str, typer.Option(help="JSON file of records; factworld and factworld-easyedit ship.")
     ] = "factworld",
     methods: Annotated[
-        list[str] | None, typer.Option(help="Method; repeat it, or separate names by commas. Default: the papers'.")
+        list[str] | None,
+        typer.Option(help="Methods, ours and EasyEdit's, separated by spaces or commas. Default: the papers'."),
     ] = None,
     edits: Annotated[int, typer.Option(help="Number of records to edit.")] = 100,
     skip: Annotated[int, typer.Option(help="Number of records to leave out at the start.")] = 0,
@@ -38,34 +42,47 @@ def compare(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; default: that of the hparams.")] = "",
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N; default: that of the hparams.")] = "",
     stats_dir: Annotated[str, typer.Option(help="Folder of cached statistics; default: that of the hparams.")] = "",
+    easyedit_metrics: Annotated[
+        bool | None, typer.Option(help="Score by EasyEdit's protocol, too; default: if a method is EasyEdit's.")
+    ] = None,
 ) -> None:
     """Edit the same records by several methods and print a side-by-side table, scored after all edits."""
     from rich.console import Console
 
     from easyedit_moe import compare as comparing
-    from easyedit_moe import report
+    from easyedit_moe import host, report
     from easyedit_moe.errors import EditingError
 
     console = Console()
     wide = Console(width=max(console.width, TABLE_WIDTH))
     try:
-        names = _split(methods) or list(comparing.DEFAULT_METHODS)
+        names = _split([*(methods or []), *(more or [])]) or list(comparing.DEFAULT_METHODS)
         overrides = {"device": device, "dtype": dtype, "stats_dir": stats_dir}
         overrides = {name: value for name, value in overrides.items() if value}
         settings = [
             comparing.resolve_hparams(name, model, hparams, {**overrides, "model_name": model}) for name in names
         ]
         folder = report.check_folder(out)
-        first = settings[0]
+        if easyedit_metrics is None:
+            easyedit_metrics = any(name in comparing.HOST_METHODS for name in names)
+        if easyedit_metrics:
+            host.load()
+        first = comparing.loading_settings(settings, model)
         task = comparing.load_task(
-            model, data, edits, skip, batch_size, first.dtype, first.device, first.model_parallel
+            model, data, edits, skip, batch_size, dtype or first.dtype, device or first.device, first.model_parallel
         )
-        result = comparing.compare(task, settings, on_row=lambda row: console.print(f"{row.method}: {_brief(row)}"))
+        result = comparing.compare(
+            task,
+            settings,
+            on_row=lambda row: console.print(f"{row.method}: {_brief(row)}"),
+            easyedit_metrics=easyedit_metrics,
+        )
         paths = report.write_results(result, folder)
     except EditingError as error:
         Console(stderr=True).print(f"[bold red]error:[/] {type(error).__name__}: {error}", highlight=False)
         raise typer.Exit(2) from error
-    wide.print(report.table(result))
+    for table in report.tables(result):
+        wide.print(table)
     wide.print("Written: " + ", ".join(str(path) for path in paths), highlight=False)
 
 
@@ -75,6 +92,7 @@ def methods() -> None:
     from rich.console import Console
 
     from easyedit_moe.editors import editor_class, method_names
+    from easyedit_moe.host.baseline_hparams import HOST_METHODS
     from easyedit_moe.hparams import hparams_folder
 
     console = Console()
@@ -82,6 +100,9 @@ def methods() -> None:
         models = ", ".join(sorted(p.stem for p in (hparams_folder() / name).glob("*.yaml")))
         summary = (editor_class(name).__doc__ or "").strip().splitlines()[0]
         console.print(f"[bold]{name}[/]: {summary} [dim]({models})[/]", highlight=False)
+    for name in HOST_METHODS:
+        models = ", ".join(sorted(p.stem for p in (hparams_folder() / name).glob("*.yaml")))
+        console.print(f"[bold]{name}[/]: EasyEdit's own, where it is there. [dim]({models})[/]", highlight=False)
 
 
 def _split(names: list[str] | None) -> list[str]:

@@ -17,12 +17,13 @@ from easyedit_moe import presets
 from easyedit_moe.cache import model_fingerprint
 from easyedit_moe.corpus import corpus_hash
 from easyedit_moe.editors import Editor, EditResult, Patch, make_editor
-from easyedit_moe.errors import DataError, EditingWarning, HyperParamsError
+from easyedit_moe.errors import DataError, EditingWarning, HyperParamsError, MethodError
+from easyedit_moe.host.baseline_hparams import HOST_METHODS, BaselineHyperParams
 from easyedit_moe.hparams import MoEHyperParams, hparams_folder, load_hyperparams
 from easyedit_moe.layers import MoELayerView
 from easyedit_moe.loading import load_model
 from easyedit_moe.measure import Stopwatch, peak_memory_bytes, reset_peak_memory
-from easyedit_moe.metrics import EvaluationResult, evaluate, routing_similarity, routing_snapshot
+from easyedit_moe.metrics import EvaluationResult, Score, evaluate, routing_similarity, routing_snapshot
 from easyedit_moe.patch import versions
 from easyedit_moe.records import EvaluationRecord, load_records
 from easyedit_moe.requests import EditRequest
@@ -38,7 +39,8 @@ DEFAULT_METHODS = ("MoTE", "MoEEdit-BCD", "BCD+speedup", "Global", "Global+speed
 class Row:
     """One line of the table: a method's scores after all edits, and what they cost.
 
-    ``rounding_loss`` is the largest share of an update that the weights' dtype swallowed at one write.
+    ``scores`` follow the papers' protocol, ``easyedit`` EasyEdit's own (None unless asked for). ``rounding_loss`` is
+    the largest share of an update that the weights' dtype swallowed at one write.
     """
 
     method: str
@@ -51,6 +53,7 @@ class Row:
     targets_reached: int | None = None
     rounding_loss: float | None = None
     hparams: dict[str, Any] = field(default_factory=dict)
+    easyedit: dict[str, Score] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For results.json."""
@@ -65,6 +68,7 @@ class Row:
             "peak_memory_bytes": self.peak_memory_bytes,
             "targets_reached": self.targets_reached,
             "rounding_loss": self.rounding_loss,
+            "easyedit": None if self.easyedit is None else {name: asdict(s) for name, s in self.easyedit.items()},
             "hparams": self.hparams,
         }
 
@@ -95,15 +99,23 @@ class Task:
 
 def resolve_hparams(
     method: str, model_name: str, path: str | Path | None, overrides: Mapping[str, Any]
-) -> MoEHyperParams:
+) -> MoEHyperParams | BaselineHyperParams:
     """Hparams of one method: from ``path`` (a file, or a folder laid out like the shipped one), else the shipped ones.
 
+    EasyEdit's own methods (:data:`easyedit_moe.host.baseline_hparams.HOST_METHODS`) get its own kind of hparams.
+
     Raises:
-        HyperParamsError: no file for this method and model; the message lists what ships.
+        MethodError: neither we nor EasyEdit have the method. HyperParamsError: no file for this method and model; the
+            message lists what ships.
     """
-    name = presets.canonical_name(method)
+    theirs = method in HOST_METHODS
+    name = method if theirs else _own_name(method)
+
+    def read(file: Path) -> MoEHyperParams | BaselineHyperParams:
+        return BaselineHyperParams.read(name, file, overrides) if theirs else load_hyperparams(file, **overrides)
+
     if path is not None and Path(path).is_file():
-        return load_hyperparams(path, **overrides)
+        return read(Path(path))
     folder = Path(path) if path is not None else hparams_folder()
     file = folder / name / f"{Path(model_name).name.lower()}.yaml"
     if not file.is_file():
@@ -112,7 +124,24 @@ def resolve_hparams(
             f"There are no hparams for {name} on {model_name!r} ({file} does not exist). Known models: "
             f"{', '.join(known) or 'none'}. Pass --hparams with a file, or with a folder of <METHOD>/<model>.yaml."
         )
-    return load_hyperparams(file, **overrides)
+    return read(file)
+
+
+def _own_name(method: str) -> str:
+    try:
+        return presets.canonical_name(method)
+    except MethodError as error:
+        raise MethodError(f"{error} EasyEdit's: {', '.join(HOST_METHODS)}.") from error
+
+
+def loading_settings(settings: Sequence[MoEHyperParams | BaselineHyperParams], model_name: str) -> MoEHyperParams:
+    """The hparams that say how the model is loaded: the first of ours, or, with EasyEdit's methods only, Global's.
+
+    Raises:
+        HyperParamsError: only methods of EasyEdit, and no file of Global for the model.
+    """
+    own = next((hp for hp in settings if isinstance(hp, MoEHyperParams)), None)
+    return own or resolve_hparams("Global", model_name, None, {"model_name": model_name})
 
 
 def load_task(
@@ -153,9 +182,10 @@ def load_task(
 
 def compare(
     task: Task,
-    hparams: Sequence[MoEHyperParams],
+    hparams: Sequence[MoEHyperParams | BaselineHyperParams],
     on_row: Callable[[Row], None] | None = None,
     labels: Sequence[str] = (),
+    easyedit_metrics: bool = False,
 ) -> Comparison:
     """A pre-edit row, then one row per hparams; the model is bit-equal to before after each.
 
@@ -165,7 +195,12 @@ def compare(
     Args:
         on_row: called with each finished row.
         labels: names of the rows where they are not the methods'.
+        easyedit_metrics: also score each row by EasyEdit's own code and protocol.
+
+    Raises:
+        HostError: EasyEdit is asked for, by a method or for its metrics, and is not there.
     """
+    quality = _easyedit_quality(task) if easyedit_metrics else None
     edit_prompts = [record.request.prompt for record in task.records]
     kept_prompts = sorted({prompt for record in task.records for prompt, _ in record.neighbours})
     model, tok = task.model, task.tok
@@ -193,23 +228,45 @@ def compare(
     reset_peak_memory()
     with watch.stage("evaluate"):
         scores = evaluate(model, tok, task.records, task.protocol)
-    add(Row(PRE_EDIT, "nothing", "easyedit_moe", scores, routing(), watch.seconds, peak_memory_bytes()))
+    peak = peak_memory_bytes()
+    theirs = quality(PRE_EDIT) if quality else None
+    add(Row(PRE_EDIT, "nothing", "easyedit_moe", scores, routing(), watch.seconds, peak, easyedit=theirs))
     ready: ReadyTargets = {}
     for number, hp in enumerate(hparams):
-        add(_run_method(task, hp, labels[number] if labels else hp.alg_name, routing, ready))
+        add(_run_method(task, hp, labels[number] if labels else hp.alg_name, routing, ready, quality))
     settings = {row.method: row.hparams for row in rows if row.hparams}
     return Comparison(tuple(rows), {**task.provenance, "hparams": settings})
 
 
 ReadyTargets = dict[Any, tuple[TargetVectors, float]]
+Quality = Callable[[str], dict[str, Score]]
+
+
+def _easyedit_quality(task: Task) -> Quality:
+    from easyedit_moe.host.quality import EasyEditQuality
+
+    return EasyEditQuality(task.model, task.tok, task.records, task.provenance["model"]).measure
+
+
+def _editor(hparams: MoEHyperParams | BaselineHyperParams) -> Editor:
+    if isinstance(hparams, MoEHyperParams):
+        return make_editor(hparams)
+    from easyedit_moe.host.baselines import BaselineEditor
+
+    return BaselineEditor(hparams)
 
 
 def _run_method(
-    task: Task, hparams: MoEHyperParams, label: str, routing: Callable[[], dict[str, Any]], ready: ReadyTargets
+    task: Task,
+    hparams: MoEHyperParams | BaselineHyperParams,
+    label: str,
+    routing: Callable[[], dict[str, Any]],
+    ready: ReadyTargets,
+    quality: Quality | None,
 ) -> Row:
     watch, model = Stopwatch(), task.model
     reset_peak_memory()
-    editor = make_editor(hparams)
+    editor = _editor(hparams)
     memory, patches, reached = None, [], None
     with _restored(model, patches):
         for start in range(0, len(task.records), task.batch_size):
@@ -228,9 +285,10 @@ def _run_method(
             scores = evaluate(model, task.tok, task.records, task.protocol)
         rounding = max((report.rounding_loss for patch in patches for report in patch.reports), default=None)
         similarity, peak = routing(), peak_memory_bytes()
+        theirs = quality(label) if quality else None
     return Row(
-        label, editor.edits, "easyedit_moe", scores, similarity, watch.seconds, peak, reached, rounding,
-        asdict(hparams),
+        label, editor.edits, editor.code, scores, similarity, watch.seconds, peak, reached, rounding,
+        hparams.to_dict(), theirs,
     )  # fmt: skip
 
 

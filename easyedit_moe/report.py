@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich import box
@@ -12,11 +13,16 @@ from rich.table import Table
 from easyedit_moe.compare import Comparison, Row
 from easyedit_moe.errors import DataError
 from easyedit_moe.files import replacing
+from easyedit_moe.host.baseline_hparams import PROTOCOL
 from easyedit_moe.metrics import Score
 
+PAPERS_PROTOCOL = {
+    "counterfact": "the papers' protocol: comparison of probabilities, teacher-forced",
+    "zsre": "the papers' protocol: token accuracy, teacher-forced",
+}
 COLUMNS = (
-    "method", "edits", "efficacy", "generalisation", "specificity", "utility", "routing (kept)", "targets s", "solve s",
-    "write s", "peak MiB",
+    "method", "code", "edits", "efficacy", "generalisation", "specificity", "utility", "routing (kept)",
+    "targets s", "solve s", "write s", "peak MiB",
 )  # fmt: skip
 
 
@@ -26,6 +32,7 @@ def cells(row: Row) -> list[str]:
     preserved = row.routing["preservation"]["mean"]
     return [
         row.method,
+        row.code,
         row.edits,
         _score(scores.efficacy),
         _score(scores.generalisation),
@@ -43,25 +50,50 @@ def _score(score: Score) -> str:
     return f"{score.mean:.1f} ± {score.stderr:.1f}" if score.count else "-"
 
 
-def table(comparison: Comparison) -> Table:
-    """The table for a terminal."""
+EASYEDIT_COLUMNS = ("method", "code", "rewrite_acc", "rephrase_acc", "locality_acc", "portability_acc")
+
+
+def easyedit_cells(row: Row) -> list[str]:
+    """One line of the table of EasyEdit's metrics."""
+    return [row.method, row.code, *(_score(row.easyedit[name]) for name in EASYEDIT_COLUMNS[2:])]
+
+
+def tables(comparison: Comparison) -> list[Table]:
+    """The tables for a terminal: the papers' protocol, and EasyEdit's where it was measured."""
     provenance = comparison.provenance
-    out = Table(
-        box=box.SIMPLE_HEAD,
-        title=f"{provenance['edits']} {provenance['protocol']} edits in batches of {provenance['batch_size']} on "
-        f"{provenance['model']}, scored after all of them (percent, teacher-forced)",
-    )
-    for i, name in enumerate(COLUMNS):
-        out.add_column(name, justify="left" if i < 2 else "right", no_wrap=True)
+    of = f"{provenance['edits']} {provenance['protocol']} edits in batches of {provenance['batch_size']} on "
+    of += f"{provenance['model']}, scored after all of them, percent"
+    out = [_table(f"{of}; {PAPERS_PROTOCOL[provenance['protocol']]}", COLUMNS, 3)]
     for row in comparison.rows:
-        out.add_row(*cells(row))
+        out[0].add_row(*cells(row))
+    measured = [row for row in comparison.rows if row.easyedit is not None]
+    if measured:
+        out.append(_table(f"The same edits by the protocol of {PROTOCOL}", EASYEDIT_COLUMNS, 2))
+        for row in measured:
+            out[1].add_row(*easyedit_cells(row))
+    return out
+
+
+def _table(title: str, columns: Sequence[str], texts: int) -> Table:
+    out = Table(box=box.SIMPLE_HEAD, title=title)
+    for i, name in enumerate(columns):
+        out.add_column(name, justify="left" if i < texts else "right", no_wrap=True)
     return out
 
 
 def markdown(comparison: Comparison) -> str:
-    """The same table for a README."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * 2 + "---:|" * (len(COLUMNS) - 2)]
-    lines += ["| " + " | ".join(cells(row)) + " |" for row in comparison.rows]
+    """The same tables for a README."""
+    text = _markdown(COLUMNS, 3, [cells(row) for row in comparison.rows])
+    measured = [row for row in comparison.rows if row.easyedit is not None]
+    if measured:
+        text += f"\nThe same edits by the protocol of {PROTOCOL}:\n\n"
+        text += _markdown(EASYEDIT_COLUMNS, 2, [easyedit_cells(row) for row in measured])
+    return text
+
+
+def _markdown(columns: Sequence[str], texts: int, rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * texts + "---:|" * (len(columns) - texts)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join(lines) + "\n"
 
 

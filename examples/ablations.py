@@ -45,7 +45,7 @@ def main() -> None:
         task, settings, on_row=lambda row: console.print("done:", row.method), labels=[name for name, _, _ in VARIANTS]
     )
     report.write_results(result, folder)
-    console.print(report.table(result))
+    console.print(report.tables(result)[0])
 
 
 if __name__ == "__main__":

@@ -60,6 +60,8 @@ class Editor(ABC):
     hparams_class: ClassVar[type[MoEHyperParams]]
     edits: ClassVar[str] = "experts"
     """What is changed: "experts", "dense site" or "adapter"."""
+    code: ClassVar[str] = "easyedit_moe"
+    """Whose code does it."""
 
     def __init__(self, hparams: MoEHyperParams, progress: bool = True) -> None:
         if not isinstance(hparams, self.hparams_class) or presets.canonical_name(hparams.alg_name) != self.method:

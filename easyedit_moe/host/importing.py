@@ -29,7 +29,7 @@ GET_IT = (
 
 SYMBOLS = {
     "easyeditor.util.alg_dict": ("ALG_DICT",),
-    "easyeditor.editors.editor": ("BaseEditor", "LOG", "make_logs"),
+    "easyeditor.editors.editor": ("BaseEditor", "LOG", "finalize_locality_metrics", "make_logs"),
     "easyeditor.editors.batch_editor": ("BatchEditor.is_batchable_method",),
     "easyeditor.editors.utils": ("CALLABLE_RESTORE_ALGS", "_prepare_requests", "restore_after_edit"),
     "easyeditor.evaluate": ("compute_edit_quality",),

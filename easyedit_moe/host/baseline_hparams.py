@@ -1,0 +1,93 @@
+"""Hyper-parameters of EasyEdit's own methods for a comparison: its YAML files, read without importing EasyEdit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from easyedit_moe.errors import HyperParamsError, MethodError, did_you_mean
+from easyedit_moe.hparams import read_yaml
+
+PROTOCOL = "EasyEdit: teacher-forced token accuracy; locality is the share of tokens predicted as before the edits"
+"""What EasyEdit's metrics mean."""
+
+HOST_METHODS = {
+    "ROME": "ROME",
+    "MEMIT": "MEMIT",
+    "AlphaEdit": "AlphaEdit",
+    "FT": "FT",
+    "FT-L": "FT",
+    "LoRA": "LoRA",
+}
+"""Row of a comparison -> EasyEdit's ``alg_name``."""
+
+CLASSES = {
+    "ROME": "ROMEHyperParams",
+    "MEMIT": "MEMITHyperParams",
+    "AlphaEdit": "AlphaEditHyperParams",
+    "FT": "FTHyperParams",
+    "LoRA": "LoRAHyperParams",
+}
+"""``alg_name`` -> the class of hyper-parameters that EasyEdit has for it."""
+
+
+@dataclass(frozen=True)
+class BaselineHyperParams:
+    """One of EasyEdit's methods and the content of its YAML file, whose keys are EasyEdit's own.
+
+    Attributes:
+        method: the row's name, a key of :data:`HOST_METHODS`.
+        values: the file's content; given to EasyEdit's class of hyper-parameters when the method runs.
+    """
+
+    method: str
+    values: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.method not in HOST_METHODS:
+            raise MethodError(
+                f"Unknown EasyEdit method {self.method!r}.{did_you_mean(self.method, HOST_METHODS)} Known: "
+                f"{', '.join(HOST_METHODS)}."
+            )
+        wanted, found = HOST_METHODS[self.method], self.values.get("alg_name")
+        if found != wanted:
+            raise HyperParamsError(f"{self.method} needs alg_name {wanted!r}; found {found!r}.")
+        size = self.values.get("batch_size", 1)
+        if type(size) is not int or size < 1:
+            raise HyperParamsError(f"batch_size must be a whole number from 1; found {size!r}.")
+        layers = self.values.get("layers")
+        if not isinstance(layers, list) or not all(type(layer) is int and layer >= 0 for layer in layers):
+            raise HyperParamsError(f"layers must be a list of whole numbers from 0; found {layers!r}.")
+
+    @staticmethod
+    def read(method: str, path: str | Path, overrides: Mapping[str, Any] | None = None) -> BaselineHyperParams:
+        """From a YAML file; only those ``overrides`` count whose keys the file has.
+
+        Raises:
+            HyperParamsError: a missing file, or one of another method.
+        """
+        values = read_yaml(path)
+        values = {name: _number(value) for name, value in values.items()}
+        known = {name: value for name, value in (overrides or {}).items() if name in values}
+        return BaselineHyperParams(method, {**values, **known})
+
+    @property
+    def alg_name(self) -> str:
+        """The row's name."""
+        return self.method
+
+    def to_dict(self) -> dict[str, Any]:
+        """The file's content."""
+        return dict(self.values)
+
+
+def _number(value: Any) -> Any:
+    """YAML reads ``1e-3`` as a text; EasyEdit takes it as a number."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return value

@@ -1,0 +1,322 @@
+"""EasyEdit's own editors as rows of a comparison, on the same model and requests as ours."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from easyedit_moe.cache import model_fingerprint, statistics_folder
+from easyedit_moe.corpus import corpus_hash, load_texts
+from easyedit_moe.editors.base import EditResult
+from easyedit_moe.errors import HostError, HyperParamsError, LayerError, PatchError
+from easyedit_moe.host.baseline_hparams import CLASSES, BaselineHyperParams
+from easyedit_moe.host.caches import HostCaches
+from easyedit_moe.host.dense_statistics import (
+    input_moments,
+    module_of,
+    write_layer_statistics,
+    write_projectors,
+)
+from easyedit_moe.host.importing import load
+from easyedit_moe.layers import MoELayerView
+from easyedit_moe.measure import Stopwatch
+from easyedit_moe.requests import EditRequest, parse_requests
+from easyedit_moe.tokens import encode_text
+
+logger = logging.getLogger(__name__)
+
+SEED = 42
+"""EasyEdit seeds with it on import; its context templates are sampled."""
+CORPUS_TOKENS = 512
+"""Tokens at which a text of the statistics corpus is cut."""
+
+
+@dataclass
+class HostPatch:
+    """What one of EasyEdit's methods did: full original tensors by name, and the model's flags of before."""
+
+    originals: dict[str, Tensor]
+    state: _ModelState
+    reports: list[Any] = field(default_factory=list)
+
+    def restore(self, model: nn.Module) -> None:
+        """Put the originals back, and take off what the method left on the model (flags, hooks, adapters)."""
+        self.state.put_back(model)
+        with torch.no_grad():
+            for name, original in self.originals.items():
+                model.get_parameter(name).copy_(original)
+        self.originals = {}
+
+    def revert(self, model: nn.Module) -> None:
+        """As :meth:`restore`; whether the weights were changed since is not known of EasyEdit's edits."""
+        self.restore(model)
+
+    def weights_copy(self, model: nn.Module) -> dict[str, Tensor]:
+        """Full original tensors by full parameter name."""
+        return dict(self.originals)
+
+    def save(self, path: Any) -> None:
+        """EasyEdit's edits are not saved.
+
+        Raises:
+            PatchError: always.
+        """
+        raise PatchError("Edits of EasyEdit's own methods can't be saved as a patch; use the model's save_pretrained.")
+
+
+class BaselineEditor:
+    """One of EasyEdit's methods with the interface of our editors.
+
+    Its module-level caches are its own for the life of this object, so neither models nor methods share one; flags,
+    hooks, the random state and the tokenizer's settings are as before after each batch, and weights too if it fails.
+    Layer statistics and projectors are made from ``hparams.mom2_dataset`` read as ours is (a file, "factworld", a
+    dataset name) and keyed by the model's fingerprint and the corpus.
+
+    Raises:
+        HostError: EasyEdit is not there.
+    """
+
+    code = "easyeditor"
+
+    def __init__(self, hparams: BaselineHyperParams, progress: bool = True) -> None:
+        load()
+        self.hparams, self.progress = hparams, progress
+        self.alg_name = hparams.values["alg_name"]
+        self._caches = HostCaches()
+        self._prepared: tuple[str, dict[str, Any]] | None = None
+        self._wrapped: Any = None
+
+    @property
+    def edits(self) -> str:
+        """ "experts" where the site is a packed expert parameter, else "dense site"."""
+        return "experts" if ".experts" in self.hparams.values.get("rewrite_module_tmp", "") else "dense site"
+
+    def target_settings(self) -> None:
+        """EasyEdit's methods find their own targets."""
+        return None
+
+    def edit(
+        self,
+        model: nn.Module,
+        tok: PreTrainedTokenizerBase,
+        requests: Sequence[Any],
+        memory: Any = None,
+        targets: Any = None,
+    ) -> EditResult:
+        """Edit one batch in place by EasyEdit's code; seconds of it all stand under "solve", since it does not split.
+
+        Raises:
+            RequestError: unusable requests. LayerError: a site that the model lacks. HyperParamsError: settings that
+                EasyEdit's class refuses. DataError: the corpus can't be read.
+        """
+        facts = parse_requests(requests)
+        watch = Stopwatch()
+        sites = self._sites(model)
+        state = _ModelState.of(model)
+        with watch.stage("statistics"):
+            label, files = self._prepare(model, tok)
+            settings = self._settings(model, files)
+        wrapped = self._wrapped if hasattr(model, "peft_config") else None
+        if wrapped is not None:  # LoRA goes on with the adapter of the batch before
+            sites = [name for name, _ in model.named_parameters() if ".lora_" in name]
+        originals = {name: model.get_parameter(name).detach().clone() for name in sites}
+        apply = importlib.import_module("easyeditor.util.alg_dict").ALG_DICT[self.alg_name]
+        try:
+            with watch.stage("solve"), self._caches.installed(), _scope(model, tok, label):
+                self._fill_caches(model, settings)
+                edited = wrapped or model
+                for group in self._groups(facts):
+                    edited, _ = apply(
+                        edited, tok, group, settings, copy=False, return_orig_weights=True, keep_original_weight=False
+                    )
+        except BaseException as error:
+            HostPatch(originals, state).restore(model)
+            if isinstance(error, Exception) and not isinstance(error, (HyperParamsError, MemoryError)):
+                raise HostError(f"EasyEdit's {self.hparams.method} failed: {type(error).__name__}: {error}") from error
+            raise
+        if edited is model:
+            state.put_back(model)
+        self._wrapped = edited
+        return EditResult(HostPatch(originals, state), watch.seconds)
+
+    def _sites(self, model: nn.Module) -> list[str]:
+        """Names of the parameters that the method writes (LoRA adds its own instead).
+
+        Raises:
+            LayerError: there is no such parameter.
+        """
+        template, layers = self.hparams.values.get("rewrite_module_tmp"), self.hparams.values["layers"]
+        if template is None:
+            return []
+        if self.alg_name != "FT":
+            for layer in layers:
+                module = module_of(model, template.format(layer))
+                if getattr(module, "weight", None) is None or module.weight.dim() != 2:
+                    raise LayerError(
+                        f"{template.format(layer)} is no linear module; EasyEdit's {self.alg_name} can't edit it. "
+                        "Choose a dense site, such as the attention's o_proj."
+                    )
+            return [f"{template.format(layer)}.weight" for layer in layers]
+        names = [name for name, _ in model.named_parameters() if any(template.format(i) in name for i in layers)]
+        for layer in layers:
+            if not any(template.format(layer) in name for name in names):
+                raise LayerError(f"The model has no parameter {template.format(layer)}; check rewrite_module_tmp.")
+        return names
+
+    def _prepare(self, model: nn.Module, tok: PreTrainedTokenizerBase) -> tuple[str, dict[str, Any]]:
+        """Statistics files for this model, made once; a later batch sees those of the unedited model."""
+        if self._prepared is not None:
+            return self._prepared
+        values = self.hparams.values
+        view = MoELayerView(model)
+        fingerprint = model_fingerprint(view)
+        folder = statistics_folder(values.get("stats_dir", "./data/stats"), values["model_name"], fingerprint)
+        files: dict[str, Any] = {}
+        if self._needs_statistics():
+            files = self._write_statistics(model, tok, folder)
+        self._prepared = (folder.name, files)
+        return self._prepared
+
+    def _needs_statistics(self) -> bool:
+        return self.alg_name in ("MEMIT", "AlphaEdit") or (
+            self.alg_name == "ROME" and bool(self.hparams.values.get("mom2_adjustment"))
+        )
+
+    def _write_statistics(self, model: nn.Module, tok: PreTrainedTokenizerBase, folder: Path) -> dict[str, Any]:
+        values = self.hparams.values
+        texts = load_texts(values["mom2_dataset"], values["mom2_n_samples"])
+        tokens = [str(encode_text(tok, text)) for text in texts[:8]]
+        corpus = corpus_hash([*texts, *tokens, str(CORPUS_TOKENS)])[:16]
+        names = [values["rewrite_module_tmp"].format(layer) for layer in values["layers"]]
+        paths = {
+            name: folder / f"{corpus}_stats" / f"{name}_{values['mom2_dtype']}_mom2_{len(texts)}.npz" for name in names
+        }
+        threshold = values.get("nullspace_threshold", 0.0)
+        layers = "-".join(str(layer) for layer in values["layers"])
+        projectors = folder / f"{corpus}_stats" / f"projectors_{layers}_{threshold}.pt"
+        wanted = self.alg_name == "AlphaEdit" and not projectors.exists()
+        if wanted or not all(path.exists() for path in paths.values()):
+            moments = input_moments(model, tok, names, texts, CORPUS_TOKENS)
+            for name, path in paths.items():
+                write_layer_statistics(path, *moments[name], len(texts))
+            if wanted:
+                dimensions = write_projectors(projectors, [moments[name] for name in names], threshold)
+                logger.info("Null spaces of %s have the dimensions %s.", ", ".join(names), dimensions)
+        files = {"stats_dir": str(folder.parent), "mom2_dataset": corpus, "mom2_n_samples": len(texts)}
+        return {**files, "P_loc": str(projectors)} if self.alg_name == "AlphaEdit" else files
+
+    def _settings(self, model: nn.Module, files: dict[str, Any]) -> Any:
+        """EasyEdit's hyper-parameters object.
+
+        Raises:
+            HyperParamsError: a key that it does not know, or one that is missing.
+        """
+        easyeditor = importlib.import_module("easyeditor")
+        cls = getattr(easyeditor, CLASSES[self.alg_name])
+        device = str(next(model.parameters()).device)
+        try:
+            return cls(**{**self.hparams.values, **files, "device": device, "model_parallel": False})
+        except TypeError as error:
+            raise HyperParamsError(f"EasyEdit's {cls.__name__} does not take these hparams: {error}") from error
+
+    def _fill_caches(self, model: nn.Module, settings: Any) -> None:
+        # EasyEdit makes cache_c only for model names that it knows, and fails with NameError for all others.
+        if self.alg_name != "AlphaEdit":
+            return
+        module = importlib.import_module("easyeditor.models.alphaedit.AlphaEdit_main")
+        if not module.cache_c_new:
+            width = module_of(model, settings.rewrite_module_tmp.format(settings.layers[-1])).weight.shape[1]
+            module.cache_c = torch.zeros(len(settings.layers), width, width)
+            module.cache_c_new = True
+
+    def _groups(self, facts: Sequence[EditRequest]) -> list[list[dict[str, Any]]]:
+        """ROME takes one request at a time; the others a whole batch."""
+        requests = [vars(fact) | {"case_id": number} for number, fact in enumerate(facts)]
+        return [[request] for request in requests] if self.alg_name == "ROME" else [requests]
+
+
+@dataclass
+class _ModelState:
+    """What EasyEdit's methods change on a model besides weights."""
+
+    adapted: bool
+    requires_grad: list[tuple[nn.Parameter, bool]]
+    training: list[tuple[nn.Module, bool]]
+    use_cache: Any
+    checkpointing: Any
+
+    @staticmethod
+    def of(model: nn.Module) -> _ModelState:
+        return _ModelState(
+            hasattr(model, "peft_config"),
+            [(p, p.requires_grad) for p in model.parameters()],
+            [(m, m.training) for m in model.modules()],
+            getattr(model.config, "use_cache", None),
+            vars(model).get("supports_gradient_checkpointing", _ABSENT),
+        )
+
+    def put_back(self, model: nn.Module) -> None:
+        if not self.adapted:
+            _remove_adapters(model)
+        if not self.adapted and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+            model.gradient_checkpointing_disable()
+        if getattr(model, "_require_grads_hook", None) is not None:
+            model.disable_input_require_grads()
+        if self.checkpointing is _ABSENT:
+            vars(model).pop("supports_gradient_checkpointing", None)
+        if self.use_cache is not None:
+            model.config.use_cache = self.use_cache
+        for parameter, flag in self.requires_grad:
+            parameter.requires_grad_(flag)
+            parameter.grad = None
+        for module, training in self.training:
+            module.training = training
+
+
+_ABSENT = object()
+
+
+@contextmanager
+def _scope(model: nn.Module, tok: PreTrainedTokenizerBase, label: str) -> Iterator[None]:
+    """Name, random state and tokenizer settings as EasyEdit needs them; as before afterwards. It prints a lot, too."""
+    name, side, padding = model.config._name_or_path, tok.padding_side, tok.pad_token
+    model.config._name_or_path = label
+    tok.padding_side = "right"
+    if tok.pad_token is None:
+        tok.pad_token = tok.eos_token
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    said = io.StringIO()
+    try:
+        with torch.random.fork_rng(devices), contextlib.redirect_stdout(said):
+            torch.manual_seed(SEED)
+            yield
+    finally:
+        model.config._name_or_path, tok.padding_side = name, side
+        if padding is None:
+            tok.pad_token = None
+        logger.debug("EasyEdit printed:\n%s", said.getvalue())
+
+
+def _remove_adapters(model: nn.Module) -> None:
+    """Put the layers that peft wrapped back in place; also where it was stopped half-way."""
+    vars(model).pop("peft_config", None)
+    if "peft" not in sys.modules:
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.get_base_layer())

@@ -1,0 +1,71 @@
+"""EasyEdit's own numbers for a model: its ``compute_edit_quality``, over all requests, before and after all edits."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from easyedit_moe.capture import inference_mode_of, model_device
+from easyedit_moe.host.datasets import easyedit_requests
+from easyedit_moe.host.importing import check_symbols, load
+from easyedit_moe.metrics import Score
+from easyedit_moe.records import EvaluationRecord
+
+
+class EasyEditQuality:
+    """Scores one model again and again by EasyEdit's protocol; made on the unedited one, for locality.
+
+    ``rewrite_acc`` and ``rephrase_acc`` are the share of the new target's tokens that are the model's own first choice,
+    given the tokens before; ``locality_acc`` compares with the unedited model; ``portability_acc`` as the first two.
+
+    Raises:
+        HostError: EasyEdit is not there.
+    """
+
+    def __init__(
+        self, model: nn.Module, tok: PreTrainedTokenizerBase, records: Sequence[EvaluationRecord], model_name: str
+    ) -> None:
+        load()
+        self._host = check_symbols()
+        self.model, self.tok, self.model_name = model, tok, model_name
+        self.requests = easyedit_requests(records)
+        self._before = self._quality("pre-edit")
+
+    def measure(self, label: str) -> dict[str, Score]:
+        """Scores of the model as it is now; ``label`` names the row's method to EasyEdit."""
+        after = self._quality(label)
+        found: dict[str, list[float]] = {
+            "rewrite_acc": [],
+            "rephrase_acc": [],
+            "locality_acc": [],
+            "portability_acc": [],
+        }
+        hparams = self._hparams(label)
+        for request, pre, post in zip(self.requests, self._before, after, strict=True):
+            self._host["finalize_locality_metrics"]({"pre": pre, "post": post}, request, hparams, self.model_name)
+            for name in ("rewrite_acc", "rephrase_acc"):
+                if name in post:
+                    found[name].append(float(np.mean(post[name])))
+            for section in ("locality", "portability"):
+                values = [np.mean(v) for key, v in post[section].items() if key.endswith("_acc") and np.size(v)]
+                if values:
+                    found[f"{section}_acc"].append(float(np.mean(values)))
+        return {name: Score.of(values) for name, values in found.items()}
+
+    def _quality(self, label: str) -> list[dict[str, Any]]:
+        hparams, device = self._hparams(label), model_device(self.model)
+        compute = self._host["compute_edit_quality"]
+        with inference_mode_of(self.model), contextlib.redirect_stdout(io.StringIO()):
+            return [
+                compute(self.model, self.model_name, hparams, self.tok, request, device) for request in self.requests
+            ]
+
+    def _hparams(self, label: str) -> Any:
+        return SimpleNamespace(alg_name=label, max_length=512, device=str(model_device(self.model)))
