@@ -1,0 +1,1 @@
+"""Everything that touches EasyEdit, the host; nothing here imports it by itself."""
