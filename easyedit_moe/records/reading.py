@@ -88,8 +88,8 @@ def _layout_of(item: Mapping[str, Any]) -> Layout | None:
 def _unknown(item: Mapping[str, Any], where: str) -> str:
     if {"ent", "pos", "neg"} <= item.keys():
         return (
-            f"{where} is a ConvSent file: topics with positive and negative opinions. It has neither prompts nor targets "
-            "and is judged by a sentiment classifier, so it can't be read as edits of facts."
+            f"{where} is a ConvSent file: topics with positive and negative opinions. It has neither prompts nor "
+            "targets and is judged by a sentiment classifier, so it can't be read as edits of facts."
         )
     return (
         f"{where}: unknown layout with the keys {', '.join(sorted(item))}. Expected CounterFact (requested_rewrite), "
