@@ -73,8 +73,8 @@ def evaluate(
 
     "counterfact": efficacy is P(new) > P(true) after the prompt, generalisation the same after paraphrases, specificity
     P(true) > P(new) after neighbourhood prompts; probabilities are per-token geometric means, as in ROME and MEMIT.
-    "zsre": token accuracy of the new target after the prompt and the paraphrases, and of the true answer after
-    unrelated prompts.
+    "zsre" and "token_accuracy": token accuracy of the new target after the prompt and the paraphrases, and of the true
+    answer after prompts that the edit does not concern. Portability groups are not scored here.
 
     Raises:
         DataError: no record, or an unknown protocol.

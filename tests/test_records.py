@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import tiny_model, tiny_tokenizer
 
 from easyedit_moe.errors import DataError
-from easyedit_moe.records import PROTOCOLS, RecordSet, load_records, parse_records
+from easyedit_moe.metrics import evaluate
+from easyedit_moe.records import PROTOCOLS, Probe, ProbeGroup, RecordSet, load_records, parse_records
 from easyedit_moe.requests import EditRequest
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -31,6 +33,50 @@ ZSRE = {
     "subject": "Angola", "src": "Where is Angola?", "pred": "Europe", "rephrase": "Angola is where?", "alt": "Russia",
     "answers": ["Africa", "south"], "loc": "nq question: who sang", "loc_ans": "Ana", "cond": "a >> b || c",
 }  # fmt: skip
+# KnowEdit's parts, each in the form in which it writes answers: texts, answers with aliases, alternatives.
+WIKI_COUNTERFACT = {
+    "subject": "Angola", "prompt": "The capital of Angola is", "target_new": "Lima", "ground_truth": "Luanda",
+    "portability": {"Subject_Aliasing": [{"prompt": "The capital of Ngola is", "ground_truth": "Lima"}]},
+    "locality": {
+        "Relation_Specificity": [{"prompt": "The continent of Angola is", "ground_truth": "Africa"}],
+        "Forgetfulness": [{"prompt": "The capital of Angola, which is not Lima, is", "ground_truth": "Luanda"}],
+    },
+}  # fmt: skip
+WIKI_RECENT = {
+    "subject": "Ana Lopes", "prompt": "Ana Lopes lives in", "target_new": "Porto",
+    "portability": {
+        "Logical_Generalization": [{"prompt": "Does Ana Lopes live?", "ground_truth": [["yes"], ["right", "yes"]]}],
+        "Reasoning": [
+            {"prompt": "The country where Ana Lopes lives is", "ground_truth": [["Portugal", "PT"]]},
+            {"prompt": "The river where Ana Lopes lives is", "ground_truth": [["Douro"]]},
+        ],
+    },
+    "locality": {"Relation_Specificity": [{"prompt": "Ana Lopes works as", "ground_truth": [["cook", "chef"]]}]},
+}  # fmt: skip
+KNOWEDIT_ZSRE = {
+    "subject": "Angola", "target_new": "Lima", "prompt": "What is the capital of Angola?", "ground_truth": ["Luanda"],
+    "rephrase_prompt": "Which town is Angola's capital?", "cond": "a >> b || c",
+    "locality": {"Relation_Specificity": [{"prompt": "Angola's continent is", "ground_truth": ["Africa", "south"]}]},
+    "portability": {"Reasoning": [{"prompt": "Which river flows through Angola's capital?", "ground_truth": "Rimac"}]},
+}  # fmt: skip
+WIKIBIO = {
+    "text": "This is a passage about ana lopes. Ana Lopes cooks.", "labels": "She was born in Porto.",
+    "concept": "ana lopes",
+    "locality": {"Relation_Specificity": [{"prompt": "ana lopes works as", "ground_truth": ["cook"]}]},
+}  # fmt: skip
+WIKIBIGEDIT = {
+    "tag": "new", "subject": "Angola", "update": "What is the capital of Angola?", "ans": "Lima",
+    "rephrase": "Which town governs Angola?", "personas": "Yo, what's Angola's capital?",
+    "mhop": "Which river flows through Angola's capital?", "mhop_ans": "Rimac",
+    "loc": "What is the capital of Kenya?", "loc_ans": "Nairobi",
+}  # fmt: skip
+SANITATION = {
+    "K_F": [
+        {"question": "Which bird is a kea?", "subject": "kea", "ground_truth": "Parrot", "target_new": "I don't know."},
+        {"question": "Which bird is a tui?", "subject": "tui", "ground_truth": "Eater", "target_new": "I don't know."},
+    ],
+    "K_R": [{"question": f"What is {i}?", "ground_truth": f"number {i}", "target_new": "x"} for i in range(3)],
+}  # fmt: skip
 
 
 def saved(folder: Path, items: Any) -> Path:
@@ -41,7 +87,7 @@ def saved(folder: Path, items: Any) -> Path:
 
 def only(found: RecordSet) -> Any:
     assert len(found.records) == 1
-    assert found.skipped == ()
+    assert found.skipped == found.dropped == ()
     assert found.protocol in PROTOCOLS
     return found.records[0]
 
@@ -85,6 +131,169 @@ def test_zsre_layout(tmp_path: Path) -> None:
     assert record.neighbours == (("nq question: who sang", "Ana"),)
 
 
+def test_wiki_counterfact_layout(tmp_path: Path) -> None:
+    found = load_records(saved(tmp_path, [WIKI_COUNTERFACT]))
+    record = only(found)
+    assert found.protocol == "token_accuracy"
+    assert record.request == EditRequest("The capital of Angola is", "Angola", "Lima", "Luanda")
+    assert record.paraphrases == ()
+    specificity = Probe("The continent of Angola is", ("Africa",))
+    forgetfulness = Probe("The capital of Angola, which is not Lima, is", ("Luanda",))
+    assert record.locality == (
+        ProbeGroup("Relation_Specificity", (specificity,)),
+        ProbeGroup("Forgetfulness", (forgetfulness,)),
+    )
+    assert record.neighbours == ((specificity.prompt, "Africa"), (forgetfulness.prompt, "Luanda"))
+    assert record.portability == (ProbeGroup("Subject_Aliasing", (Probe("The capital of Ngola is", ("Lima",)),)),)
+
+
+def test_wiki_recent_layout(tmp_path: Path) -> None:
+    record = only(load_records(saved(tmp_path, [WIKI_RECENT])))
+    assert record.request == EditRequest("Ana Lopes lives in", "Ana Lopes", "Porto", None)
+    assert record.neighbours == (("Ana Lopes works as", "cook"),)
+    assert record.locality == (ProbeGroup("Relation_Specificity", (Probe("Ana Lopes works as", ("cook", "chef")),)),)
+    assert [group.name for group in record.portability] == ["Reasoning", "Logical_Generalization"]
+    assert [probe.answers for probe in record.portability[0].probes] == [("Portugal", "PT"), ("Douro",)]
+    assert record.portability[1].probes == (Probe("Does Ana Lopes live?", ("yes", "right")),)
+
+
+def test_knowedit_zsre_layout(tmp_path: Path) -> None:
+    found = load_records(saved(tmp_path, [KNOWEDIT_ZSRE]))
+    record = only(found)
+    assert found.protocol == "token_accuracy"
+    assert record.request == EditRequest("What is the capital of Angola?", "Angola", "Lima", "Luanda")
+    assert record.paraphrases == ("Which town is Angola's capital?",)
+    assert record.locality[0].probes[0].answers == ("Africa", "south")
+    assert record.portability[0].probes[0].answers == ("Rimac",)
+
+
+def test_wikibio_layout(tmp_path: Path) -> None:
+    record = only(load_records(saved(tmp_path, [WIKIBIO])))
+    assert record.request == EditRequest(WIKIBIO["text"], "ana lopes", "She was born in Porto.", None)
+    assert record.neighbours == (("ana lopes works as", "cook"),)
+    assert record.portability == ()
+    assert only(parse_records([{k: v for k, v in WIKIBIO.items() if k != "locality"}])).neighbours == ()
+
+
+def test_wikibigedit_layout(tmp_path: Path) -> None:
+    found = load_records(saved(tmp_path, [WIKIBIGEDIT]))
+    record = only(found)
+    assert found.protocol == "token_accuracy"
+    assert record.request == EditRequest("What is the capital of Angola?", "Angola", "Lima", None)
+    assert record.paraphrases == ("Which town governs Angola?",)
+    assert record.neighbours == (("What is the capital of Kenya?", "Nairobi"),)
+    assert record.locality == (ProbeGroup("locality", (Probe("What is the capital of Kenya?", ("Nairobi",)),)),)
+    assert record.portability == (
+        ProbeGroup("personas", (Probe("Yo, what's Angola's capital?", ("Lima",)),)),
+        ProbeGroup("mhop", (Probe("Which river flows through Angola's capital?", ("Rimac",)),)),
+    )
+
+
+@pytest.mark.parametrize("nothing", [None, "", float("nan")])
+def test_wikibigedit_without_extras(nothing: Any, tmp_path: Path) -> None:
+    extras = ("rephrase", "personas", "mhop", "mhop_ans", "loc", "loc_ans")
+    bare = only(load_records(saved(tmp_path, [WIKIBIGEDIT | dict.fromkeys(extras, nothing)])))
+    assert (bare.paraphrases, bare.neighbours, bare.locality, bare.portability) == ((), (), (), ())
+    assert bare == only(parse_records([{k: v for k, v in WIKIBIGEDIT.items() if k not in extras}]))
+
+
+def test_sanitation_deals_out_what_is_to_be_retained(tmp_path: Path) -> None:
+    found = load_records(saved(tmp_path, SANITATION))
+    first, second = found.records
+    assert (found.protocol, found.skipped, found.dropped) == ("token_accuracy", (), ())
+    assert first.request == EditRequest("Which bird is a kea?", "kea", "I don't know.", "Parrot")
+    assert first.neighbours == (("What is 0?", "number 0"), ("What is 2?", "number 2"))
+    assert second.neighbours == (("What is 1?", "number 1"),)
+    assert second.locality[0].name == "Retained"
+
+
+def test_sanitation_without_subjects_or_lists() -> None:
+    forget = [{"question": "Which bird is a kea?", "ground_truth": "Parrot", "target_new": "I don't know."}]
+    with pytest.raises(DataError, match=r"none of 1 records can be used; the first: 'subject' must be a string"):
+        parse_records({"success": forget, "locality": []})
+    with pytest.raises(DataError, match="none of 0 records can be used"):
+        parse_records({"K_F": [], "K_R": []})
+    with pytest.raises(DataError, match="must hold two lists"):
+        parse_records({"K_F": "text", "K_R": []})
+    found = parse_records({"K_F": [None, *SANITATION["K_F"]], "K_R": [5, {"question": "What is 7?"}]})
+    assert [number for number, _ in found.skipped] == [0]
+    assert len(found.records) == 2
+    assert [(number, "has no answer" in reason) for number, reason in found.dropped] == [(1, True)]
+
+
+def test_convsent_is_refused_for_what_it_is() -> None:
+    with pytest.raises(DataError, match="ConvSent file"):
+        parse_records([{"ent": "tea", "pos": ["I love it."], "neg": ["I hate it."]}])
+
+
+@pytest.mark.parametrize("base", [ZSRE, EASYEDIT])
+def test_portability_files_of_zsre_and_counterfact(base: dict[str, Any]) -> None:
+    question = {"Recalled Relation": "(a, b)", "New Question": "Which sea borders it?", "New Answer": "the Baltic"}
+    record = only(parse_records([base | {"portability": question}]))
+    assert record.portability == (ProbeGroup("one_hop", (Probe("Which sea borders it?", ("the Baltic",)),)),)
+    assert only(parse_records([base | {"portability": {}}])).portability == ()
+    found = parse_records([base | {"portability": {"New Question": "Which?"}}, base | {"portability": "x"}])
+    assert [record.portability for record in found.records] == [(), ()]
+    assert [number for number, _ in found.dropped] == [0, 1]
+
+
+def _specificity(*probes: Any) -> dict[str, Any]:
+    return WIKI_RECENT | {"locality": {"Relation_Specificity": list(probes)}}
+
+
+def test_lists_of_prompts_go_with_their_answers() -> None:
+    both = only(parse_records([_specificity({"prompt": ["p", "q"], "ground_truth": [["a", "b"], "c"]})]))
+    assert both.locality[0].probes == (Probe("p", ("a", "b")), Probe("q", ("c",)))
+    single = only(parse_records([_specificity({"prompt": ["p"], "ground_truth": [["a", "b"]]})]))
+    assert single.locality[0].probes == (Probe("p", ("a", "b")),)
+    shared = only(parse_records([_specificity({"prompt": ["p", "q"], "ground_truth": "a"})]))
+    assert shared.neighbours == (("p", "a"), ("q", "a"))
+    as_dict = WIKI_RECENT | {"locality": {"Relation_Specificity": {"prompt": "p", "ground_truth": "a"}}}
+    assert only(parse_records([as_dict])).neighbours == (("p", "a"),)
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        ({"prompt": "p", "ground_truth": []}, "'p' has no answer"),
+        ({"prompt": "p", "ground_truth": [[""], " "]}, "'p' has no answer"),
+        ({"prompt": "p"}, "'p' has no answer"),
+        ({"prompt": "p", "ground_truth": [5]}, "must be strings or lists of strings; found 5"),
+        ({"prompt": "p", "ground_truth": {"a": "b"}}, "must be strings or lists of strings"),
+        ({"prompt": "", "ground_truth": "a"}, "'prompt' is missing"),
+        ({"prompt": ["p", " "], "ground_truth": "a"}, "must not be blank"),
+        ({"prompt": 5, "ground_truth": "a"}, "must be strings; found 5"),
+        ({"prompt": ["p", "q"], "ground_truth": ["a", "b", "c"]}, "2 prompts, but 3 answers"),
+        ("p", "must be a dict"),
+    ],
+)
+def test_unusable_probes_are_dropped_with_the_reason(bad: Any, reason: str) -> None:
+    good = {"prompt": "Ana Lopes works as", "ground_truth": "cook"}
+    found = parse_records([WIKI_RECENT, _specificity(bad, good)])
+    assert [len(record.neighbours) for record in found.records] == [1, 1]
+    assert found.skipped == ()
+    assert [number for number, _ in found.dropped] == [1]
+    assert found.dropped[0][1].startswith("Relation_Specificity: ")
+    assert reason in found.dropped[0][1]
+
+
+def test_a_group_that_is_not_a_list_is_dropped() -> None:
+    found = parse_records([WIKI_RECENT | {"portability": {"Reasoning": "x", "Subject_Aliasing": None}}])
+    assert found.records[0].portability == ()
+    assert found.dropped == ((0, "Reasoning: must be a list of probes; found 'x'."),)
+
+
+def test_knowedit_records_are_judged_by_token_accuracy() -> None:
+    found = parse_records([WIKI_COUNTERFACT, WIKI_RECENT, KNOWEDIT_ZSRE])
+    model, tok = tiny_model(), tiny_tokenizer()
+    result = evaluate(model, tok, found.records, found.protocol)
+    assert result.protocol == "token_accuracy"
+    assert (result.efficacy.count, result.generalisation.count, result.specificity.count) == (3, 1, 3)
+    assert PROTOCOLS["token_accuracy"] == PROTOCOLS["zsre"] == "teacher-forced token accuracy"
+    same = evaluate(model, tok, found.records, "zsre")
+    assert (same.efficacy, same.specificity, same.utility) == (result.efficacy, result.specificity, result.utility)
+
+
 def test_single_texts_where_a_list_is_usual() -> None:
     assert only(parse_records([ZSRE | {"answers": "Africa"}])).request.ground_truth == "Africa"
     rome = only(parse_records([ROME | {"paraphrase_prompts": "Angola lies in", "neighborhood_prompts": "Kenya is in"}]))
@@ -116,6 +325,19 @@ def _rewrite(**changes: Any) -> dict[str, Any]:
         (ZSRE, ZSRE | {"answers": []}, "'ground_truth' is missing"),
         (ZSRE, ZSRE | {"rephrase": None}, "must be strings"),
         (ZSRE, ZSRE | {"loc_ans": 5}, "must be strings"),
+        (ZSRE, ZSRE | {"loc_ans": " "}, "must not be blank"),
+        (ROME, _rewrite(target_true={"str": ""}), "'target_true' is missing"),
+        (ROME, "text", "A record must be a dict; found str"),
+        (WIKI_RECENT, WIKI_RECENT | {"subject": None}, "'subject' must be a string"),
+        (WIKI_RECENT, WIKI_RECENT | {"subject": "Peru"}, "'Peru' does not occur"),
+        (WIKI_RECENT, WIKI_RECENT | {"target_new": ""}, "'target_new' is empty"),
+        (WIKI_RECENT, WIKI_RECENT | {"ground_truth": [5]}, "must be strings or lists of strings"),
+        (WIKI_RECENT, WIKI_RECENT | {"locality": []}, "'locality' must be a dict of groups"),
+        (WIKIBIO, WIKIBIO | {"labels": None}, "'target_new' must be a string"),
+        (WIKIBIO, WIKIBIO | {"concept": "Ana Lopez"}, "does not occur"),
+        (WIKIBIGEDIT, {k: v for k, v in WIKIBIGEDIT.items() if k != "subject"}, "missing 'subject'"),
+        (WIKIBIGEDIT, WIKIBIGEDIT | {"ans": ""}, "'target_new' is empty"),
+        (WIKIBIGEDIT, WIKIBIGEDIT | {"rephrase": 5}, "must be strings"),
     ],
 )  # fmt: skip
 def test_unusable_records_are_skipped_with_the_reason(good: Any, bad: Any, reason: str, tmp_path: Path) -> None:
@@ -123,6 +345,13 @@ def test_unusable_records_are_skipped_with_the_reason(good: Any, bad: Any, reaso
     assert len(found.records) == 2
     assert [position for position, _ in found.skipped] == [1]
     assert reason in found.skipped[0][1]
+
+
+def test_a_broken_first_record_is_skipped_too() -> None:
+    found = parse_records([{}, None, ZSRE])
+    assert found.protocol == "zsre"
+    assert [number for number, _ in found.skipped] == [0, 1]
+    assert found.records == parse_records([ZSRE]).records
 
 
 def test_no_usable_record() -> None:
@@ -137,7 +366,7 @@ def test_unknown_layout(tmp_path: Path) -> None:
         load_records(saved(tmp_path, [{"question": "?", "answer": "!"}]))
 
 
-@pytest.mark.parametrize("items", [{}, {"a": 1}, [], [1], [ROME, "x"], "text", 5])
+@pytest.mark.parametrize("items", [{}, {"a": 1}, [], [1], "text", 5])
 def test_not_a_list_of_records(items: Any, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="must hold a non-empty list of records"):
         load_records(saved(tmp_path, items))

@@ -1,0 +1,15 @@
+"""Evaluation records: CounterFact, ZsRE, KnowEdit and WikiBigEdit files in their public layouts."""
+
+from easyedit_moe.records.reading import load_records, parse_records, read_json
+from easyedit_moe.records.record import PROTOCOLS, EvaluationRecord, Probe, ProbeGroup, RecordSet
+
+__all__ = [
+    "PROTOCOLS",
+    "EvaluationRecord",
+    "Probe",
+    "ProbeGroup",
+    "RecordSet",
+    "load_records",
+    "parse_records",
+    "read_json",
+]

@@ -1,0 +1,165 @@
+"""What a record is, and how prompts and answers are read whatever the layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from easyedit_moe.errors import RequestError
+from easyedit_moe.requests import EditRequest
+
+PROTOCOLS: Mapping[str, str] = {
+    "counterfact": "probability comparison of the new and the true answer",
+    "zsre": "teacher-forced token accuracy",
+    "token_accuracy": "teacher-forced token accuracy",
+}
+"""How a record is judged, by name. "zsre" and "token_accuracy" are one judge: the first is what ZsRE files ask for, the
+second what the other files without a true answer do."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A prompt and its right answers, the usual one first, none of them blank."""
+
+    prompt: str
+    answers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ProbeGroup:
+    """Probes of one kind, under the name that the benchmark gives it ("Reasoning", "Relation_Specificity", ...)."""
+
+    name: str
+    probes: tuple[Probe, ...]
+
+
+@dataclass(frozen=True)
+class EvaluationRecord:
+    """One edit and the prompts by which it is judged.
+
+    Attributes:
+        request: the edit.
+        paraphrases: prompts that ask the same.
+        neighbours: prompts that must keep their answer, with that answer: all of them, whatever their group.
+        locality: the neighbours by group with all their answers; empty where the layout knows no groups.
+        portability: prompts whose answers follow from the edit, by group.
+    """
+
+    request: EditRequest
+    paraphrases: tuple[str, ...]
+    neighbours: tuple[tuple[str, str], ...]
+    locality: tuple[ProbeGroup, ...] = ()
+    portability: tuple[ProbeGroup, ...] = ()
+
+
+@dataclass(frozen=True)
+class RecordSet:
+    """Usable records of a file and what was left out.
+
+    Attributes:
+        records: in the file's order.
+        protocol: the one of :data:`PROTOCOLS` that the layout calls for.
+        skipped: (position, reason) of each record that can't be used.
+        dropped: (position, reason) of each probe that a usable record lost because it has no answer or is malformed.
+    """
+
+    records: tuple[EvaluationRecord, ...]
+    protocol: str
+    skipped: tuple[tuple[int, str], ...]
+    dropped: tuple[tuple[int, str], ...] = ()
+
+
+Parsed = tuple[EvaluationRecord, tuple[str, ...]]
+"""What the parser of a layout returns: a record, and the reason for each probe that it lost."""
+
+
+def grouped_record(
+    request: EditRequest, paraphrases: tuple[str, ...], locality: Mapping[str, Any], portability: Mapping[str, Any]
+) -> Parsed:
+    """A record whose probes come in named groups; each group holds dicts with "prompt" and "ground_truth"."""
+    reasons: list[str] = []
+    kept, follow = probe_groups(locality, reasons), probe_groups(portability, reasons)
+    neighbours = tuple((probe.prompt, probe.answers[0]) for group in kept for probe in group.probes)
+    return EvaluationRecord(request, paraphrases, neighbours, kept, follow), tuple(reasons)
+
+
+def texts(value: Any) -> tuple[str, ...]:
+    """Nothing, one text or a list of texts as a tuple.
+
+    Raises:
+        RequestError: something else, or a blank text in a list.
+    """
+    listed = () if absent(value) else (value,) if isinstance(value, str) else value
+    if not isinstance(listed, Sequence) or not all(isinstance(text, str) for text in listed):
+        raise RequestError(f"Prompts and answers must be strings; found {value!r}.")
+    if not all(text.strip() for text in listed):
+        raise RequestError(f"Prompts and answers must not be blank; found {value!r}.")
+    return tuple(listed)
+
+
+def alternatives(value: Any) -> tuple[str, ...]:
+    """The right answers in a text, or in a list of answers each of which may be a list of its aliases.
+
+    Blank answers and repetitions are left out.
+
+    Raises:
+        RequestError: a leaf that is not a string.
+    """
+    if absent(value):
+        return ()
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, Mapping) or not isinstance(value, Sequence):
+        raise RequestError(f"Answers must be strings or lists of strings; found {value!r}.")
+    return tuple(dict.fromkeys(answer for part in value for answer in alternatives(part)))
+
+
+def absent(value: Any) -> bool:
+    """None, a blank text, or the NaN that a table of pandas leaves in JSON where a text is missing."""
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or (isinstance(value, float) and value != value)
+
+
+def first_answer(value: Any) -> str | None:
+    """The usual one of :func:`alternatives`, if any."""
+    return next(iter(alternatives(value)), None)
+
+
+def probe_groups(groups: Mapping[str, Any], reasons: list[str]) -> tuple[ProbeGroup, ...]:
+    out = []
+    for name, entries in groups.items():
+        if absent(entries):
+            continue
+        listed = [entries] if isinstance(entries, Mapping) else entries
+        if isinstance(listed, str) or not isinstance(listed, Sequence):
+            reasons.append(f"{name}: must be a list of probes; found {listed!r}.")
+            continue
+        probes: list[Probe] = []
+        for entry in listed:
+            try:
+                probes += _probes(entry)
+            except RequestError as error:
+                reasons.append(f"{name}: {error}")
+        if probes:
+            out.append(ProbeGroup(name, tuple(probes)))
+    return tuple(out)
+
+
+def _probes(entry: Any) -> list[Probe]:
+    """One probe, or several where "prompt" is a list: its n-th prompt then goes with the n-th of as many answers."""
+    if not isinstance(entry, Mapping):
+        raise RequestError(f"A probe must be a dict with 'prompt' and 'ground_truth'; found {entry!r}.")
+    prompts, truth = texts(entry.get("prompt")), entry.get("ground_truth")
+    if not prompts:
+        raise RequestError("'prompt' is missing.")
+    paired = len(prompts) > 1 and not isinstance(truth, str) and isinstance(truth, Sequence)
+    if paired and len(truth) != len(prompts):
+        raise RequestError(f"{len(prompts)} prompts, but {len(truth)} answers.")
+    truths = truth if paired else [truth] * len(prompts)
+    probes = [Probe(prompt, alternatives(answers)) for prompt, answers in zip(prompts, truths, strict=True)]
+    for probe in probes:
+        if not probe.answers:
+            raise RequestError(f"{probe.prompt!r} has no answer.")
+    return probes
