@@ -131,6 +131,7 @@ def test_a_host_that_keeps_the_subject_needs_no_file() -> None:
         ([1], "of dicts; found list"),
         ([{"question": "?", "answer": "!"}], "found list with the keys answer, question"),
         (type("MQuAKEDataset", (list,), {"__module__": "easyeditor.dataset"})([EASYEDIT]), "found MQuAKEDataset"),
+        ([*ZsreDataset([ZSRE]), {"prompt": "?"}], "The items of this ZsreDataset lack cond, ground_truth"),
         (type("KnowEditDataset", (list,), {})([EASYEDIT]), "lack locality_rs, .* EasyEdit has changed"),
     ],
 )
