@@ -91,6 +91,7 @@ def test_wrong_numbers_do_not_matter_where_contents_agree(tmp_path: Path) -> Non
     moved = [ZSRE | {"alt": ""}, {"not": "a record"}, *ZSRE_FILE]
     found = records_from(ZsreDataset(ZSRE_FILE), saved(tmp_path, moved))
     assert found.records == load_records(tmp_path / "data.json").records
+    assert _positions(found) == [0, 3, 5]
 
 
 def test_another_file_is_refused(tmp_path: Path) -> None:
