@@ -91,6 +91,7 @@ def test_wrong_numbers_do_not_matter_where_contents_agree(tmp_path: Path) -> Non
     moved = [ZSRE | {"alt": ""}, {"not": "a record"}, *ZSRE_FILE]
     found = records_from(ZsreDataset(ZSRE_FILE), saved(tmp_path, moved))
     assert found.records == load_records(tmp_path / "data.json").records
+    assert _positions(found) == [0, 3, 5]
 
 
 def test_another_file_is_refused(tmp_path: Path) -> None:
@@ -131,6 +132,7 @@ def test_a_host_that_keeps_the_subject_needs_no_file() -> None:
         ([1], "of dicts; found list"),
         ([{"question": "?", "answer": "!"}], "found list with the keys answer, question"),
         (type("MQuAKEDataset", (list,), {"__module__": "easyeditor.dataset"})([EASYEDIT]), "found MQuAKEDataset"),
+        ([*ZsreDataset([ZSRE]), {"prompt": "?"}], "The items of this ZsreDataset lack cond, ground_truth"),
         (type("KnowEditDataset", (list,), {})([EASYEDIT]), "lack locality_rs, .* EasyEdit has changed"),
     ],
 )

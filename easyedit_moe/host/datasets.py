@@ -58,7 +58,7 @@ def records_from(dataset: Any, path: str | Path | None = None) -> RecordSet:
             records are not the dataset's, or not one usable record.
     """
     items = _items(dataset)
-    kind = _kind(dataset, items[0])
+    kind = _kind(dataset, items)
     where = f"the {kind}"
     path = path if path is not None else getattr(dataset, "data_dir", None)
     if kind == "CounterFactDataset":
@@ -136,9 +136,9 @@ _KEYS = {
 }
 
 
-def _kind(dataset: Any, item: Item) -> str:
+def _kind(dataset: Any, items: Sequence[Item]) -> str:
     """By the name of the class or of one that it derives from, else by the keys of its items."""
-    names = [base.__name__ for base in type(dataset).__mro__]
+    item, names = items[0], [base.__name__ for base in type(dataset).__mro__]
     kind = next((name for name in names if name in _KEYS), None)
     if kind is None and type(dataset).__module__.split(".")[0] != "easyeditor":
         kind = next((name for name, keys in _KEYS.items() if keys <= item.keys()), None)
@@ -149,7 +149,7 @@ def _kind(dataset: Any, item: Item) -> str:
             f"Expected one of EasyEdit's {', '.join(reversed(_KEYS))}; found {names[0]} with the keys "
             f"{', '.join(sorted(map(str, item)))}."
         )
-    if kind != "CounterFactDataset" and (missing := _KEYS[kind] - item.keys()):
+    if kind != "CounterFactDataset" and (missing := {key for item in items for key in _KEYS[kind] - item.keys()}):
         raise DataError(
             f"The items of this {kind} lack {', '.join(sorted(missing))}, so EasyEdit has changed; read its file with "
             "easyedit_moe.records.load_records instead."
@@ -187,7 +187,7 @@ def _raw_zsre(item: Item) -> dict[str, Any]:
 def _zsre_key(raw: Item) -> Any:
     """What ZsreDataset keeps of a record of the file."""
     answers = raw.get("answers")
-    first = answers[0] if isinstance(answers, (str, Sequence)) and answers else None
+    first = answers[0] if isinstance(answers, Sequence) and answers else None
     return [raw.get("src"), raw.get("alt"), first, raw.get("rephrase"), raw.get("loc"), raw.get("loc_ans")]
 
 
