@@ -18,14 +18,14 @@ from easyedit_moe.cache import model_fingerprint
 from easyedit_moe.corpus import corpus_hash
 from easyedit_moe.editors import Editor, EditResult, Patch, make_editor
 from easyedit_moe.errors import DataError, EditingWarning, HyperParamsError, MethodError
-from easyedit_moe.host.baseline_hparams import HOST_METHODS, BaselineHyperParams
+from easyedit_moe.host.baseline_hparams import HOST_METHODS, PROTOCOL, BaselineHyperParams
 from easyedit_moe.hparams import MoEHyperParams, hparams_folder, load_hyperparams
 from easyedit_moe.layers import MoELayerView
 from easyedit_moe.loading import load_model
 from easyedit_moe.measure import Stopwatch, peak_memory_bytes, reset_peak_memory
 from easyedit_moe.metrics import EvaluationResult, Score, evaluate, routing_similarity, routing_snapshot
 from easyedit_moe.patch import versions
-from easyedit_moe.records import EvaluationRecord, load_records
+from easyedit_moe.records import PROTOCOLS, EvaluationRecord, load_records
 from easyedit_moe.requests import EditRequest
 from easyedit_moe.targets import TargetVectors
 
@@ -159,9 +159,12 @@ def load_task(
     records = found.records[skip : skip + edits]
     if len(records) < edits:
         raise DataError(f"{data} has {len(found.records)} usable records; {skip} + {edits} were asked for.")
-    if found.skipped:
-        number, reason = found.skipped[0]
-        logger.warning("%d records of %s are unusable; the first, %d: %s", len(found.skipped), data, number, reason)
+    for what, left_out in (("records", found.skipped), ("prompts of usable records", found.dropped)):
+        if left_out:
+            number, reason = left_out[0]
+            logger.warning(
+                "%d %s of %s are unusable; the first, record %d: %s", len(left_out), what, data, number, reason
+            )
     model, tok = load_model(model_name, dtype, device, model_parallel)
     provenance = {
         "model": model_name,
@@ -235,7 +238,8 @@ def compare(
     for number, hp in enumerate(hparams):
         add(_run_method(task, hp, labels[number] if labels else hp.alg_name, routing, ready, quality))
     settings = {row.method: row.hparams for row in rows if row.hparams}
-    return Comparison(tuple(rows), {**task.provenance, "hparams": settings})
+    protocols = {"scores": PROTOCOLS[task.protocol]} | ({"easyedit": PROTOCOL} if easyedit_metrics else {})
+    return Comparison(tuple(rows), {**task.provenance, "protocols": protocols, "hparams": settings})
 
 
 ReadyTargets = dict[Any, tuple[TargetVectors, float]]

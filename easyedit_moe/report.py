@@ -15,11 +15,8 @@ from easyedit_moe.errors import DataError
 from easyedit_moe.files import replacing
 from easyedit_moe.host.baseline_hparams import PROTOCOL
 from easyedit_moe.metrics import Score
+from easyedit_moe.records import PROTOCOLS
 
-PAPERS_PROTOCOL = {
-    "counterfact": "the papers' protocol: comparison of probabilities, teacher-forced",
-    "zsre": "the papers' protocol: token accuracy, teacher-forced",
-}
 COLUMNS = (
     "method", "code", "edits", "efficacy", "generalisation", "specificity", "utility", "routing (kept)",
     "targets s", "solve s", "write s", "peak MiB",
@@ -63,7 +60,7 @@ def tables(comparison: Comparison) -> list[Table]:
     provenance = comparison.provenance
     of = f"{provenance['edits']} {provenance['protocol']} edits in batches of {provenance['batch_size']} on "
     of += f"{provenance['model']}, scored after all of them, percent"
-    out = [_table(f"{of}; {PAPERS_PROTOCOL[provenance['protocol']]}", COLUMNS, 3)]
+    out = [_table(f"{of}; by the papers' protocol: {PROTOCOLS[provenance['protocol']]}", COLUMNS, 3)]
     for row in comparison.rows:
         out[0].add_row(*cells(row))
     measured = [row for row in comparison.rows if row.easyedit is not None]
