@@ -86,10 +86,12 @@ def import_with_placeholders(run: Any) -> None:
     try:
         with placeholders(HOST) as used:
             run()
-    except ImportError as error:
+    except BaseException as error:
         for name in set(sys.modules) - before:
             if name.partition(".")[0] == HOST:
                 del sys.modules[name]
+        if isinstance(error, HostError) or not isinstance(error, ImportError):
+            raise
         raise HostError(
             f"EasyEdit can't be imported: {error}. Install what it asks for; tested with its commit {TESTED}."
         ) from error
