@@ -7,6 +7,7 @@ import importlib
 import io
 import logging
 import sys
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from easyedit_moe.host.dense_statistics import (
     write_projectors,
 )
 from easyedit_moe.host.importing import load
+from easyedit_moe.host.quality import name_for_host, padded
 from easyedit_moe.layers import MoELayerView
 from easyedit_moe.measure import Stopwatch
 from easyedit_moe.requests import EditRequest, parse_requests
@@ -79,8 +81,8 @@ class HostPatch:
 class BaselineEditor:
     """One of EasyEdit's methods with the interface of our editors.
 
-    Its module-level caches are its own for the life of this object, so neither models nor methods share one; flags,
-    hooks, the random state and the tokenizer's settings are as before after each batch, and weights too if it fails.
+    Its module-level caches are this object's own, and new ones for another model, so neither models nor methods share
+    one; flags, hooks, the random state and the tokenizer's settings are as before after each batch, and weights too if it fails.
     Layer statistics and projectors are made from ``hparams.mom2_dataset`` read as ours is (a file, "factworld", a
     dataset name) and keyed by the model's fingerprint and the corpus.
 
@@ -94,6 +96,10 @@ class BaselineEditor:
         load()
         self.hparams, self.progress = hparams, progress
         self.alg_name = hparams.values["alg_name"]
+        self._model: weakref.ref[nn.Module] | None = None
+        self._start_anew()
+
+    def _start_anew(self) -> None:
         self._caches = HostCaches()
         self._prepared: tuple[str, dict[str, Any]] | None = None
         self._wrapped: Any = None
@@ -122,6 +128,9 @@ class BaselineEditor:
                 EasyEdit's class refuses. DataError: the corpus can't be read.
         """
         facts = parse_requests(requests)
+        if self._model is None or self._model() is not model:
+            self._start_anew()
+            self._model = weakref.ref(model)
         watch = Stopwatch()
         sites = self._sites(model)
         state = _ModelState.of(model)
@@ -226,8 +235,9 @@ class BaselineEditor:
         easyeditor = importlib.import_module("easyeditor")
         cls = getattr(easyeditor, CLASSES[self.alg_name])
         device = str(next(model.parameters()).device)
+        own = {"model_name": name_for_host(model), "device": device, "model_parallel": False}
         try:
-            return cls(**{**self.hparams.values, **files, "device": device, "model_parallel": False})
+            return cls(**{**self.hparams.values, **files, **own})
         except TypeError as error:
             raise HyperParamsError(f"EasyEdit's {cls.__name__} does not take these hparams: {error}") from error
 
@@ -291,21 +301,17 @@ _ABSENT = object()
 @contextmanager
 def _scope(model: nn.Module, tok: PreTrainedTokenizerBase, label: str) -> Iterator[None]:
     """Name, random state and tokenizer settings as EasyEdit needs them; as before afterwards. It prints a lot, too."""
-    name, side, padding = model.config._name_or_path, tok.padding_side, tok.pad_token
+    name, side = model.config._name_or_path, tok.padding_side
     model.config._name_or_path = label
     tok.padding_side = "right"
-    if tok.pad_token is None:
-        tok.pad_token = tok.eos_token
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     said = io.StringIO()
     try:
-        with torch.random.fork_rng(devices), contextlib.redirect_stdout(said):
+        with padded(tok), torch.random.fork_rng(devices), contextlib.redirect_stdout(said):
             torch.manual_seed(SEED)
             yield
     finally:
         model.config._name_or_path, tok.padding_side = name, side
-        if padding is None:
-            tok.pad_token = None
         logger.debug("EasyEdit printed:\n%s", said.getvalue())
 
 

@@ -61,7 +61,7 @@ def load() -> ModuleType:
 
     Packages that text editing never uses (:data:`easyedit_moe.host.placeholders.OPTIONAL`) may be absent: EasyEdit
     then gets placeholders for them, named in one log line, which raise when used. The random state and the root
-    logger, which importing EasyEdit changes, are put back.
+    logger, which importing EasyEdit changes, are put back; the editors' own logger keeps the level INFO.
 
     Raises:
         HostError: EasyEdit is not there, lacks a package that text editing needs, or is too old or too new (the
@@ -76,6 +76,7 @@ def load() -> ModuleType:
             raise HostError(f"EasyEdit is not installed: there is no '{HOST}' on the path. {GET_IT}")
         with _on_path(folder), _process_state():
             import_with_placeholders(lambda: importlib.import_module(HOST))
+        logging.getLogger(f"{HOST}.editors.editor").setLevel(logging.INFO)
     register()
     return sys.modules[HOST]
 
