@@ -180,9 +180,9 @@ def test_sequential_edits_accumulate_to_the_weights_of_stand_alone_editing(famil
 def test_every_method_gives_bit_equal_weights_in_both_homes(variant: str, pair: Any) -> None:
     both = pair(variant, batch_size=2)
     before = state_of(both.host.model)
-    for call in (lambda e: e.edit(PROMPTS[0], TARGETS[0], subject=SUBJECTS[0], sequential_edit=True, verbose=False),
-                 lambda e: e.batch_edit(**{k: v[1:] for k, v in LISTS.items()}, sequential_edit=True, verbose=False)):  # fmt: skip
-        theirs, ours = call(both.host), call(both.own)
+    for call, chosen in (("edit", slice(1)), ("batch_edit", slice(1, None))):
+        lists = {name: values[chosen] for name, values in LISTS.items()}
+        theirs, ours = (getattr(e, call)(**lists, sequential_edit=True, verbose=False) for e in (both.host, both.own))
         assert_same_state(state_of(both.own.model), state_of(both.host.model))
         assert_same_scores(theirs[0], ours[0])
         assert theirs[2].keys() == ours[2].keys()
@@ -287,9 +287,8 @@ def test_the_bundled_model_as_the_readme_has_it(host: ModuleType, tmp_path: Path
     record = load_records("factworld").records[0]
     fact, before = record.request, state_of(editor.model)
     known = {"truth": {"prompt": [fact.prompt], "ground_truth": [fact.ground_truth]}}
-    call = {
-        "prompts": [fact.prompt], "target_new": [fact.target_new], "subject": [fact.subject], "portability_inputs": known
-    }  # fmt: skip
+    call = {"prompts": [fact.prompt], "target_new": [fact.target_new], "subject": [fact.subject]}
+    call |= {"portability_inputs": known}
     metrics, _, _ = editor.edit(**call, verbose=False)
     assert metrics[0]["pre"]["portability"]["truth_acc"] == [1]
     assert metrics[0]["pre"]["rewrite_acc"][0] < 1
