@@ -249,7 +249,7 @@ Quality = Callable[[str], dict[str, Score]]
 def _easyedit_quality(task: Task) -> Quality:
     from easyedit_moe.host.quality import EasyEditQuality
 
-    return EasyEditQuality(task.model, task.tok, task.records, task.provenance["model"]).measure
+    return EasyEditQuality(task.model, task.tok, task.records).measure
 
 
 def _editor(hparams: MoEHyperParams | BaselineHyperParams) -> Editor:

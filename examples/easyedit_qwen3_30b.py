@@ -27,7 +27,7 @@ def main() -> None:
     hparams = replace(hparams, model_name=checkpoint, mom2_dataset=corpus, device="cuda")
     records = load_records(data).records[:50]
     editor = BaseEditor.from_hparams(hparams)
-    quality = EasyEditQuality(editor.model, editor.tok, records, editor.model_name)
+    quality = EasyEditQuality(editor.model, editor.tok, records)
     editor.batch_edit(
         prompts=[record.request.prompt for record in records],
         target_new=[record.request.target_new for record in records],

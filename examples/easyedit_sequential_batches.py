@@ -24,7 +24,7 @@ from easyeditor import BaseEditor  # noqa: E402
 def main() -> None:
     records = load_records("factworld").records[:100]
     editor = BaseEditor.from_hparams(MoTEHyperParams.from_hparams("hparams/MoTE/factworld.yaml"))
-    quality = EasyEditQuality(editor.model, editor.tok, records, editor.model_name)
+    quality = EasyEditQuality(editor.model, editor.tok, records)
     metrics, model, _ = editor.batch_edit(
         prompts=[record.request.prompt for record in records],
         target_new=[record.request.target_new for record in records],

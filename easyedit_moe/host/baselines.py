@@ -7,6 +7,7 @@ import importlib
 import io
 import logging
 import sys
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from easyedit_moe.host.dense_statistics import (
     write_projectors,
 )
 from easyedit_moe.host.importing import load
+from easyedit_moe.host.quality import name_for_host, padded
 from easyedit_moe.layers import MoELayerView
 from easyedit_moe.measure import Stopwatch
 from easyedit_moe.requests import EditRequest, parse_requests
@@ -79,13 +81,14 @@ class HostPatch:
 class BaselineEditor:
     """One of EasyEdit's methods with the interface of our editors.
 
-    Its module-level caches are its own for the life of this object, so neither models nor methods share one; flags,
-    hooks, the random state and the tokenizer's settings are as before after each batch, and weights too if it fails.
-    Layer statistics and projectors are made from ``hparams.mom2_dataset`` read as ours is (a file, "factworld", a
-    dataset name) and keyed by the model's fingerprint and the corpus.
+    Its module-level caches are this object's own, and new ones for another model, so neither models nor methods share
+    one; flags, hooks, the random state and the tokenizer's settings are as before after each batch, and weights too if
+    it fails. Layer statistics and projectors are made from ``hparams.mom2_dataset`` read as ours is (a file,
+    "factworld", a dataset name) and keyed by the model's fingerprint and the corpus.
 
     Raises:
-        HostError: EasyEdit is not there.
+        HostError: EasyEdit is not there. HyperParamsError: a key that its class of hyper-parameters does not know, or
+            one that is missing.
     """
 
     code = "easyeditor"
@@ -94,6 +97,11 @@ class BaselineEditor:
         load()
         self.hparams, self.progress = hparams, progress
         self.alg_name = hparams.values["alg_name"]
+        self._settings()  # a wrong key shows before statistics are made for it
+        self._model: weakref.ref[nn.Module] | None = None
+        self._start_anew()
+
+    def _start_anew(self) -> None:
         self._caches = HostCaches()
         self._prepared: tuple[str, dict[str, Any]] | None = None
         self._wrapped: Any = None
@@ -118,23 +126,27 @@ class BaselineEditor:
         """Edit one batch in place by EasyEdit's code; seconds of it all stand under "solve", since it does not split.
 
         Raises:
-            RequestError: unusable requests. LayerError: a site that the model lacks. HyperParamsError: settings that
-                EasyEdit's class refuses. DataError: the corpus can't be read.
+            RequestError: unusable requests. LayerError: a site that the model lacks. DataError: no such corpus.
+            HostError: EasyEdit's code failed; its own error is the cause.
         """
         facts = parse_requests(requests)
+        if self._model is None or self._model() is not model:
+            self._start_anew()
+            self._model = weakref.ref(model)
         watch = Stopwatch()
         sites = self._sites(model)
         state = _ModelState.of(model)
         with watch.stage("statistics"):
             label, files = self._prepare(model, tok)
-            settings = self._settings(model, files)
+            device = str(next(model.parameters()).device)
+            settings = self._settings(**files, model_name=name_for_host(model), device=device)
         wrapped = self._wrapped if hasattr(model, "peft_config") else None
         if wrapped is not None:  # LoRA goes on with the adapter of the batch before
             sites = [name for name, _ in model.named_parameters() if ".lora_" in name]
         originals = {name: model.get_parameter(name).detach().clone() for name in sites}
         apply = importlib.import_module("easyeditor.util.alg_dict").ALG_DICT[self.alg_name]
         try:
-            with watch.stage("solve"), self._caches.installed(), _scope(model, tok, label):
+            with watch.stage("solve"), self._caches.installed(), _scope(model, tok, label, self._padding_side()):
                 self._fill_caches(model, settings)
                 edited = wrapped or model
                 for group in self._groups(facts):
@@ -217,17 +229,16 @@ class BaselineEditor:
         files = {"stats_dir": str(folder.parent), "mom2_dataset": corpus, "mom2_n_samples": len(texts)}
         return {**files, "P_loc": str(projectors)} if self.alg_name == "AlphaEdit" else files
 
-    def _settings(self, model: nn.Module, files: dict[str, Any]) -> Any:
-        """EasyEdit's hyper-parameters object.
+    def _settings(self, **own: Any) -> Any:
+        """EasyEdit's hyper-parameters object; ``own`` stands in for what the file says of this machine.
 
         Raises:
-            HyperParamsError: a key that it does not know, or one that is missing.
+            HyperParamsError: a key that EasyEdit does not know, or one that is missing.
         """
-        easyeditor = importlib.import_module("easyeditor")
-        cls = getattr(easyeditor, CLASSES[self.alg_name])
-        device = str(next(model.parameters()).device)
+        cls = getattr(importlib.import_module("easyeditor"), CLASSES[self.alg_name])
+        projectors = {"P_loc": ""} if self.alg_name == "AlphaEdit" else {}
         try:
-            return cls(**{**self.hparams.values, **files, "device": device, "model_parallel": False})
+            return cls(**{**projectors, **self.hparams.values, **own, "model_parallel": False})
         except TypeError as error:
             raise HyperParamsError(f"EasyEdit's {cls.__name__} does not take these hparams: {error}") from error
 
@@ -240,6 +251,11 @@ class BaselineEditor:
             width = module_of(model, settings.rewrite_module_tmp.format(settings.layers[-1])).weight.shape[1]
             module.cache_c = torch.zeros(len(settings.layers), width, width)
             module.cache_c_new = True
+
+    def _padding_side(self) -> str:
+        """The side that the method's arithmetic assumes; padding elsewhere, it would train on the wrong tokens."""
+        last = self.hparams.values.get("objective_optimization") == "prompt_last"
+        return "left" if self.alg_name == "LoRA" or (self.alg_name == "FT" and not last) else "right"
 
     def _groups(self, facts: Sequence[EditRequest]) -> list[list[dict[str, Any]]]:
         """ROME takes one request at a time; the others a whole batch."""
@@ -289,23 +305,19 @@ _ABSENT = object()
 
 
 @contextmanager
-def _scope(model: nn.Module, tok: PreTrainedTokenizerBase, label: str) -> Iterator[None]:
+def _scope(model: nn.Module, tok: PreTrainedTokenizerBase, label: str, padding_side: str) -> Iterator[None]:
     """Name, random state and tokenizer settings as EasyEdit needs them; as before afterwards. It prints a lot, too."""
-    name, side, padding = model.config._name_or_path, tok.padding_side, tok.pad_token
+    name, side = model.config._name_or_path, tok.padding_side
     model.config._name_or_path = label
-    tok.padding_side = "right"
-    if tok.pad_token is None:
-        tok.pad_token = tok.eos_token
+    tok.padding_side = padding_side
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     said = io.StringIO()
     try:
-        with torch.random.fork_rng(devices), contextlib.redirect_stdout(said):
+        with padded(tok), torch.random.fork_rng(devices), contextlib.redirect_stdout(said):
             torch.manual_seed(SEED)
             yield
     finally:
         model.config._name_or_path, tok.padding_side = name, side
-        if padding is None:
-            tok.pad_token = None
         logger.debug("EasyEdit printed:\n%s", said.getvalue())
 
 

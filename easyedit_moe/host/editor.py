@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from easyedit_moe.easyedit_requests import checked_batches, requests_from_columns
 from easyedit_moe.editors import Editor, Patch, make_editor
 from easyedit_moe.errors import HyperParamsError
+from easyedit_moe.host.quality import name_for_host, padded
 from easyedit_moe.hparams import MoEHyperParams
 from easyedit_moe.loading import load_model
 from easyedit_moe.requests import EditRequest
@@ -48,7 +49,8 @@ class HostEditor(BaseEditor):
             self.model, self.tok = _pair(hparams.model_name)
             name = getattr(self.model.config, "_name_or_path", "") or type(self.model).__name__
         self.hparams = replace(hparams, model_name=name, device=str(next(self.model.parameters()).device))
-        self.model_name, self.alg_name, self.apply_algo = name, self.hparams.alg_name, self._apply
+        self.model_name, self.alg_name = name_for_host(self.model), self.hparams.alg_name
+        self.apply_algo = self._apply
         self.device = next(self.model.parameters()).device
         self._editor: Editor | None = None
         self._memory: Any = None
@@ -75,12 +77,13 @@ class HostEditor(BaseEditor):
         Raises:
             RequestError: no subject, lists of different lengths, or a request that can't be used.
         """
-        columns = (prompts, target_new, ground_truth, target_neg, rephrase_prompts)
-        inputs = (locality_inputs, portability_inputs)
         requests = kwargs.pop("requests", None)
         if requests is not None:  # EasyEdit's own takes the argument, and then hands it on twice
             return self.edit_requests(requests, sequential_edit, verbose, **kwargs)
-        requests_from_columns(*columns, *inputs, kwargs.get("subject"))
+        columns = [_listed(c) for c in (prompts, target_new, ground_truth, target_neg, rephrase_prompts)]
+        inputs = [_copied(i) for i in (locality_inputs, portability_inputs)]
+        kwargs["subject"] = _listed(kwargs.get("subject"))
+        checked_batches([[request] for request in requests_from_columns(*columns, *inputs, kwargs["subject"])])
         return super().edit(*columns, *inputs, sequential_edit, verbose, **kwargs)
 
     def batch_edit(
@@ -97,9 +100,10 @@ class HostEditor(BaseEditor):
         **kwargs: Any,
     ) -> Any:
         """EasyEdit's ``batch_edit``, ``hparams.batch_size`` requests at a time. Raises as :meth:`edit` does."""
-        columns = (prompts, target_new, ground_truth, target_neg, rephrase_prompts)
-        inputs = (locality_inputs, portability_inputs)
-        requests = requests_from_columns(*columns, *inputs, kwargs.get("subject"))
+        columns = [_listed(c) for c in (prompts, target_new, ground_truth, target_neg, rephrase_prompts)]
+        inputs = [_copied(i) for i in (locality_inputs, portability_inputs)]
+        kwargs["subject"] = _listed(kwargs.get("subject"))
+        requests = requests_from_columns(*columns, *inputs, kwargs["subject"])
         size = replace(self.hparams).batch_size  # checked anew, since it can be set after reading
         checked_batches([requests[start : start + size] for start in range(0, len(requests), size)])
         with self._session(sequential_edit):
@@ -183,7 +187,8 @@ class HostEditor(BaseEditor):
     def _session(self, sequential: bool) -> Iterator[None]:
         self._sequential, self._unscored = sequential, None
         try:
-            yield
+            with padded(self.tok):
+                yield
         except BaseException:
             if self._unscored is not None:
                 self._unscored.patch.restore(self._unscored.model)
@@ -210,6 +215,20 @@ class _Unscored:
     model: nn.Module
     patch: Patch
     memory: Any
+
+
+def _listed(values: Any) -> Any:
+    """A list, which EasyEdit insists on; what is no sequence is left for the check of requests."""
+    if isinstance(values, str):
+        return [values]
+    return list(values) if isinstance(values, Sequence) else values
+
+
+def _copied(inputs: Mapping[str, Any] | None) -> Any:
+    """EasyEdit writes into such dicts."""
+    if inputs is None:
+        return None
+    return {key: dict(value) if isinstance(value, Mapping) else value for key, value in inputs.items()}
 
 
 def _pair(given: Any) -> tuple[nn.Module, PreTrainedTokenizerBase]:

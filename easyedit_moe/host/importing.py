@@ -61,7 +61,7 @@ def load() -> ModuleType:
 
     Packages that text editing never uses (:data:`easyedit_moe.host.placeholders.OPTIONAL`) may be absent: EasyEdit
     then gets placeholders for them, named in one log line, which raise when used. The random state and the root
-    logger, which importing EasyEdit changes, are put back.
+    logger, which importing EasyEdit changes, are put back; the editors' own logger keeps the level INFO.
 
     Raises:
         HostError: EasyEdit is not there, lacks a package that text editing needs, or is too old or too new (the
@@ -76,6 +76,7 @@ def load() -> ModuleType:
             raise HostError(f"EasyEdit is not installed: there is no '{HOST}' on the path. {GET_IT}")
         with _on_path(folder), _process_state():
             import_with_placeholders(lambda: importlib.import_module(HOST))
+        logging.getLogger(f"{HOST}.editors.editor").setLevel(logging.INFO)
     register()
     return sys.modules[HOST]
 
@@ -86,10 +87,12 @@ def import_with_placeholders(run: Any) -> None:
     try:
         with placeholders(HOST) as used:
             run()
-    except ImportError as error:
+    except BaseException as error:
         for name in set(sys.modules) - before:
             if name.partition(".")[0] == HOST:
                 del sys.modules[name]
+        if isinstance(error, HostError) or not isinstance(error, ImportError):
+            raise
         raise HostError(
             f"EasyEdit can't be imported: {error}. Install what it asks for; tested with its commit {TESTED}."
         ) from error

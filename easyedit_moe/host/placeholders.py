@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import importlib.util
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -97,7 +98,8 @@ def placeholders(importer: str) -> Iterator[set[str]]:
 
     def is_absent(top: str) -> bool:
         if top not in absent:
-            absent[top] = importlib.util.find_spec(top) is None
+            # A module that somebody put there by hand may have no spec, for which find_spec raises.
+            absent[top] = sys.modules.get(top) is None and importlib.util.find_spec(top) is None
         return absent[top]
 
     def importing(name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:

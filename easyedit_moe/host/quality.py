@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +19,27 @@ from easyedit_moe.metrics import Score
 from easyedit_moe.records import EvaluationRecord
 
 
+@contextlib.contextmanager
+def padded(tok: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Within, ``tok`` has a padding token, which EasyEdit needs; its own settings are back afterwards."""
+    padding = tok.pad_token
+    if padding is None:
+        tok.pad_token = tok.eos_token
+    try:
+        yield
+    finally:
+        if padding is None:
+            tok.pad_token = None
+
+
+def name_for_host(model: nn.Module) -> str:
+    """What EasyEdit is told the model is called: its class.
+
+    It looks for "t5", "chatglm" and the like anywhere in a name or path, and would then take the model for another.
+    """
+    return type(model).__name__
+
+
 class EasyEditQuality:
     """Scores one model again and again by EasyEdit's protocol; made on the unedited one, for locality.
 
@@ -29,12 +50,10 @@ class EasyEditQuality:
         HostError: EasyEdit is not there.
     """
 
-    def __init__(
-        self, model: nn.Module, tok: PreTrainedTokenizerBase, records: Sequence[EvaluationRecord], model_name: str
-    ) -> None:
+    def __init__(self, model: nn.Module, tok: PreTrainedTokenizerBase, records: Sequence[EvaluationRecord]) -> None:
         load()
         self._host = check_symbols()
-        self.model, self.tok, self.model_name = model, tok, model_name
+        self.model, self.tok, self.model_name = model, tok, name_for_host(model)
         self.requests = easyedit_requests(records)
         self._before = self._quality("pre-edit")
 
@@ -62,7 +81,7 @@ class EasyEditQuality:
     def _quality(self, label: str) -> list[dict[str, Any]]:
         hparams, device = self._hparams(label), model_device(self.model)
         compute = self._host["compute_edit_quality"]
-        with inference_mode_of(self.model), contextlib.redirect_stdout(io.StringIO()):
+        with inference_mode_of(self.model), padded(self.tok), contextlib.redirect_stdout(io.StringIO()):
             return [
                 compute(self.model, self.model_name, hparams, self.tok, request, device) for request in self.requests
             ]

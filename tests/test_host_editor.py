@@ -1,0 +1,481 @@
+"""Our methods in EasyEdit's BaseEditor. Everything here needs a checkout of EasyEdit."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from test_editors import VARIANTS, down_projections, hparams
+from tiny import TEXTS, assert_same_state, requests, state_of, tiny_model, tiny_tokenizer
+from torch import nn
+
+from easyedit_moe import factworld
+from easyedit_moe.editor import MoEEditor
+from easyedit_moe.errors import EditingWarning, HyperParamsError, RequestError
+from easyedit_moe.hparams import MoEHyperParams, MoTEHyperParams
+from easyedit_moe.records import load_records
+from easyedit_moe.requests import EditRequest
+
+FAMILIES = ("qwen3_moe", "gpt_oss", "qwen3_5_moe", "mixtral")
+FACTS = requests(4)
+PROMPTS, SUBJECTS, TARGETS, TRUTHS = (
+    [f[name] for f in FACTS] for name in ("prompt", "subject", "target_new", "ground_truth")
+)
+LISTS = {"prompts": PROMPTS, "target_new": TARGETS, "ground_truth": TRUTHS, "subject": SUBJECTS}
+
+
+def everything() -> dict[str, Any]:
+    """All that EasyEdit scores; it changes such dicts, so each call gets its own."""
+    locality = {
+        "neighborhood": {
+            "prompt": ["Kenya is in", None, "Zwolle lies in", "Rome is in"],
+            "ground_truth": ["Africa", None, "Leiden", "Japan"],
+        },
+        "many": {"prompt": [["The fox", "The dog"]] * 4, "ground_truth": [["jumps", "is lazy"]] * 4},
+    }  # fmt: skip
+    portability = {"reasoning": {"prompt": [f"So, {p}" for p in PROMPTS], "ground_truth": TARGETS}}
+    return {
+        **LISTS,
+        "rephrase_prompts": [f"We know that {p}" for p in PROMPTS],
+        "locality_inputs": locality,
+        "portability_inputs": portability,
+        "verbose": False,
+    }
+
+
+def request_dicts() -> list[dict[str, Any]]:
+    """The same as :func:`everything`, as EasyEdit's request dicts."""
+    given = everything()
+    return [
+        fact
+        | {"rephrase_prompt": given["rephrase_prompts"][i]}
+        | {
+            section: {
+                key: {name: value[name][i] for name in ("prompt", "ground_truth")}
+                for key, value in given[f"{section}_inputs"].items()
+                if value["prompt"][i] is not None
+            }
+            for section in ("locality", "portability")
+        }
+        for i, fact in enumerate(FACTS)
+    ]
+
+
+@pytest.fixture(autouse=True)
+def _quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)  # EasyEdit writes ./logs
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", EditingWarning)
+        yield
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "corpus.txt").write_text("\n".join(TEXTS), encoding="utf-8")
+    return folder
+
+
+class Pair:
+    """One editor in EasyEdit and one stand-alone, of the same hparams on equal models."""
+
+    def __init__(self, host: ModuleType, hp: MoEHyperParams, model: Callable[[], nn.Module], tok: Any) -> None:
+        own = type(hp).from_dict(asdict(hp))
+        hp.model_name = (model(), tok)
+        self.host = host.BaseEditor.from_hparams(hp)
+        self.own = MoEEditor.from_hparams(own, model(), tok)
+
+
+@pytest.fixture
+def pair(host: ModuleType, data: Path) -> Callable[..., Pair]:
+    def build(variant: str = "Global", family: str = "qwen3_moe", tok: Any = None, **changes: Any) -> Pair:
+        strong = {"v_num_grad_steps": 3, "v_lr": 0.5, "clamp_norm_factor": 20, "lambda_reg": 1e-3}
+        layers = {"layers": [2]} if variant == "MoE-ROME" else {}
+        hp = hparams(data, variant, **(strong | layers | changes))
+        return Pair(host, hp, lambda: tiny_model(family), tok or tiny_tokenizer())
+
+    return build
+
+
+def scores(entry: dict[str, Any]) -> dict[str, Any]:
+    """All accuracies of one request, by phase and place."""
+    found = {}
+    for phase in ("pre", "post"):
+        for name, value in entry[phase].items():
+            if name.endswith("_acc"):
+                found[phase, name] = value
+        for section in ("locality", "portability"):
+            for name, value in entry[phase][section].items():
+                if name.endswith("_acc"):
+                    found[phase, section, name] = value
+    return found
+
+
+def assert_same_scores(theirs: list[dict[str, Any]], ours: list[dict[str, Any]]) -> None:
+    assert len(theirs) == len(ours)
+    for a, b in zip(theirs, ours, strict=True):
+        assert scores(a).keys() == scores(b).keys()
+        for place, values in scores(a).items():
+            assert values == pytest.approx(scores(b)[place]), place
+
+
+def changed(before: dict[str, Any], model: nn.Module) -> set[str]:
+    return {n for n, p in model.named_parameters() if not torch.equal(p, before["parameters"][n])}
+
+
+# ---------------------------------------------------------------- results and restoring
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("call", ["edit", "edit_requests", "batch_edit"])
+def test_metrics_are_complete_and_the_weights_come_back(call: str, family: str, pair: Any) -> None:
+    both = pair(family=family, batch_size=3)
+    before, tok = state_of(both.host.model), both.host.tok
+    settings = (tok.padding_side, tok.pad_token)
+    if call == "edit_requests":
+        metrics, model, weights = both.host.edit_requests(request_dicts(), verbose=False)
+    else:
+        metrics, model, weights = getattr(both.host, call)(**everything())
+    assert model is both.host.model
+    assert_same_state(before, state_of(model))
+    assert set(weights) == down_projections(model, [1, 2])
+    assert all(torch.equal(w, before["parameters"][n]) for n, w in weights.items())
+    assert (tok.padding_side, tok.pad_token) == settings
+    for i, entry in enumerate(metrics):
+        near = set() if i == 1 else {("post", "locality", "neighborhood_acc")}
+        assert set(scores(entry)) == near | {("post", "locality", "many_acc")} | {
+            (phase, *name)
+            for phase in ("pre", "post")
+            for name in (("rewrite_acc",), ("rephrase_acc",), ("portability", "reasoning_acc"))
+        }
+        assert len(entry["post"]["locality"]["many_acc"]) == 2
+        assert entry["requested_rewrite"]["subject"] == SUBJECTS[i]
+    ours, _, _ = both.own.batch_edit(**everything()) if call == "batch_edit" else both.own.edit(**everything())
+    assert_same_scores(metrics, ours)
+    moved = [value for entry in metrics for value in entry["post"]["locality"]["many_acc"]]
+    assert min(moved) < 1  # the edits do show in the host's numbers
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sequential_edits_accumulate_to_the_weights_of_stand_alone_editing(family: str, pair: Any) -> None:
+    both = pair(family=family, remember_edits=True)
+    before = state_of(both.host.model)
+    metrics, model, _ = both.host.edit(**everything(), sequential_edit=True)
+    ours, own, _ = both.own.edit(**everything(), sequential_edit=True)
+    assert changed(before, model) == down_projections(model, [1, 2])
+    assert_same_state(state_of(own), state_of(model))
+    assert_same_scores(metrics, ours)
+    assert len(both.host._memory.keys[1]) == 4
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_method_gives_bit_equal_weights_in_both_homes(variant: str, pair: Any) -> None:
+    both = pair(variant, batch_size=2)
+    before = state_of(both.host.model)
+    for call, chosen in (("edit", slice(1)), ("batch_edit", slice(1, None))):
+        lists = {name: values[chosen] for name, values in LISTS.items()}
+        theirs, ours = (getattr(e, call)(**lists, sequential_edit=True, verbose=False) for e in (both.host, both.own))
+        assert_same_state(state_of(both.own.model), state_of(both.host.model))
+        assert_same_scores(theirs[0], ours[0])
+        assert theirs[2].keys() == ours[2].keys()
+        assert all(torch.equal(theirs[2][name], ours[2][name]) for name in ours[2])
+    sites = down_projections(both.host.model, both.host.hparams.layers)
+    assert changed(before, both.host.model) == sites
+    trial = state_of(both.host.model)
+    both.host.edit(PROMPTS[0], TRUTHS[0], subject=SUBJECTS[0], verbose=False)
+    assert_same_state(trial, state_of(both.host.model))
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_normal_edit(sequential: bool, pair: Any) -> None:
+    both = pair(batch_size=1)
+    before = state_of(both.host.model)
+    metrics, model, weights = both.host.normal_edit(PROMPTS, TARGETS, sequential_edit=sequential, subject=SUBJECTS)
+    assert metrics is None
+    assert model is both.host.model
+    assert all(torch.equal(w, before["parameters"][n]) for n, w in weights.items())
+    if sequential:
+        both.own.hparams.batch_size = 4  # EasyEdit's normal_edit takes all requests at once
+        both.own.batch_edit(**LISTS, sequential_edit=True)
+        assert_same_state(state_of(both.own.model), state_of(model))
+    else:
+        assert_same_state(before, state_of(model))
+
+
+def test_a_trial_between_sequential_edits_leaves_no_trace(pair: Any) -> None:
+    one, other = pair("MoE-AlphaEdit"), pair("MoE-AlphaEdit")
+    for i, editor in ((0, one.host), (0, other.host), (1, one.host), (2, one.host), (2, other.host)):
+        editor.edit(PROMPTS[i], TARGETS[i], subject=SUBJECTS[i], sequential_edit=i != 1, verbose=False)
+    assert_same_state(state_of(other.host.model), state_of(one.host.model))
+    one.host.forget_edits()
+    assert one.host._memory is None
+
+
+@pytest.mark.parametrize("kind", [str, tuple])
+def test_texts_and_tuples_are_as_good_as_lists(kind: type, pair: Any) -> None:
+    both = pair()
+
+    def shaped(values: list[str]) -> Any:
+        return values[0] if kind is str else tuple(values[:2])
+
+    lists = {name: shaped(values) for name, values in LISTS.items()}
+    more = {"rephrase_prompts": shaped([f"So {p}" for p in PROMPTS]), "target_neg": shaped(TRUTHS)}
+    more["locality_inputs"] = {"near": {"prompt": shaped(PROMPTS[::-1]), "ground_truth": shaped(TRUTHS[::-1])}}
+    plain = {name: values[: 1 if kind is str else 2] for name, values in LISTS.items()}
+    for call in ("edit", "batch_edit"):
+        metrics, _, _ = getattr(both.host, call)(**lists, **json.loads(json.dumps(more)), verbose=False)
+        again, _, _ = getattr(both.host, call)(**plain, verbose=False)
+        assert [m["post"]["rewrite_acc"] for m in metrics] == [m["post"]["rewrite_acc"] for m in again]
+        assert metrics[0]["requested_rewrite"]["target_neg"] == TRUTHS[0]
+        assert len(metrics[0]["post"]["locality"]["near_acc"]) == 1
+
+
+def test_requests_may_be_rome_s_dicts_or_edit_requests(pair: Any) -> None:
+    both = pair()
+    rome = [
+        {
+            "requested_rewrite": {
+                "prompt": f["prompt"].replace(f["subject"], "{}"), "subject": f["subject"],
+                "target_new": {"str": f["target_new"]}, "target_true": {"str": f["ground_truth"]},
+            }
+        }
+        for f in FACTS[:2]
+    ]  # fmt: skip
+    weights = []
+    for given in (FACTS[:2], rome, [EditRequest(**f) for f in FACTS[:2]]):
+        metrics, model, _ = both.host.edit_requests(given, sequential_edit=True, verbose=False)
+        assert [m["requested_rewrite"]["prompt"] for m in metrics] == PROMPTS[:2]
+        assert metrics[0]["requested_rewrite"]["ground_truth"] == TRUTHS[0]
+        weights.append(state_of(model))
+        both = pair()
+    assert_same_state(weights[0], weights[1])
+    assert_same_state(weights[0], weights[2])
+    metrics, _, _ = both.host.edit([], [], requests=request_dicts()[:1], verbose=False)
+    assert metrics[0]["post"]["portability"].keys() == {"reasoning_acc"}
+
+
+@pytest.mark.parametrize(("side", "pad"), [("left", True), ("right", True), ("left", False)])
+def test_the_tokenizer_s_padding_changes_nothing(side: str, pad: bool, pair: Any) -> None:
+    both, tok = pair(), tiny_tokenizer(padding_side=side, pad=pad)
+    other = pair(tok=tok)
+    theirs, model, _ = other.host.edit(**everything(), sequential_edit=True)
+    ours, own, _ = both.own.edit(**everything(), sequential_edit=True)
+    assert_same_state(state_of(own), state_of(model))
+    assert_same_scores(theirs, ours)
+    assert tok.padding_side == side
+    assert (tok.pad_token is not None) == pad
+
+
+# ---------------------------------------------------------------- loading by name
+
+
+def test_the_bundled_model_as_the_readme_has_it(host: ModuleType, tmp_path: Path) -> None:
+    given = MoTEHyperParams.from_hparams(
+        "hparams/MoTE/factworld.yaml", layers=[1, 2], mom2_n_samples=40, v_num_grad_steps=4, context_prefixes=[]
+    )
+    editor = host.BaseEditor.from_hparams(given)
+    assert editor.hparams.model_name == given.model_name == factworld.MODEL_NAME
+    assert next(editor.model.parameters()).dtype is torch.float32
+    record = load_records("factworld").records[0]
+    fact, before = record.request, state_of(editor.model)
+    known = {"truth": {"prompt": [fact.prompt], "ground_truth": [fact.ground_truth]}}
+    call = {"prompts": [fact.prompt], "target_new": [fact.target_new], "subject": [fact.subject]}
+    call |= {"portability_inputs": known}
+    metrics, _, _ = editor.edit(**call, verbose=False)
+    assert metrics[0]["pre"]["portability"]["truth_acc"] == [1]
+    assert metrics[0]["pre"]["rewrite_acc"][0] < 1
+    assert_same_state(before, state_of(editor.model))
+    own = MoEEditor.from_hparams(given)
+    ours, _, _ = own.edit(**call, sequential_edit=True)
+    metrics, _, _ = editor.edit(**call, sequential_edit=True, verbose=False)
+    assert_same_scores(metrics, ours)
+    assert_same_state(state_of(own.model), state_of(editor.model))
+    assert (tmp_path / "data" / "stats").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "dtype"),
+    [
+        ("gpt_oss", "my-t5", "float32"),
+        ("qwen3_moe", "gpt-3.5-t5", "float32"),
+        ("mixtral", "chatglm-api", "float32"),
+        ("olmoe", "olmoe", "bfloat16"),
+    ],
+)
+def test_a_name_that_misleads_easyedit_is_just_a_name(
+    family: str, name: str, dtype: str, host: ModuleType, data: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / name
+    tiny_model(family).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    hp = hparams(data, "Global", model_name=str(folder), dtype=dtype, v_num_grad_steps=2, metric="identity")
+    editor = host.BaseEditor.from_hparams(hp)
+    own = MoEEditor.from_hparams(hp)
+    assert editor.tok(TEXTS[0])["input_ids"] == tiny_tokenizer()(TEXTS[0])["input_ids"]
+    assert type(editor.model) is type(own.model)
+    assert next(editor.model.parameters()).dtype is getattr(torch, dtype)
+    theirs, _, _ = editor.edit(**everything(), sequential_edit=True)
+    ours, _, _ = own.edit(**everything(), sequential_edit=True)
+    assert_same_state(state_of(own.model), state_of(editor.model))
+    if dtype == "float32":  # in bfloat16 the best token can depend on what else is in the batch
+        assert_same_scores(theirs, ours)
+
+
+# ---------------------------------------------------------------- failures
+
+
+@pytest.fixture
+def fail_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Let EasyEdit's scoring fail after so many calls."""
+
+    def plan(calls: int) -> None:
+        from easyeditor.editors import editor as module
+
+        original, seen = module.compute_edit_quality, []
+
+        def compute(*args: Any, **kwargs: Any) -> Any:
+            seen.append(1)
+            if len(seen) > calls:
+                raise RuntimeError("planted")
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(module, "compute_edit_quality", compute)
+
+    return plan
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+@pytest.mark.parametrize(("call", "calls", "kept"), [("edit", 4 + 1, 1), ("batch_edit", 4 + 2, 2)])
+def test_an_edit_whose_scoring_fails_is_taken_back(
+    call: str, calls: int, kept: int, sequential: bool, pair: Any, fail_after: Any
+) -> None:
+    both = pair("MoE-AlphaEdit", batch_size=2)
+    fail_after(calls)
+    with pytest.raises(RuntimeError, match="planted"):
+        getattr(both.host, call)(**LISTS, sequential_edit=sequential, verbose=False)
+    if sequential:
+        lists = {name: values[:kept] for name, values in LISTS.items()}
+        getattr(both.own, call)(**lists, sequential_edit=True, verbose=False)
+        assert len(both.host._memory.keys[1]) == len(both.own.memory.keys[1])
+    else:
+        assert both.host._memory is None
+    assert_same_state(state_of(both.own.model), state_of(both.host.model))
+    assert both.host.hparams.batch_size == 2
+
+
+def test_scoring_before_the_edit_fails(pair: Any, fail_after: Any) -> None:
+    both = pair()
+    before = state_of(both.host.model)
+    both.host.edit(PROMPTS[0], TARGETS[0], subject=SUBJECTS[0], sequential_edit=True, verbose=False)
+    edited = state_of(both.host.model)
+    fail_after(0)
+    with pytest.raises(RuntimeError, match="planted"):
+        both.host.edit(PROMPTS[1], TARGETS[1], subject=SUBJECTS[1], verbose=False)
+    assert_same_state(edited, state_of(both.host.model))
+    assert changed(before, both.host.model)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"subject": None}, "needs the subject"),
+        ({"subject": SUBJECTS[:2]}, "subject has 2 entries for 4 prompts"),
+        ({"target_new": TARGETS[:3]}, "target_new has 3 entries"),
+        ({"subject": [*SUBJECTS[:3], "Peru"]}, r"Request 3: .*Peru"),
+        ({"target_new": [*TARGETS[:3], " "]}, "Request 3: 'target_new' is empty"),
+        ({"rephrase_prompts": PROMPTS[:1]}, "rephrase_prompt has 1 entries"),
+        ({"locality_inputs": {"near": {"prompt": PROMPTS}}}, r"locality_inputs\['near'\] must hold"),
+    ],
+)
+@pytest.mark.parametrize("call", ["edit", "batch_edit"])
+def test_unusable_requests_change_nothing(call: str, change: dict[str, Any], message: str, pair: Any) -> None:
+    editor = pair().host
+    before = state_of(editor.model)
+    with pytest.raises(RequestError, match=message):
+        getattr(editor, call)(**(LISTS | change), sequential_edit=True)
+    assert_same_state(before, state_of(editor.model))
+
+
+def test_other_unusable_requests(pair: Any) -> None:
+    editor = pair(batch_size=4).host
+    with pytest.raises(RequestError, match="list of requests is empty"):
+        editor.edit_requests([])
+    with pytest.raises(RequestError, match="needs the subject"):
+        editor.normal_edit(PROMPTS, TARGETS)
+    twice = {name: values[:1] * 2 for name, values in LISTS.items()}
+    with pytest.raises(RequestError, match="are the same"):
+        editor.batch_edit(**twice)
+    with pytest.raises(RequestError, match="are the same"):
+        editor.normal_edit(twice["prompts"], twice["target_new"], subject=twice["subject"])
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5, "4", None, True])
+def test_a_batch_size_that_means_nothing_is_refused(size: Any, pair: Any) -> None:
+    editor = pair().host
+    before = state_of(editor.model)
+    editor.hparams.batch_size = size
+    with pytest.raises(HyperParamsError, match="batch_size must be"):
+        editor.batch_edit(**LISTS)
+    assert_same_state(before, state_of(editor.model))
+
+
+@pytest.mark.parametrize("given", [None, ("a", "b"), (nn.Linear(2, 2),), 3])
+def test_a_model_that_is_neither_name_nor_pair(given: Any, host: ModuleType, data: Path) -> None:
+    hp = hparams(data)
+    hp.model_name = given
+    with pytest.raises(HyperParamsError, match=r"must be a name, a folder, or a pair"):
+        host.BaseEditor.from_hparams(hp)
+
+
+def test_hparams_changed_after_construction_take_effect(pair: Any) -> None:
+    both, fresh = pair(batch_size=4), pair(batch_size=2, lambda_reg=0.5)
+    both.host.edit(PROMPTS[0], TARGETS[0], subject=SUBJECTS[0], verbose=False)
+    both.host.hparams.lambda_reg = 0.5
+    both.host.hparams.batch_size = 2
+    for editor in (both.host, fresh.host):
+        editor.batch_edit(**LISTS, sequential_edit=True, verbose=False)
+    assert_same_state(state_of(fresh.host.model), state_of(both.host.model))
+    both.host.hparams.v_lr = -1.0
+    with pytest.raises(HyperParamsError, match="v_lr must be greater than 0"):
+        both.host.edit(PROMPTS[0], TARGETS[0], subject=SUBJECTS[0], verbose=False)
+    assert_same_state(state_of(fresh.host.model), state_of(both.host.model))
+
+
+def test_the_user_s_hparams_stay_as_they_are(host: ModuleType, data: Path) -> None:
+    hp, model, tok = hparams(data), tiny_model(), tiny_tokenizer()
+    hp.model_name = (model, tok)
+    editors = [host.BaseEditor.from_hparams(hp) for _ in range(2)]
+    assert hp.model_name == (model, tok)
+    assert all(editor.model is model and editor.tok is tok for editor in editors)
+
+
+# ---------------------------------------------------------------- logs
+
+
+def test_logs_go_to_the_working_folder_and_only_once(
+    pair: Any, host: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from easyeditor.editors.editor import LOG
+
+    monkeypatch.setattr(LOG, "handlers", [])
+    root = list(logging.getLogger().handlers)
+    both = pair()
+    handlers = list(LOG.handlers)
+    pair()
+    assert LOG.handlers == handlers
+    assert logging.getLogger().handlers == root
+    metrics, _, _ = both.host.edit(PROMPTS[0], TARGETS[0], subject=SUBJECTS[0])
+    for handler in handlers:
+        handler.close()
+    assert (tmp_path / "logs" / "run.log").read_text().count(f"0 editing: {PROMPTS[0]}") == 1
+    saved = json.loads((tmp_path / "logs" / "results.json").read_text())
+    assert saved[0]["post"]["rewrite_acc"] == metrics[0]["post"]["rewrite_acc"]
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["results.json", "run.log"]
