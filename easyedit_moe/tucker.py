@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -27,6 +28,19 @@ class TuckerBasis:
     u_out: Tensor
     u_in: Tensor
     relative_error: float
+
+    @cached_property
+    def _out_qr(self) -> tuple[Tensor, Tensor | None]:
+        """``(Q, R)`` of U_out; ``(U_out, None)`` where its columns are orthonormal already."""
+        u = self.u_out.to(torch.float64)
+        gram = u.T @ u
+        eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        return (u, None) if torch.allclose(gram, eye, rtol=0, atol=1e-10) else tuple(torch.linalg.qr(u))
+
+    def coordinates(self, x: Tensor) -> Tensor:
+        """``U_out^+ x [ro, n]`` for ``x [d, n]`` in float64: coordinates of its part in the span of U_out."""
+        q, r = self._out_qr
+        return q.T @ x if r is None else torch.linalg.solve_triangular(r, q.T @ x, upper=True)
 
 
 def resolve_rank(rank: int | float, size: int, name: str) -> int:

@@ -12,7 +12,7 @@ from easyedit_moe.hparams import MoTEHyperParams
 from easyedit_moe.layers import MoELayerView
 from easyedit_moe.moments import LayerMoments
 from easyedit_moe.routing import FactoredUpdate, RoutedKeys
-from easyedit_moe.solvers import expand_core, solve_core
+from easyedit_moe.solvers import FactoredCore, expand_core, solve_mote
 from easyedit_moe.tucker import TuckerBasis, tucker_basis
 
 
@@ -29,9 +29,9 @@ class MoTEEditor(SolvingEditor):
 
     def solve(self, keys: RoutedKeys, residual: Tensor, layer: int, prepared: Prepared) -> tuple[Any, Any]:
         metric, basis = prepared.metrics[layer], prepared.bases[layer]
-        return solve_core(keys, residual, self.hparams.lambda_reg, metric, basis), None
+        return solve_mote(keys, residual, self.hparams.lambda_reg, metric, basis), None
 
-    def place(self, solution: Tensor, layer: int, prepared: Prepared) -> FactoredUpdate:
+    def place(self, solution: FactoredCore | Tensor, layer: int, prepared: Prepared) -> FactoredUpdate:
         return expand_core(solution, prepared.bases[layer], prepared.metrics[layer])
 
     def _basis(self, view: MoELayerView, layer: int, moments: LayerMoments | None) -> TuckerBasis:
