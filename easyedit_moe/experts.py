@@ -69,6 +69,10 @@ class Experts(ABC):
     def parameters_of(self, expert: int) -> tuple[str, nn.Parameter]:
         """Name within ``module`` and parameter that holds ``W_j`` (shared by all experts if packed)."""
 
+    def matrices(self) -> list[Tensor]:
+        """All ``W_j [d, h]``, as views on the parameters."""
+        return [self.read(j) for j in range(self.layout.num_experts)]
+
     def stacked(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """``W [E, d, h]`` as a new tensor."""
         return torch.stack([self.read(j).to(dtype) for j in range(self.layout.num_experts)])

@@ -37,7 +37,7 @@ class MoTEEditor(SolvingEditor):
     def _basis(self, view: MoELayerView, layer: int, moments: LayerMoments | None) -> TuckerBasis:
         hp = self.hparams
         return tucker_basis(
-            view.layers[layer].experts.stacked(), hp.rank_expert, hp.rank_out, hp.rank_in, hp.hooi_sweeps, hp.whitening,
+            view.layers[layer].experts.matrices(), hp.rank_expert, hp.rank_out, hp.rank_in, hp.hooi_sweeps, hp.whitening,
             moments.pooled() if moments else None, moments.output if moments else None, hp.whitening_eps,
         )  # fmt: skip
 
