@@ -445,7 +445,7 @@ class FactoredCore:
 
     def dense(self) -> Tensor:
         """``G [re, ro, ri]``, in chunks of tokens."""
-        (experts, width), tokens = self.inner.shape[1:], len(self.inner)
+        tokens, _, width = self.inner.shape
         re = self.u_expert.shape[1]
         core = self.left.new_zeros(len(self.left), re * width)
         step = max(1, _CHUNK // (re * width))
@@ -555,8 +555,8 @@ def expand_core(core: FactoredCore | Tensor, basis: TuckerBasis, metric: Metric)
     """``Delta_j = U_out (sum_a U_e[j,a] G_a) U_in^T M_j`` for one layer's basis and metric.
 
     A factored core of T tokens gives ``left = U_out a [d, T]`` and, per expert, ``right = M_j U_in y_j`` with
-    ``y_j [ri, T] = sum_k (U_e U_e'^T)[j, j_tk] x_tk``; in the basis that it was solved in, and with all expert directions
-    kept, only the T_j tokens of an expert have a part in it. Else ``left = U_out``.
+    ``y_j [ri, T] = sum_k (U_e U_e'^T)[j, j_tk] x_tk``; in the basis that it was solved in, and with all expert
+    directions kept, only the T_j tokens of an expert have a part in it. Else ``left = U_out``.
     """
     u_e, u_in, u_out = (u.to(SYSTEM_DTYPE) for u in (basis.u_expert, basis.u_in, basis.u_out))
     if isinstance(core, FactoredCore):
@@ -577,7 +577,7 @@ def expand_core(core: FactoredCore | Tensor, basis: TuckerBasis, metric: Metric)
 
 
 def _expand_own_tokens(core: FactoredCore, u_in: Tensor, u_out: Tensor, metric: Metric) -> FactoredUpdate:
-    tokens, slots, width = core.inner.shape
+    _, slots, width = core.inner.shape
     used = core.inner.any(2)
     experts, columns, right = [], [], []
     for positions in _slots_by_expert(RoutedKeys(core.expert, used, core.inner)):
@@ -588,9 +588,7 @@ def _expand_own_tokens(core: FactoredCore, u_in: Tensor, u_out: Tensor, metric: 
     return FactoredUpdate(u_out @ core.left, tuple(experts), tuple(columns), tuple(right))
 
 
-def _expand_all_tokens(
-    core: FactoredCore, mix: Tensor, u_in: Tensor, u_out: Tensor, metric: Metric
-) -> FactoredUpdate:
+def _expand_all_tokens(core: FactoredCore, mix: Tensor, u_in: Tensor, u_out: Tensor, metric: Metric) -> FactoredUpdate:
     tokens, _, width = core.inner.shape
     columns = torch.arange(tokens, device=mix.device)
     step, right = max(1, _CHUNK // max(1, tokens * width)), []

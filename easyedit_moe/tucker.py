@@ -124,10 +124,7 @@ class _Stack:
 
 def _chunk_gram(chunk: Tensor, mode: int) -> Tensor:
     """Gram matrix of one mode of ``[n, d, h]``, float64 from products in the chunk's dtype."""
-    if mode == 0:
-        flat = chunk.reshape(len(chunk), -1)
-    else:
-        flat = chunk.movedim(mode, 0).reshape(chunk.shape[mode], -1)
+    flat = chunk.movedim(mode, 0).reshape(chunk.shape[mode], -1)
     return (flat @ flat.T).to(torch.float64)
 
 
@@ -169,8 +166,8 @@ def _randomised_range(stack: _Stack, mode: int, rank: int) -> Tensor:
     """Leading ``rank`` directions of mode 1 or 2 by a randomised range finder (Halko, Martinsson and Tropp 2011,
     algorithms 4.4 and 5.3) with a fixed seed: 10 extra directions, 2 power iterations, Rayleigh-Ritz at the end.
 
-    The error ``||W - its projection||`` is at most 1.02 times the truncated HOSVD's (tests: 1.02 for a flat spectrum, the
-    hardest, and 1.0001 for one that decays); :attr:`TuckerBasis.relative_error` is that of the basis as it is.
+    The error ``||W - its projection||`` is at most 1.02 times the truncated HOSVD's (tests: for a flat spectrum, the
+    hardest, and for one that decays); :attr:`TuckerBasis.relative_error` is that of the basis as it is.
     """
     size = stack.shape[mode]
     draw = torch.Generator().manual_seed(0)
@@ -295,7 +292,7 @@ def tucker_basis(
 
 
 def _relative_error(stack: _Stack, factors: list[Tensor], energies: list[tuple[int, float, float]]) -> float:
-    """``||W - its projection|| / ||W||`` from energies ``(mode, all of it, what the factor keeps)``, where they say it."""
+    """``||W - its projection|| / ||W||`` from energies ``(mode, all of it, what the factor keeps)``, or measured."""
     total = energies[0][1]
     if total <= 0:
         return 0.0
