@@ -45,16 +45,19 @@ class MoELayer:
 class MoELayerView:
     """All MoE layers of a model, found by walking its decoder.
 
+    Args:
+        without_weights: accept a model on the meta device; its layers can be described, not read or edited.
+
     Raises:
         DenseModelError: no MoE layer at all. LayoutError, QuantizedExpertsError: experts that can't be edited.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, without_weights: bool = False) -> None:
         self.model = model
         self.decoder_layers, self.stack_name = _decoder_stack(model)
         self.layers: dict[int, MoELayer] = {}
         for index, layer in enumerate(self.decoder_layers):
-            found = _experts_of_layer(model, layer, f"{self.stack_name}.{index}", index)
+            found = _experts_of_layer(model, layer, f"{self.stack_name}.{index}", index, without_weights)
             if found is not None:
                 self.layers[index] = found
         if not self.layers:
@@ -133,10 +136,12 @@ def _decoder_stack(model: nn.Module) -> tuple[nn.ModuleList, str]:
     return module, name
 
 
-def _experts_of_layer(model: nn.Module, layer: nn.Module, name: str, index: int) -> MoELayer | None:
+def _experts_of_layer(
+    model: nn.Module, layer: nn.Module, name: str, index: int, without_weights: bool
+) -> MoELayer | None:
     found: list[tuple[str, Experts]] = []
     for path, module in layer.named_modules(prefix=name):
-        experts = find_experts(module, path)
+        experts = find_experts(module, path, without_weights)
         if experts is not None:
             found.append((path, experts))
     if not found:

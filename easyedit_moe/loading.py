@@ -86,6 +86,25 @@ def load_model(
     return model.eval(), tok
 
 
+def empty_model(model_name: str, dtype: str = "bfloat16") -> PreTrainedModel:
+    """The model on the meta device: its config is read, no weight is.
+
+    Raises:
+        DataError: no config by this name. HyperParamsError: unknown dtype.
+    """
+    if dtype not in DTYPES:
+        raise HyperParamsError(f"dtype must be one of {', '.join(DTYPES)}; found {dtype!r}.")
+    name = str(factworld.model_path()) if model_name == factworld.MODEL_NAME else model_name
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"The config of {model_name!r} can't be loaded: {error}") from error
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # edits need float weights, so the model is loaded dequantised
+    with torch.device("meta"):
+        return _auto_class(config).from_config(config, dtype=getattr(torch, dtype))
+
+
 def _auto_class(config: Any) -> Any:
     if type(config) in AutoModelForCausalLM._model_mapping:
         return AutoModelForCausalLM

@@ -22,16 +22,17 @@ class Stopwatch:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Add the time spent inside to ``name``."""
-        _synchronise()
+        synchronise()
         start = time.perf_counter()
         try:
             yield
         finally:
-            _synchronise()
+            synchronise()
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def _synchronise() -> None:
+def synchronise() -> None:
+    """Wait for the work on a GPU, where one is in use."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
 

@@ -31,6 +31,14 @@ class ExpertProjector:
         projected = u @ (u.T @ x)
         return x - projected if self.complement else projected
 
+    def root(self, x: Tensor) -> Tensor:
+        """``N x`` with ``P = N^T N``: ``U^T x [r, n]``, or ``P x [h, n]`` if ``complement``."""
+        return self(x) if self.complement else self.basis.to(device=x.device, dtype=x.dtype).T @ x
+
+    def lift(self, y: Tensor) -> Tensor:
+        """``N^T y`` for combinations y of what :meth:`root` returned, so that ``lift(root(x)) = P x``."""
+        return y if self.complement else self.basis.to(device=y.device, dtype=y.dtype) @ y
+
     @property
     def rank(self) -> int:
         """Dimension of the space that edits may use."""
@@ -47,6 +55,18 @@ class NullSpace:
     def apply(self, expert: int, x: Tensor) -> Tensor:
         """``P_j x`` for ``x [h, n]``."""
         return self.projectors[expert](x)
+
+    def root(self, expert: int, x: Tensor) -> Tensor:
+        """See :meth:`ExpertProjector.root`."""
+        return self.projectors[expert].root(x)
+
+    def lift(self, expert: int, y: Tensor) -> Tensor:
+        """See :meth:`ExpertProjector.lift`."""
+        return self.projectors[expert].lift(y)
+
+    def inverse(self, expert: int, x: Tensor) -> Tensor:
+        """``x`` itself: on its range a projector is its own pseudo-inverse."""
+        return x
 
     @property
     def ranks(self) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +21,6 @@ from easyedit_moe.layers import MoELayer, MoELayerView
 from easyedit_moe.routing import FactoredUpdate
 
 SCHEMA = 1
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -209,6 +209,9 @@ class PatchWriter:
     def write(self, layer: int, update: FactoredUpdate) -> WriteReport:
         """Add ``update`` to one layer: in float32, rounded once to the parameter's dtype.
 
+        One grouped product per run of neighbouring experts, in tiles that stay in a CPU's cache or fill a GPU; beside
+        the originals no second copy of the weights exists.
+
         Raises:
             NumericalError: the update, or a weight it leads to, is not finite.
         """
@@ -218,15 +221,12 @@ class PatchWriter:
         update = update.to(device=device, dtype=torch.float32)
         if not update.is_finite():
             raise NumericalError(f"The update of layer {layer} holds NaN or infinity; nothing was kept of this edit.")
-        lost = total = 0.0
         saved = self.originals.setdefault(layer, {})
+        lost = total = 0.0
         with torch.no_grad():
-            for expert, delta in update.deltas():
-                weight = moe.experts.read(expert)
-                if expert not in saved:
-                    saved[expert] = weight.clone()
-                error, norm = _add(moe, expert, weight, delta.to(weight.device))
-                lost, total = lost + error, total + norm
+            for group in _groups(moe, update):
+                group.save(saved)
+                lost, total = lost + group.add(moe), total + group.squared_norm()
         self.steps.append((layer, update))
         loss = (lost / total) ** 0.5 if total else 0.0
         self.reports.append(WriteReport(layer, loss, total**0.5, len(update.experts)))
@@ -285,22 +285,119 @@ def versions() -> dict[str, str]:
     }
 
 
-def _add(moe: MoELayer, expert: int, weight: Tensor, delta: Tensor) -> tuple[float, float]:
-    """Squared norms of what rounding lost and of what was intended."""
-    before = weight.float()
-    rounded = (before + delta).to(weight.dtype)
-    if not torch.isfinite(rounded).all():
-        raise NumericalError(
-            f"Expert {expert} of layer {moe.index} would become NaN or infinite in {weight.dtype}; nothing was kept "
-            "of this edit. Raise lambda_reg, or load the model in bfloat16 or float32."
-        )
-    # Measured before the copy: in float32, ``before`` is the weight itself.
-    lost = float(((rounded.float() - before - delta) ** 2).sum())
-    weight.copy_(rounded)
-    return lost, float((delta**2).sum())
+_TILE = {"cpu": 400_000}
+"""Numbers per tile of a write: on a CPU what its cache holds, elsewhere (:data:`_LARGE_TILE`) enough to fill a GPU."""
+_LARGE_TILE = 2**26
+
+
+def tile_size(device: torch.device) -> int:
+    """Numbers in one tile of a write; up to three tiles in float32 are its working memory."""
+    return _TILE.get(device.type, _LARGE_TILE)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Neighbouring experts whose update is one batched product ``left @ right`` in the orientation of the storage.
+
+    Attributes:
+        experts: their indices.
+        weights: ``[c, rows, columns]``, a view on the parameter.
+        left, right: ``[c, rows, r]`` and ``[c, r, columns]``, padded with zeros to the largest rank r.
+        transposed: rows and columns are h and d rather than d and h.
+    """
+
+    experts: tuple[int, ...]
+    weights: Tensor
+    left: Tensor
+    right: Tensor
+    transposed: bool
+
+    def save(self, originals: dict[int, Tensor]) -> None:
+        """Keep what the experts hold, where ``originals`` has it not yet."""
+        missing = [i for i, expert in enumerate(self.experts) if expert not in originals]
+        whole = self.weights.clone() if len(missing) == len(self.experts) else None
+        for i in missing:
+            kept = self.weights[i].clone() if whole is None else whole[i]
+            originals[self.experts[i]] = kept.T if self.transposed else kept
+
+    def add(self, moe: MoELayer) -> float:
+        """Write the sum; squared norm of what rounding lost."""
+        dtype = torch.float64 if self.weights.dtype == torch.float64 else torch.float32
+        left, right = self.left.to(dtype), self.right.to(dtype)
+        count, rows, columns = self.weights.shape
+        step = max(1, tile_size(left.device) // (count * columns))
+        native = self.weights.dtype == dtype
+        buffers = left.new_empty(2 if native else 3, count * min(step, rows) * columns)
+        lost = torch.zeros((), dtype=torch.float64, device=left.device)
+        for start in range(0, rows, step):
+            tile, part = self.weights[:, start : start + step], left[:, start : start + step]
+            before, delta, *spare = (buffer[: tile.numel()].view(tile.shape) for buffer in buffers)
+            before.copy_(tile)
+            torch.bmm(part, right, out=delta)
+            if native:
+                after = tile.add_(delta)
+            else:
+                # Conversions are copies of their own: mixed dtypes in one operation are slower on a CPU.
+                after = torch.add(before, delta, out=spare[0])
+                tile.copy_(after)
+                after.copy_(tile)
+            lost += torch.linalg.vector_norm(before.sub_(after).add_(delta)).to(torch.float64) ** 2
+        # A weight that is not finite leaves no finite loss, so the weights are only searched where that happens.
+        if not torch.isfinite(lost):
+            for expert, weight in zip(self.experts, self.weights, strict=True):
+                if not torch.isfinite(weight).all():
+                    raise NumericalError(
+                        f"Expert {expert} of layer {moe.index} would become NaN or infinite in {weight.dtype}; nothing "
+                        "was kept of this edit. Raise lambda_reg, or load the model in bfloat16 or float32."
+                    )
+        return float(lost)
+
+    def squared_norm(self) -> float:
+        """``||left @ right||^2`` from r x r Gram matrices."""
+        left, right = self.left.to(torch.float64), self.right.to(torch.float64)
+        return float(((left.mT @ left) * (right @ right.mT)).sum().clamp_min(0))
+
+
+def _groups(moe: MoELayer, update: FactoredUpdate) -> Iterator[_Group]:
+    """The experts of an update in runs of neighbours, each small enough that its sum fits a tile where one can be."""
+    layout, experts = moe.experts.layout, update.experts
+    rank = max((len(columns) for columns in update.columns), default=0)
+    largest = max(layout.d_model * layout.d_hidden, rank * (layout.d_model + layout.d_hidden))
+    most = max(1, tile_size(update.left.device) // largest) if layout.storage == "packed" else 1
+    start = 0
+    while start < len(experts):
+        stop = start + 1
+        while stop < len(experts) and stop - start < most and experts[stop] == experts[stop - 1] + 1:
+            stop += 1
+        parameter = moe.experts.parameters_of(experts[start])[1].data
+        weights = parameter[experts[start] : experts[stop - 1] + 1] if parameter.dim() == 3 else parameter[None]
+        lefts = [update.left[:, columns] for columns in update.columns[start:stop]]
+        rights = list(update.right[start:stop])
+        if layout.transposed:
+            lefts, rights = rights, lefts
+        yield _Group(experts[start:stop], weights, _padded(lefts), _padded(rights).mT, layout.transposed)
+        start = stop
+
+
+def _padded(factors: list[Tensor]) -> Tensor:
+    """``[c, n, r]`` of factors ``[n, r_j]``, filled up with zero columns."""
+    if len(factors) == 1:
+        return factors[0][None]
+    rank = max(factor.shape[1] for factor in factors)
+    return torch.stack([torch.nn.functional.pad(factor, (0, rank - factor.shape[1])) for factor in factors])
 
 
 def _checksum(weight: Tensor) -> int:
-    bits = weight.contiguous().view(_BITS[weight.element_size()]).to(torch.int64).flatten()
-    positions = torch.arange(1, len(bits) + 1, device=bits.device) % 65521 + 1
-    return int((bits * positions).sum())
+    """Sums of the bits by row and by column, weighted by odd numbers modulo 2^64: any one change is seen."""
+    if not weight.is_contiguous() and weight.mT.is_contiguous():
+        weight = weight.mT
+    flat = weight.contiguous().view(-1)
+    width = 8 // flat.element_size()
+    if flat.numel() % width:
+        flat = torch.nn.functional.pad(flat, (0, width - flat.numel() % width))
+    words = flat.view(torch.int64)
+    side = max(1, math.isqrt(len(words)))
+    whole = len(words) // side * side
+    table, rest = words[:whole].view(-1, side), words[whole:]
+    sums = torch.cat([table.sum(1), table.sum(0), rest])
+    return int((sums * torch.arange(1, 2 * len(sums), 2, device=sums.device)).sum())

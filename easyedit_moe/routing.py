@@ -45,12 +45,13 @@ class RoutedKeys:
         order = order[self.gate.reshape(-1)[order] != 0]
         hit, counts = torch.unique_consecutive(flat[order], return_counts=True)
         width = self.expert.shape[1]
-        scaled = self.gate.to(dtype).unsqueeze(-1) * self.key.to(dtype)
-        scaled = scaled.reshape(-1, self.d_hidden)
+        # Sorted first and scaled in place: the blocks are views, and only one copy in ``dtype`` exists.
+        scaled = self.key.reshape(-1, self.d_hidden)[order].to(dtype)
+        scaled *= self.gate.reshape(-1)[order].to(dtype).unsqueeze(-1)
         blocks, start = [], 0
         for expert, count in zip(hit.tolist(), counts.tolist(), strict=True):
-            slots = order[start : start + count]
-            blocks.append(ExpertDesign(expert, slots // width, scaled[slots].T))
+            chosen = slice(start, start + count)
+            blocks.append(ExpertDesign(expert, order[chosen] // width, scaled[chosen].T, order[chosen]))
             start += count
         return blocks
 
@@ -86,11 +87,13 @@ class ExpertDesign:
         expert: index j.
         rows: ``[T_j]`` int64, the tokens that reach it.
         z: ``[h, T_j]``, their gated keys ``Z_j``.
+        slots: ``[T_j]`` int64, where these keys lie among the T * K slots.
     """
 
     expert: int
     rows: Tensor
     z: Tensor
+    slots: Tensor
 
 
 @dataclass(frozen=True)

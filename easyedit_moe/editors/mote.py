@@ -6,14 +6,15 @@ from typing import Any
 
 from torch import Tensor
 
+from easyedit_moe.bases import layer_basis
 from easyedit_moe.editors.registry import register_editor
 from easyedit_moe.editors.solving import Prepared, SolvingEditor
 from easyedit_moe.hparams import MoTEHyperParams
 from easyedit_moe.layers import MoELayerView
 from easyedit_moe.moments import LayerMoments
 from easyedit_moe.routing import FactoredUpdate, RoutedKeys
-from easyedit_moe.solvers import expand_core, solve_core
-from easyedit_moe.tucker import TuckerBasis, tucker_basis
+from easyedit_moe.solvers import FactoredCore, expand_core, solve_mote
+from easyedit_moe.tucker import TuckerBasis
 
 
 @register_editor
@@ -29,17 +30,13 @@ class MoTEEditor(SolvingEditor):
 
     def solve(self, keys: RoutedKeys, residual: Tensor, layer: int, prepared: Prepared) -> tuple[Any, Any]:
         metric, basis = prepared.metrics[layer], prepared.bases[layer]
-        return solve_core(keys, residual, self.hparams.lambda_reg, metric, basis), None
+        return solve_mote(keys, residual, self.hparams.lambda_reg, metric, basis), None
 
-    def place(self, solution: Tensor, layer: int, prepared: Prepared) -> FactoredUpdate:
+    def place(self, solution: FactoredCore | Tensor, layer: int, prepared: Prepared) -> FactoredUpdate:
         return expand_core(solution, prepared.bases[layer], prepared.metrics[layer])
 
-    def _basis(self, view: MoELayerView, layer: int, moments: LayerMoments | None) -> TuckerBasis:
-        hp = self.hparams
-        return tucker_basis(
-            view.layers[layer].experts.stacked(), hp.rank_expert, hp.rank_out, hp.rank_in, hp.hooi_sweeps, hp.whitening,
-            moments.pooled() if moments else None, moments.output if moments else None, hp.whitening_eps,
-        )  # fmt: skip
+    def _basis(self, view: MoELayerView, layer: int, moments: LayerMoments | None, fingerprint: str) -> TuckerBasis:
+        return layer_basis(view.layers[layer], self.hparams, moments, fingerprint)
 
 
 apply_mote_to_model = MoTEEditor.apply_to_model

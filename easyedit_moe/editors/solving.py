@@ -112,7 +112,7 @@ class SolvingEditor(Editor):
             if self._needs_statistics():
                 moments = layer_statistics(view, tok, self.hparams, layers, fingerprint, self.progress)
             metrics = {layer: self._metric(moments.get(layer)) for layer in layers}
-            bases = {layer: self._basis(view, layer, moments.get(layer)) for layer in layers}
+            bases = {layer: self._basis(view, layer, moments.get(layer), fingerprint) for layer in layers}
         kept = {layer: basis for layer, basis in bases.items() if basis is not None}
         experts = {layer: view.layers[layer].experts.layout.num_experts for layer in layers}
         self.prepared = Prepared(fingerprint, experts, gains, metrics, kept, moments, watch.seconds["statistics"])
@@ -149,7 +149,8 @@ class SolvingEditor(Editor):
                 reports += job.reports
                 for layer, keys in job.keys.items():
                     seen.setdefault(layer, []).append(keys)
-            patch = writer.finish(self._provenance(facts), prepared.fingerprint)
+            with watch.stage("write"):
+                patch = writer.finish(self._provenance(facts), prepared.fingerprint)
         kept = memory.extended(seen) if self.hparams.remember_edits else memory
         return EditResult(patch, watch.seconds, kept, used, reports)
 
@@ -182,7 +183,9 @@ class SolvingEditor(Editor):
             hp.low_coverage,
         )
 
-    def _basis(self, view: MoELayerView, layer: int, moments: LayerMoments | None) -> TuckerBasis | None:
+    def _basis(
+        self, view: MoELayerView, layer: int, moments: LayerMoments | None, fingerprint: str
+    ) -> TuckerBasis | None:
         return None
 
     def _check_model(self, view: MoELayerView) -> None:

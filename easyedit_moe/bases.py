@@ -1,0 +1,128 @@
+"""Tucker bases of the critical layers: from the cache where they are there, computed where not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from easyedit_moe.cache import SCHEMA, read_safetensors, statistics_folder, write_safetensors
+from easyedit_moe.errors import CacheError
+from easyedit_moe.hparams import MoTEHyperParams
+from easyedit_moe.layers import MoELayer
+from easyedit_moe.moments import LayerMoments
+from easyedit_moe.tucker import TuckerBasis, resolve_rank, tucker_basis
+
+_ADVICE = "delete it, and it is computed anew"
+_PARTS = {"u_expert", "u_out", "u_in"}
+
+
+@dataclass(frozen=True)
+class BasisKey:
+    """All that a file with a Tucker basis depends on.
+
+    ``weights`` is the hash of the layer's down-projections, which the model's fingerprint leaves out; ``statistics``
+    that of the moments that whiten, empty where nothing does.
+    """
+
+    fingerprint: str
+    layer: int
+    weights: str
+    ranks: tuple[int, int, int]
+    whitening: str
+    whitening_eps: float
+    hooi_sweeps: int
+    statistics: str
+
+    def file_name(self) -> str:
+        """``basis-layer3-<hash of the key>.safetensors``."""
+        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return f"basis-layer{self.layer}-{digest[:16]}.safetensors"
+
+
+def content_hash(tensors: Iterable[Tensor]) -> str:
+    """SHA-256 over dtype, shape and every bit of the tensors, one after the other."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
+        data = tensor.detach().contiguous().cpu()
+        digest.update(data.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def basis_key(
+    moe: MoELayer, hparams: MoTEHyperParams, whitening_moments: Sequence[Tensor], fingerprint: str
+) -> BasisKey:
+    """The key of one layer's basis under these hparams; ``whitening_moments`` are the second moments that whiten.
+
+    Raises:
+        HyperParamsError: a rank out of range.
+    """
+    layout, hp = moe.experts.layout, hparams
+    ranks = (
+        resolve_rank(hp.rank_expert, layout.num_experts, "rank_expert"),
+        resolve_rank(hp.rank_out, layout.d_model, "rank_out"),
+        resolve_rank(hp.rank_in, layout.d_hidden, "rank_in"),
+    )
+    return BasisKey(
+        fingerprint, moe.index, content_hash(moe.experts.matrices()), ranks, hp.whitening, hp.whitening_eps,
+        hp.hooi_sweeps, content_hash(whitening_moments) if whitening_moments else "",
+    )  # fmt: skip
+
+
+def layer_basis(moe: MoELayer, hparams: MoTEHyperParams, moments: LayerMoments | None, fingerprint: str) -> TuckerBasis:
+    """The Tucker basis of one layer, cached beside the statistics under ``hparams.stats_dir``.
+
+    Raises:
+        CacheError: a cached file is corrupt or of another model. HyperParamsError, NumericalError: see
+        :func:`~easyedit_moe.tucker.tucker_basis`.
+    """
+    hp = hparams
+    sigma_in = moments.pooled() if moments and hp.whitening in ("in", "both") else None
+    sigma_out = moments.output if moments and hp.whitening in ("out", "both") else None
+    used = [sigma for sigma in (sigma_in, sigma_out) if sigma is not None]
+    key = basis_key(moe, hp, used, fingerprint)
+    path = statistics_folder(hp.stats_dir, hp.model_name, fingerprint) / key.file_name()
+    if path.exists():
+        return load_basis(path, key, next(iter(moe.experts.parameters()))[1].device)
+    basis = tucker_basis(
+        moe.experts.matrices(), hp.rank_expert, hp.rank_out, hp.rank_in, hp.hooi_sweeps, hp.whitening, sigma_in,
+        sigma_out, hp.whitening_eps,
+    )  # fmt: skip
+    save_basis(path, key, basis)
+    return basis
+
+
+def save_basis(path: Path, key: BasisKey, basis: TuckerBasis) -> None:
+    """Write one layer's basis atomically."""
+    tensors = {"u_expert": basis.u_expert, "u_out": basis.u_out, "u_in": basis.u_in}
+    metadata = {"schema": SCHEMA, "kind": "basis", "key": asdict(key), "relative_error": basis.relative_error}
+    write_safetensors(path, tensors, metadata)
+
+
+def load_basis(path: Path, key: BasisKey, device: torch.device | str = "cpu") -> TuckerBasis:
+    """Read one layer's basis back.
+
+    Raises:
+        CacheError: truncated or corrupt file, or one whose key is not ``key`` (another model, statistics or setting).
+    """
+    tensors, metadata = read_safetensors(path, CacheError, _ADVICE)
+    found = metadata.get("key")
+    if metadata.get("kind") != "basis" or metadata.get("schema") != SCHEMA or not isinstance(found, dict):
+        raise CacheError(f"{path} is not a Tucker basis of schema {SCHEMA}; {_ADVICE}.")
+    wanted = json.loads(json.dumps(asdict(key)))
+    differing = [f"{k}: expected {v!r}, found {found.get(k)!r}" for k, v in wanted.items() if found.get(k) != v]
+    if differing:
+        raise CacheError(
+            f"{path} was made for another model or setting ({'; '.join(differing)}). Delete it, or use another "
+            "stats_dir."
+        )
+    if set(tensors) != _PARTS or not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
+        raise CacheError(f"{path} holds an incomplete or non-finite basis; {_ADVICE}.")
+    parts = {name: tensor.to(device) for name, tensor in tensors.items()}
+    return TuckerBasis(**parts, relative_error=float(metadata["relative_error"]))

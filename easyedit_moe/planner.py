@@ -1,0 +1,318 @@
+"""What an edit will need of memory, from shapes alone: before weights are loaded, before anything runs.
+
+Editing arithmetic is counted tensor by tensor (its peak is measured against this plan by the tests and by
+``python -m benchmarks growth``); the activations of the model's own forwards are an estimate. All is summed over
+devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from easyedit_moe.errors import HyperParamsError, LayoutError
+from easyedit_moe.hparams import MoTEHyperParams, SolverHyperParams
+from easyedit_moe.layers import MoELayerView
+from easyedit_moe.patch import tile_size
+from easyedit_moe.tucker import CHUNK_NUMBERS, resolve_rank
+
+_ACCUMULATION_CHUNK = 8 * 2**23  # of the accumulated Gram matrices in solvers.py
+_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k", "moe_top_k")
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """All of a model that a plan depends on.
+
+    Attributes:
+        experts, active, d_model, d_hidden: E, K, d, h of the edited layers (the largest of each).
+        num_layers, vocabulary: of the model.
+        parameters: bytes of all its parameters.
+        itemsize: bytes per number of the down-projections.
+    """
+
+    experts: int
+    active: int
+    d_model: int
+    d_hidden: int
+    num_layers: int
+    vocabulary: int
+    parameters: int
+    itemsize: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: ``kept`` bytes stay until the end of the edit, ``working`` bytes only while it runs."""
+
+    name: str
+    kept: int
+    working: int
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Stages in the order in which they run, and the chunk sizes they were planned with."""
+
+    shapes: Shapes
+    layers: tuple[int, ...]
+    edits: int
+    stages: tuple[Stage, ...]
+    settings: dict[str, int]
+    budget: int | None
+
+    def peaks(self) -> list[int]:
+        """Per stage, bytes at its peak: the model, what earlier stages kept, and its own."""
+        held, out = self.shapes.parameters, []
+        for stage in self.stages:
+            out.append(held + stage.kept + stage.working)
+            held += stage.kept
+        return out
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the peak of the whole edit."""
+        return max(self.peaks())
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak stays within the budget; True without one."""
+        return self.budget is None or self.peak <= self.budget
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "peaks": self.peaks(), "peak": self.peak, "fits": self.fits}
+
+
+def shapes_of(model: nn.Module, layers: list[int] | tuple[int, ...]) -> Shapes:
+    """Shapes of a model, which may lie on the meta device.
+
+    Raises:
+        LayerError: layers that can't be edited. LayoutError: experts of unknown layout, or a config that does not say
+            how many experts a token uses.
+    """
+    layouts = [moe.experts.layout for moe in MoELayerView(model, without_weights=True).require(layers)]
+    config = model.config.get_text_config()
+    active = next((getattr(config, name) for name in _EXPERTS_PER_TOKEN if getattr(config, name, None)), None)
+    if active is None:
+        raise LayoutError(
+            f"The config of {type(model).__name__} names the experts per token by none of "
+            f"{', '.join(_EXPERTS_PER_TOKEN)}; please report the model's class."
+        )
+    return Shapes(
+        max(layout.num_experts for layout in layouts),
+        int(active),
+        max(layout.d_model for layout in layouts),
+        max(layout.d_hidden for layout in layouts),
+        int(config.num_hidden_layers),
+        int(config.vocab_size),
+        sum(p.numel() * p.element_size() for p in model.parameters()),
+        max(layout.dtype.itemsize for layout in layouts),
+    )
+
+
+def plan(
+    shapes: Shapes,
+    hparams: SolverHyperParams,
+    edits: int | None = None,
+    earlier_edits: int = 0,
+    prompt_tokens: int = 32,
+    target_tokens: int = 4,
+    budget: int | None = None,
+    device: str = "cpu",
+) -> MemoryPlan:
+    """The memory plan of one batch of edits.
+
+    Sizes that results do not depend on (``capture_batch_size``, ``target_batch_size``, ``statistics_batch_size`` and
+    ``basis_chunk_numbers``) are halved from their defaults until their stage fits ``budget``; see
+    :attr:`MemoryPlan.settings`.
+
+    Args:
+        edits: requests in the batch, by default ``hparams.batch_size``.
+        earlier_edits: edits remembered from earlier batches; counted with ``remember_edits`` only.
+        prompt_tokens, target_tokens: tokens of a prompt and of a target.
+        budget: bytes, all devices together.
+
+    Raises:
+        HyperParamsError: a budget that is not positive, or ranks out of range.
+    """
+    if budget is not None and budget <= 0:
+        raise HyperParamsError(f"The memory budget must be greater than 0; found {budget}.")
+    edits = hparams.batch_size if edits is None else edits
+    held = shapes.parameters
+    stages: list[Stage] = []
+    settings: dict[str, int] = {}
+
+    def add(make: Callable[[int], Stage], name: str = "", size: int = 0) -> None:
+        nonlocal held
+        stage = make(size)
+        while budget is not None and size > 1 and held + stage.kept + stage.working > budget:
+            size //= 2
+            stage = make(size)
+        if name:
+            settings[name] = size
+        stages.append(stage)
+        held += stage.kept
+
+    contexts = len(hparams.context_prefixes) + 1
+    tokens = edits * contexts
+    rows = tokens + (earlier_edits * contexts if hparams.remember_edits else 0)
+    if hparams.metric != "identity" or getattr(hparams, "whitening", "none") != "none":
+        add(lambda n: statistics_stage(shapes, hparams, n), "statistics_batch_size", 16)
+    if hparams.metric != "identity":
+        add(lambda _: metric_stage(shapes, hparams))
+    if isinstance(hparams, MoTEHyperParams):
+        add(lambda n: basis_stage(shapes, hparams, n), "basis_chunk_numbers", CHUNK_NUMBERS)
+    length = prompt_tokens + target_tokens
+    add(lambda n: targets_stage(shapes, hparams, tokens, length, n), "target_batch_size", hparams.target_batch_size)
+    add(
+        lambda n: capture_stage(shapes, hparams, tokens, rows, prompt_tokens, n),
+        "capture_batch_size",
+        hparams.capture_batch_size,
+    )
+    add(lambda _: solve_stage(shapes, hparams, rows))
+    add(lambda _: write_stage(shapes, hparams, rows, device))
+    return MemoryPlan(shapes, tuple(hparams.layers), edits, tuple(stages), settings, budget)
+
+
+def _activations(shapes: Shapes, tokens: int) -> int:
+    """Estimate of what one layer's forward holds: attention and residual stream, and the experts' inputs and keys."""
+    return tokens * shapes.itemsize * (10 * shapes.d_model + shapes.active * (4 * shapes.d_hidden + 2 * shapes.d_model))
+
+
+def statistics_stage(shapes: Shapes, hparams: SolverHyperParams, batch: int) -> Stage:
+    """Second moments of all layers in one pass, and one batch of texts of full length."""
+    item = 8 if hparams.mom2_dtype == "float64" else 4
+    layer = item * (shapes.experts * shapes.d_hidden**2 + shapes.d_model**2)
+    # Normalising makes the moments anew, layer by layer.
+    return Stage(
+        "statistics", layer * len(hparams.layers), layer + _activations(shapes, batch * hparams.max_length),
+        "moments of all layers; one batch of texts",
+    )  # fmt: skip
+
+
+def metric_stage(shapes: Shapes, hparams: SolverHyperParams) -> Stage:
+    """Projectors keep the cheaper side, at most half of h x h per expert; covariances a full factor. Float64."""
+    square = 8 * shapes.d_hidden**2
+    kept = shapes.experts * (square if hparams.metric == "covariance" else square // 2)
+    return Stage("metric", kept * len(hparams.layers), 6 * square, f"{hparams.metric} factors per expert")
+
+
+def _ranks(shapes: Shapes, hparams: MoTEHyperParams) -> tuple[int, int, int]:
+    return (
+        resolve_rank(hparams.rank_expert, shapes.experts, "rank_expert"),
+        resolve_rank(hparams.rank_out, shapes.d_model, "rank_out"),
+        resolve_rank(hparams.rank_in, shapes.d_hidden, "rank_in"),
+    )
+
+
+def basis_stage(shapes: Shapes, hparams: MoTEHyperParams, chunk_numbers: int) -> Stage:
+    """Tucker bases: chunks of weights in float32, and one mode's Gram matrix with its eigenvectors in float64."""
+    e, d, h = shapes.experts, shapes.d_model, shapes.d_hidden
+    re, ro, ri = _ranks(shapes, hparams)
+    kept = 8 * (e * re + d * ro + h * ri)
+    chunk = 4 * min(e * d * h, max(chunk_numbers, d * h, e * h))
+    gram = (4 + 8 + 8) * max(d, h, e) ** 2
+    eigh = (8 * 6) * max(d, h, e) ** 2
+    working = max(3 * chunk + gram, eigh)
+    if hparams.whitening in ("out", "both"):
+        working += 2 * 4 * e * d * h
+    return Stage("basis", kept * len(hparams.layers), working, f"{chunk // 2**20} MB of weights at a time")
+
+
+def targets_stage(shapes: Shapes, hparams: SolverHyperParams, sequences: int, length: int, batch: int) -> Stage:
+    """Target vectors: activations of the layers above the last edited one, kept for the gradient, and logits."""
+    tokens = min(batch, 2 * sequences) * length
+    above = shapes.num_layers - 1 - hparams.layers[-1]
+    logits = tokens * shapes.vocabulary * (2 * 4 + shapes.itemsize)
+    working = _activations(shapes, tokens) * (above + 1) + logits
+    return Stage("targets", 4 * sequences * shapes.d_model, working, f"{min(batch, 2 * sequences)} sequences at a time")
+
+
+def capture_stage(
+    shapes: Shapes, hparams: SolverHyperParams, tokens: int, rows: int, prompt_tokens: int, batch: int
+) -> Stage:
+    """Keys of one layer, and one batch of prompts up to the last edited layer; remembered keys stay."""
+    keys = 4 * shapes.active * shapes.d_hidden + 16 * shapes.active
+    working = 2 * tokens * (keys + 4 * shapes.d_model) + _activations(shapes, min(batch, tokens) * prompt_tokens)
+    kept = rows * keys * (len(hparams.layers) if hparams.remember_edits else 1)
+    return Stage("capture", kept, working, f"{min(batch, tokens)} prompts at a time")
+
+
+def solve_stage(shapes: Shapes, hparams: SolverHyperParams, tokens: int) -> Stage:
+    """One layer's system and its solution, by the form that :mod:`~easyedit_moe.solvers` chooses; float64."""
+    if isinstance(hparams, MoTEHyperParams):
+        re, ro, ri = _ranks(shapes, hparams)
+        working, form = mote_bytes(shapes, tokens, re, ro, ri, hparams.metric)
+    elif hasattr(hparams, "num_passes"):
+        working, form = bcd_bytes(shapes, tokens, hparams.metric)
+    else:
+        working, form = exact_bytes(shapes, tokens, hparams.metric)
+    return Stage("solve", 0, working, form)
+
+
+def _keys_bytes(shapes: Shapes, tokens: int, metric: str) -> int:
+    """Gated keys in float64, and with a metric also what it makes of them."""
+    return 8 * tokens * shapes.active * shapes.d_hidden * (1 if metric == "identity" else 2)
+
+
+def exact_bytes(shapes: Shapes, tokens: int, metric: str) -> tuple[int, str]:
+    """Working memory of :func:`~easyedit_moe.solvers.solve_exact`, and the form it takes."""
+    keys, d = _keys_bytes(shapes, tokens, metric), shapes.d_model
+    unknowns = min(shapes.experts, tokens * shapes.active) * shapes.d_hidden
+    if unknowns < tokens:
+        roots = 8 * unknowns * shapes.d_hidden
+        size = 8 * (unknowns**2 + 4 * unknowns * d + tokens * d) + roots + _ACCUMULATION_CHUNK
+        return keys + size, f"primal, side {unknowns}"
+    return keys + 8 * (tokens**2 + 4 * tokens * d), f"dual, side {tokens}"
+
+
+def bcd_bytes(shapes: Shapes, tokens: int, metric: str) -> tuple[int, str]:
+    """Working memory of :func:`~easyedit_moe.solvers.solve_bcd` for evenly spread tokens, and the form it takes."""
+    hit = min(shapes.experts, tokens * shapes.active)
+    per_expert = -(-tokens * shapes.active // hit)
+    side = min(per_expert, shapes.d_hidden)
+    width = tokens if 2 * tokens <= shapes.d_model else shapes.d_model
+    operators = hit * side * (per_expert + side)
+    solution = hit * side * (2 * width + shapes.d_model)
+    roots = hit * shapes.d_hidden**2 if side < per_expert else 0
+    total = operators + solution + roots + 2 * tokens * (width + shapes.d_model)
+    return _keys_bytes(shapes, tokens, metric) + 8 * total, f"side {side} per expert"
+
+
+def mote_bytes(shapes: Shapes, tokens: int, re: int, ro: int, ri: int, metric: str) -> tuple[int, str]:
+    """Working memory of :func:`~easyedit_moe.solvers.solve_mote` and of placing its core, and the form it takes."""
+    d, h, e = shapes.d_model, shapes.d_hidden, shapes.experts
+    inner = 8 * tokens * shapes.active * ri
+    keys = 8 * tokens * shapes.active * h
+    if re * ri < tokens:
+        size = re * ri
+        dense = 8 * (size**2 + 4 * size * ro + 2 * tokens * d) + _ACCUMULATION_CHUNK
+        return keys + inner + dense + 8 * (e * h * ro + d * ro), f"primal, side {size}"
+    placed = 8 * (tokens * shapes.active * h if re == e else e * h * min(tokens, ro))
+    system = 8 * (tokens**2 + 3 * tokens * ro + 2 * tokens * d) + (0 if re == e else _ACCUMULATION_CHUNK)
+    return inner + max(keys + system, system + placed), f"dual, side {tokens}"
+
+
+def write_stage(shapes: Shapes, hparams: SolverHyperParams, tokens: int, device: str) -> Stage:
+    """Originals of the experts that are written, the patch's factors in float32, and a few tiles."""
+    full = isinstance(hparams, MoTEHyperParams)
+    experts = shapes.experts if full else min(shapes.experts, tokens * shapes.active)
+    weights = shapes.d_model * shapes.d_hidden
+    slots = tokens * shapes.active
+    left = slots if hasattr(hparams, "num_passes") else tokens
+    factors = 4 * (left * shapes.d_model + slots * shapes.d_hidden)
+    kept = (experts * weights * shapes.itemsize + factors) * len(hparams.layers)
+    tile = 4 * 3 * min(tile_size(torch.device(device)), experts * weights)
+    return Stage("write", kept, 2 * factors + tile, "originals for an exact revert; the patch's factors")
+
+
+def with_settings(hparams: SolverHyperParams, memory: MemoryPlan) -> SolverHyperParams:
+    """The hparams with the batch sizes of a plan; its results are the same."""
+    known = {name: memory.settings[name] for name in ("capture_batch_size", "target_batch_size")}
+    return replace(hparams, **known)
