@@ -127,6 +127,36 @@ def read_routing(moe: MoELayer, receive: Callable[[Routing], None]) -> Any:
     return moe.experts.module.register_forward_pre_hook(read, with_kwargs=True)
 
 
+def experts_on_some(moe: MoELayer, tokens: int, rows: Tensor) -> list[Any]:
+    """Hook handles under which packed experts compute only ``rows`` of their ``tokens`` inputs, and answer 0 elsewhere.
+
+    For tokens whose output nobody reads, such as padding. Where the experts are called otherwise (old ModuleLists, or
+    another number of inputs), nothing changes.
+    """
+    if isinstance(moe.experts, ModuleListExperts) or len(rows) == tokens:
+        return []
+    names = list(inspect.signature(moe.experts.module.forward).parameters)
+    pending: list[bool] = []
+
+    def pick(module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        given = [*args, *(kwargs[n] for n in names[len(args) :] if n in kwargs)][:3]
+        fits = all(isinstance(value, Tensor) and value.dim() == 2 and value.shape[0] == tokens for value in given)
+        pending.append(fits)
+        if not fits:
+            return None
+        few = [value[rows.to(value.device)] for value in given]
+        fewer = {n: few.pop() for n in reversed(names[len(args) : 3]) if n in kwargs}
+        return (*few, *args[3:]), kwargs | fewer
+
+    def widen(module: nn.Module, args: tuple, output: Any) -> Any:
+        if not pending.pop():
+            return None
+        return output.new_zeros(tokens, output.shape[-1]).index_copy(0, rows.to(output.device), output)
+
+    module = moe.experts.module
+    return [module.register_forward_pre_hook(pick, with_kwargs=True), module.register_forward_hook(widen)]
+
+
 def _checked_routing(moe: MoELayer, arguments: Sequence[Any]) -> Routing:
     """The first three arguments of an experts module as :class:`Routing`; LayoutError if they are anything else."""
     called = f"{moe.experts_name} was not called as experts(hidden, index, weights)"

@@ -23,7 +23,15 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from easyedit_moe.capture import hooks, layer_output, model_device, replace_layer_output, run, stop_after
+from easyedit_moe.capture import (
+    experts_on_some,
+    hooks,
+    layer_output,
+    model_device,
+    replace_layer_output,
+    run,
+    stop_after,
+)
 from easyedit_moe.layers import MoELayerView
 from easyedit_moe.tokens import collate
 
@@ -66,6 +74,17 @@ class _Rows:
     hidden: Tensor
     cache: Any
     scored: tuple[tuple[int, ...], ...]
+
+    @property
+    def real(self) -> Tensor:
+        """``[n]``, the tokens among the R x S that are not padding."""
+        return torch.nonzero(self.mask[:, -self.ids.shape[1] :].reshape(-1)).squeeze(1)
+
+    @property
+    def read(self) -> Tensor:
+        """``[N]``, the tokens among the R x S that are scored."""
+        width = self.ids.shape[1]
+        return torch.tensor([i * width + c for i, columns in enumerate(self.scored) for c in columns])
 
     def select(self, rows: Tensor) -> _Rows:
         at = rows.to(self.ids.device)
@@ -201,8 +220,16 @@ class UpperLayers:
             cache = copy.copy(rows.cache)
             cache.layers = [copy.copy(entry) for entry in rows.cache.layers]
             inputs |= {"position_ids": rows.positions, "past_key_values": cache, "use_cache": True}
-        with self._skipping_lower_layers(moved(rows.hidden)):
+        with self._skipping_lower_layers(moved(rows.hidden)), hooks() as handles:
+            self._skip_unread_tokens(rows, handles)
             return self._forward(rows.scored, **inputs)
+
+    def _skip_unread_tokens(self, rows: _Rows, handles: list[Any]) -> None:
+        """No expert computes padding, nor, in the last layer, tokens that are not scored."""
+        last, real = self.view.num_layers - 1, rows.real
+        for index, moe in self.view.layers.items():
+            if index > self.layer:
+                handles += experts_on_some(moe, rows.ids.numel(), rows.read if index == last else real)
 
     def _forward(self, scored: Sequence[Sequence[int]], **inputs: Any) -> Tensor:
         """The model's logits at the scored columns only, ``[N, V]`` float32."""

@@ -1,0 +1,1 @@
+"""Benchmarks of easyedit_moe; see ``python -m benchmarks --help``."""
