@@ -28,6 +28,7 @@ from easyedit_moe.upper_layers import ShiftedSequence, UpperLayers
 logger = logging.getLogger(__name__)
 
 KL_PROMPT = "{} is a"
+_FEW = 32
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ def _lengths(rows: list[_Row]) -> tuple[int, int]:
 def _next_chunk(groups: Sequence[list[_Row]], limit: int) -> int:
     """How many of the waiting requests, sorted by length, go into one forward of at most ``limit`` sequences.
 
-    A chunk that is large enough also ends where padding would make up more than a fifth of it.
+    A chunk that is large enough to keep a device busy also ends where padding would make up more than a fifth of it.
     """
     count, sequences, tokens = 0, 0, 0
     for rows in groups:
@@ -177,7 +178,7 @@ def _next_chunk(groups: Sequence[list[_Row]], limit: int) -> int:
         if count and sequences + more > limit:
             break
         padded = (sequences + more) * longest
-        if sequences >= limit // 4 and padded > 1.25 * (tokens + more * longest):
+        if sequences >= max(limit // 4, _FEW) and padded > 1.25 * (tokens + more * longest):
             break
         count, sequences, tokens = count + 1, sequences + more, tokens + more * longest
     return count

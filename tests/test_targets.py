@@ -485,12 +485,12 @@ def test_one_request_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_requests_of_one_length_share_a_forward() -> None:
-    """25 requests of 3 tokens behind the fact token and 15 of 12: not all padded to 12 though the limit allows it."""
-    rows = [[_Row(t, tuple(range(2, 2 + n)), 0, (n - 1,), (5,), True)] for t, n in enumerate([3] * 25 + [12] * 15)]
-    assert _next_chunk(rows, 64) == 25
-    assert _next_chunk(rows[25:], 64) == 15
+    """40 requests of 3 tokens behind the fact token and 15 of 12: not all padded to 12 though the limit allows it."""
+    rows = [[_Row(t, tuple(range(2, 2 + n)), 0, (n - 1,), (5,), True)] for t, n in enumerate([3] * 40 + [12] * 15)]
+    assert _next_chunk(rows, 64) == 40
+    assert _next_chunk(rows[40:], 64) == 15
     assert _next_chunk(rows, 10) == 10
-    assert _next_chunk(rows, 400) == 40, "small chunks are not split"
+    assert _next_chunk(rows, 400) == 55, "small chunks are not split"
     assert _next_chunk([rows[0] * 9, rows[1]], 4) == 1, "a request that exceeds the limit runs alone"
 
 
