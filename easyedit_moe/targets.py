@@ -140,6 +140,25 @@ def compute_targets(
     Raises:
         RequestError: a subject not in its prompt, or a prompt too long. NumericalError: a loss that is not finite.
     """
+    targets = find_targets(view, tok, requests, layer, prefixes, settings, progress)
+    warn_missed(requests, targets)
+    return targets
+
+
+def find_targets(
+    view: MoELayerView,
+    tok: PreTrainedTokenizerBase,
+    requests: Sequence[EditRequest],
+    layer: int,
+    prefixes: Sequence[str],
+    settings: TargetSettings,
+    progress: bool = True,
+    receive: Callable[[Sequence[int], TargetVectors], None] | None = None,
+) -> TargetVectors:
+    """:func:`compute_targets` without a warning about missed targets; hands each chunk to ``receive`` when it is done.
+
+    ``receive`` gets the numbers of the chunk's requests and their targets.
+    """
     groups = [_rows_of(tok, t, request, prefixes, settings.fact_token) for t, request in enumerate(requests)]
     check_lengths(view, [len(row.ids) for rows in groups for row in rows])
     results: dict[int, tuple] = {}
@@ -148,18 +167,20 @@ def compute_targets(
         waiting = sorted(range(len(groups)), key=lambda t: _lengths(groups[t]))
         limit = settings.batch_size
         while waiting:
-            chosen = _next_chunk([groups[t] for t in waiting], limit)
-            solved = _solve_or_none(view, pad_id(tok), layer, [groups[t] for t in waiting[:chosen]], settings, bar)
+            size = _next_chunk([groups[t] for t in waiting], limit)
+            chosen = waiting[:size]
+            solved = _solve_or_none(view, pad_id(tok), layer, [groups[t] for t in chosen], settings, bar)
             if solved is None:
-                limit = sum(len(groups[t]) for t in waiting[:chosen]) // 2
+                limit = sum(len(groups[t]) for t in chosen) // 2
                 logger.warning("Memory ran out; going on with at most %d token sequences in one forward.", limit)
                 continue
-            results.update({t: tuple(value[i] for value in solved) for i, t in enumerate(waiting[:chosen])})
-            waiting = waiting[chosen:]
+            results.update({t: tuple(value[i] for value in solved) for i, t in enumerate(chosen)})
+            if receive is not None:
+                receive(chosen, TargetVectors(*solved[:5]))
+            waiting = waiting[size:]
     stacked = [torch.stack([results[t][k] for t in range(len(requests))]) for k in range(6)]
-    targets = TargetVectors(*stacked[:5])
-    _warn(requests, targets, already=stacked[5])
-    return targets
+    _warn_known(requests, known=stacked[5])
+    return TargetVectors(*stacked[:5])
 
 
 def _lengths(rows: list[_Row]) -> tuple[int, int]:
@@ -221,15 +242,19 @@ def _rows_of(
     return rows
 
 
-def _warn(requests: Sequence[EditRequest], targets: TargetVectors, already: Tensor) -> None:
-    known = [i for i, flag in enumerate(already.tolist()) if flag]
-    if known:
+def _warn_known(requests: Sequence[EditRequest], known: Tensor) -> None:
+    already = [i for i, flag in enumerate(known.tolist()) if flag]
+    if already:
         warnings.warn(
-            f"{len(known)} of {len(requests)} targets already are the model's answer, the first for "
-            f"{requests[known[0]].prompt!r} -> {requests[known[0]].target_new!r}.",
+            f"{len(already)} of {len(requests)} targets already are the model's answer, the first for "
+            f"{requests[already[0]].prompt!r} -> {requests[already[0]].target_new!r}.",
             EditingWarning,
             stacklevel=3,
         )
+
+
+def warn_missed(requests: Sequence[EditRequest], targets: TargetVectors) -> None:
+    """Warn :class:`TargetNotReachedWarning` about the targets that are not the most likely answer."""
     missed = [i for i, flag in enumerate(targets.reached.tolist()) if not flag]
     if missed:
         worst = max(missed, key=lambda i: float(targets.final_nll[i]))

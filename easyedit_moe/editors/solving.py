@@ -31,6 +31,7 @@ from easyedit_moe.requests import EditRequest, parse_requests
 from easyedit_moe.routing import FactoredUpdate, RoutedKeys
 from easyedit_moe.solvers import IdentityMetric, Metric, covariance_metric
 from easyedit_moe.statistics import layer_statistics
+from easyedit_moe.target_cache import cached_targets
 from easyedit_moe.targets import TargetSettings, TargetVectors, compute_targets, fact_contexts
 from easyedit_moe.tokens import encode_text, pad_id
 from easyedit_moe.tucker import TuckerBasis
@@ -221,8 +222,14 @@ class _Job:
 
     def find_targets(self) -> TargetVectors:
         layer, prefixes, settings = self.editor.target_settings()
+        folder, progress = self.hparams.target_cache_dir, self.editor.progress
         with self.watch.stage("targets"):
-            return compute_targets(self.view, self.tok, self.facts, layer, prefixes, settings, self.editor.progress)
+            if folder is None:
+                return compute_targets(self.view, self.tok, self.facts, layer, prefixes, settings, progress)
+            name, fingerprint = self.hparams.model_name, self.prepared.fingerprint
+            return cached_targets(
+                folder, name, fingerprint, self.view, self.tok, self.facts, layer, prefixes, settings, progress
+            )
 
     def aim(self, targets: TargetVectors) -> None:
         """Take the shifts to reach, and lay out every context in which each fact is captured."""
