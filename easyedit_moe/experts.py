@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from easyedit_moe.errors import LayoutError, QuantizedExpertsError
+from easyedit_moe.errors import LayoutError, QuantizedExpertsError, offloaded
 
 _QUANTIZED_MARKS = ("down_proj_blocks", "down_proj_scales", "down_proj_scale_inv", "down_proj_qweight")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -187,15 +187,17 @@ class ModuleListExperts(Experts):
         return f"{expert}.{self._down_name}.weight", self._down(expert).weight
 
 
-def find_experts(module: nn.Module, name: str) -> Experts | None:
+def find_experts(module: nn.Module, name: str, without_weights: bool = False) -> Experts | None:
     """Wrap ``module`` if it is a collection of experts; None if it plainly is not.
+
+    ``without_weights`` accepts experts on the meta device, of which only the layout is then known.
 
     Raises:
         QuantizedExpertsError: experts in MXFP4, FP8, bitsandbytes or another quantised format.
         LayoutError: a collection whose layout is not known, or whose weights are offloaded.
     """
     if isinstance(module, nn.ModuleList):
-        return _find_modulelist(module, name)
+        return _find_modulelist(module, name, without_weights)
     marks = [mark for mark in _QUANTIZED_MARKS if hasattr(module, mark)]
     down = getattr(module, "down_proj", None)
     packed = isinstance(down, nn.Parameter) and down.dim() == 3
@@ -216,7 +218,8 @@ def find_experts(module: nn.Module, name: str) -> Experts | None:
             f"{', '.join(missing)}, the flags of transformers' experts protocol, so its orientation can't be known. "
             "It is refused rather than guessed; please report the model's class."
         )
-    _refuse_offloaded(down, name)
+    if not without_weights:
+        _refuse_offloaded(down, name)
     return PackedExperts(module, name)
 
 
@@ -227,7 +230,7 @@ def _is_quantized(parameter: nn.Parameter) -> bool:
     )
 
 
-def _find_modulelist(module: nn.ModuleList, name: str) -> Experts | None:
+def _find_modulelist(module: nn.ModuleList, name: str, without_weights: bool) -> Experts | None:
     if len(module) < 2 or not name.split(".")[-1].endswith("experts"):
         return None
     down = next((getattr(module[0], n) for n in _DOWN_NAMES if hasattr(module[0], n)), None)
@@ -242,13 +245,11 @@ def _find_modulelist(module: nn.ModuleList, name: str) -> Experts | None:
             f"{name}: the down-projections are no float nn.Linear but of class {type(down).__name__}, dtype {dtype}. "
             f"{_QUANTIZED_ADVICE}"
         )
-    _refuse_offloaded(down.weight, name)
+    if not without_weights:
+        _refuse_offloaded(down.weight, name)
     return ModuleListExperts(module, name)
 
 
 def _refuse_offloaded(parameter: nn.Parameter, name: str) -> None:
     if parameter.device.type == "meta":
-        raise LayoutError(
-            f"{name}: the experts' weights are offloaded (on the meta device), so they can't be read or edited. Load "
-            "the model with every layer on a GPU or on the CPU."
-        )
+        raise offloaded(name)

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +29,7 @@ from easyedit_moe.capture import (
     model_device,
     replace_layer_output,
     run,
+    skipping_layers,
     stop_after,
 )
 from easyedit_moe.layers import MoELayerView
@@ -172,7 +172,7 @@ class UpperLayers:
         whole = collate([s.ids for s in sequences], pad, str(column.device))
         source = position.to(hidden.device)[:, :, None].expand(-1, -1, hidden.shape[-1])
         cache = DynamicCache(config=self.view.model.config)
-        with self._skipping_lower_layers(hidden.gather(1, source)):
+        with self._skipping(hidden.gather(1, source)):
             self._forward(
                 [()] * len(sequences),
                 input_ids=whole.ids.gather(1, position),
@@ -220,9 +220,12 @@ class UpperLayers:
             cache = copy.copy(rows.cache)
             cache.layers = [copy.copy(entry) for entry in rows.cache.layers]
             inputs |= {"position_ids": rows.positions, "past_key_values": cache, "use_cache": True}
-        with self._skipping_lower_layers(moved(rows.hidden)), hooks() as handles:
+        with self._skipping(moved(rows.hidden)), hooks() as handles:
             self._skip_unread_tokens(rows, handles)
             return self._forward(rows.scored, **inputs)
+
+    def _skipping(self, hidden: Tensor) -> Any:
+        return skipping_layers(self.view, self.layer, hidden, self._as_tuple)
 
     def _skip_unread_tokens(self, rows: _Rows, handles: list[Any]) -> None:
         """No expert computes padding, nor, in the last layer, tokens that are not scored."""
@@ -244,32 +247,6 @@ class UpperLayers:
             handles.append(self.view.model.get_output_embeddings().register_forward_pre_hook(pick))
             output = self.view.model(**{"use_cache": False, **inputs})
         return output.logits[0].float()
-
-    @contextmanager
-    def _skipping_lower_layers(self, hidden: Tensor) -> Iterator[None]:
-        """Inside, layers below ``layer`` pass their input on and ``layer`` answers ``hidden``, without computing."""
-
-        def wrap(value: Tensor) -> Any:
-            return (value,) if self._as_tuple else value
-
-        def passing(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            return wrap(hidden_states)
-
-        def answering(*args: Any, **kwargs: Any) -> Any:
-            return wrap(hidden)
-
-        changed = self.view.decoder_layers[: self.layer + 1]
-        saved = [module.__dict__.get("forward") for module in changed]
-        try:
-            for index, module in enumerate(changed):
-                module.forward = answering if index == self.layer else passing
-            yield
-        finally:
-            for module, forward in zip(changed, saved, strict=True):
-                if forward is None:
-                    del module.forward
-                else:
-                    module.forward = forward
 
 
 _EXPLAINED = {"layers": "whole sequences", "model": "all layers"}
