@@ -25,7 +25,10 @@ _SAMPLES_PER_PARAMETER = 1024
 
 @dataclass(frozen=True)
 class StatisticsKey:
-    """All that a file of statistics depends on; ``tokens`` stands for how the tokenizer cuts the corpus."""
+    """All that a file of statistics depends on; ``tokens`` stands for how the tokenizer cuts the corpus.
+
+    ``coverage`` is the number of tokens per expert, in multiples of h, at which collecting stopped; None took all.
+    """
 
     fingerprint: str
     layer: int
@@ -34,10 +37,11 @@ class StatisticsKey:
     n_samples: int
     max_length: int
     dtype: str
+    coverage: float | None
 
     def file_name(self) -> str:
         """``layer3-<hash of the key>.safetensors``."""
-        return f"layer{self.layer}-{_digest(asdict(self))[:16]}.safetensors"
+        return f"layer{self.layer}-{digest(asdict(self))[:16]}.safetensors"
 
 
 def model_fingerprint(view: MoELayerView) -> str:
@@ -46,15 +50,15 @@ def model_fingerprint(view: MoELayerView) -> str:
     What this package edits is left out, so that the fingerprint is that of the unedited model before and after an edit.
     """
     skip = {name for moe in view.layers.values() for name in moe.parameter_names()}
-    digest = hashlib.sha256(type(view.model).__name__.encode())
+    state = hashlib.sha256(type(view.model).__name__.encode())
     for name, parameter in view.model.named_parameters():
-        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+        state.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
         if name in skip or parameter.is_meta:
             continue
         flat = parameter.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // _SAMPLES_PER_PARAMETER)]
-        digest.update(sample.float().cpu().numpy().tobytes())
-    return digest.hexdigest()
+        state.update(sample.float().cpu().numpy().tobytes())
+    return state.hexdigest()
 
 
 def statistics_folder(stats_dir: str | Path, model_name: str, fingerprint: str) -> Path:
@@ -116,5 +120,6 @@ def read_safetensors(path: Path, error: type[Exception], advice: str) -> tuple[d
     return tensors, metadata
 
 
-def _digest(value: Any) -> str:
+def digest(value: Any) -> str:
+    """SHA-256 of a value as JSON, in hexadecimal."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,6 +127,36 @@ def read_routing(moe: MoELayer, receive: Callable[[Routing], None]) -> Any:
     return moe.experts.module.register_forward_pre_hook(read, with_kwargs=True)
 
 
+def experts_on_some(moe: MoELayer, tokens: int, rows: Tensor) -> list[Any]:
+    """Hook handles under which packed experts compute only ``rows`` of their ``tokens`` inputs, and answer 0 elsewhere.
+
+    For tokens whose output nobody reads, such as padding. Where the experts are called otherwise (old ModuleLists, or
+    another number of inputs), nothing changes.
+    """
+    if isinstance(moe.experts, ModuleListExperts) or len(rows) == tokens:
+        return []
+    names = list(inspect.signature(moe.experts.module.forward).parameters)
+    pending: list[bool] = []
+
+    def pick(module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        given = [*args, *(kwargs[n] for n in names[len(args) :] if n in kwargs)][:3]
+        fits = all(isinstance(value, Tensor) and value.dim() == 2 and value.shape[0] == tokens for value in given)
+        pending.append(fits)
+        if not fits:
+            return None
+        few = [value[rows.to(value.device)] for value in given]
+        fewer = {n: few.pop() for n in reversed(names[len(args) : 3]) if n in kwargs}
+        return (*few, *args[3:]), kwargs | fewer
+
+    def widen(module: nn.Module, args: tuple, output: Any) -> Any:
+        if not pending.pop():
+            return None
+        return output.new_zeros(tokens, output.shape[-1]).index_copy(0, rows.to(output.device), output)
+
+    module = moe.experts.module
+    return [module.register_forward_pre_hook(pick, with_kwargs=True), module.register_forward_hook(widen)]
+
+
 def _checked_routing(moe: MoELayer, arguments: Sequence[Any]) -> Routing:
     """The first three arguments of an experts module as :class:`Routing`; LayoutError if they are anything else."""
     called = f"{moe.experts_name} was not called as experts(hidden, index, weights)"
@@ -204,6 +234,66 @@ def routed_keys(moe: MoELayer, routing: Routing, rows: Tensor) -> RoutedKeys:
     return RoutedKeys(expert, routing.gate[rows].float(), keys.float())
 
 
+@contextmanager
+def skipping_layers(view: MoELayerView, layer: int, hidden: Tensor, as_tuple: bool) -> Iterator[None]:
+    """Inside, layers below ``layer`` pass their input on and ``layer`` answers ``hidden``, without computing.
+
+    ``as_tuple`` says whether the model's layers return a tuple that starts with the hidden states.
+    """
+
+    def wrap(value: Tensor) -> Any:
+        return (value,) if as_tuple else value
+
+    def passing(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return wrap(hidden_states)
+
+    def answering(*args: Any, **kwargs: Any) -> Any:
+        return wrap(hidden)
+
+    changed = view.decoder_layers[: layer + 1]
+    saved = [module.__dict__.get("forward") for module in changed]
+    try:
+        for index, module in enumerate(changed):
+            module.forward = answering if index == layer else passing
+        yield
+    finally:
+        for module, forward in zip(changed, saved, strict=True):
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
+
+
+class LayerInputs:
+    """Inputs of some decoder layers for every batch of a capture, so that a later capture can start there.
+
+    Exact where layers hand on nothing but hidden states; see :func:`easyedit_moe.probe.starts_anywhere`.
+    """
+
+    def __init__(self, layers: Sequence[int]) -> None:
+        self.layers = [layer for layer in layers if layer > 0]
+        self._kept: dict[tuple[int, int], Tensor] = {}
+        self._as_tuple = False
+
+    def keep(self, view: MoELayerView, batch: int, handles: list[Any]) -> None:
+        """Register hooks that keep what the layers before ours put out in the forward of this batch."""
+
+        def keeper(layer: int) -> Callable[..., None]:
+            def read(module: nn.Module, args: tuple, output: Any) -> None:
+                self._as_tuple = not isinstance(output, Tensor)
+                self._kept[batch, layer] = layer_output(output)
+
+            return read
+
+        for layer in self.layers:
+            handles.append(view.decoder_layers[layer - 1].register_forward_hook(keeper(layer)))
+
+    def starting_at(self, view: MoELayerView, layer: int, batch: int) -> Any:
+        """A context in which the layers below ``layer`` do not run; nothing is spared where no input was kept."""
+        hidden = self._kept.get((batch, layer))
+        return nullcontext() if hidden is None else skipping_layers(view, layer - 1, hidden, self._as_tuple)
+
+
 def capture_facts(
     view: MoELayerView,
     sequences: Sequence[Sequence[int]],
@@ -212,11 +302,18 @@ def capture_facts(
     output_layers: Sequence[int],
     pad: int,
     batch_size: int = 64,
+    inputs: LayerInputs | None = None,
+    start: int | None = None,
 ) -> FactStates:
     """Routed keys and layer outputs at one position of each token sequence.
 
     The forward stops after the last layer named. Batches are formed by length, so results do not depend on the
     tokenizer's padding side, nor on the order of the sequences.
+
+    Args:
+        inputs: keeps the inputs of its layers; filled by an earlier call with the same sequences, it also spares the
+            layers below ``start``.
+        start: first layer to run; the layers below must not have changed since ``inputs`` were kept.
 
     Raises:
         RequestError: a position outside its sequence. LayoutError: experts that are called in an unknown way.
@@ -227,11 +324,16 @@ def capture_facts(
         raise RequestError(f"Positions {[positions[i] for i in outside]} lie outside their sequences {outside}.")
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     parts: list[FactStates] = []
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    for first in range(0, len(order), batch_size):
+        chosen = order[first : first + batch_size]
         batch = collate([sequences[i] for i in chosen], pad)
         where = torch.tensor([positions[i] for i in chosen])
-        parts.append(_capture_batch(view, batch, where, key_layers, output_layers))
+        with hooks() as handles, ExitStack() as stack:
+            if inputs is not None and start is not None:
+                stack.enter_context(inputs.starting_at(view, start, len(parts)))
+            if inputs is not None:
+                inputs.keep(view, len(parts), handles)
+            parts.append(_capture_batch(view, batch, where, key_layers, output_layers))
     back = torch.tensor(sorted(range(len(order)), key=order.__getitem__))
     keys = {layer: _rows(RoutedKeys.cat([p.keys[layer] for p in parts]), back) for layer in key_layers}
     outputs = {}

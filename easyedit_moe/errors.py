@@ -29,6 +29,14 @@ class LayoutError(EditingError, TypeError):
     """Experts whose storage this package does not know, so that it refuses to touch them."""
 
 
+def offloaded(name: str) -> LayoutError:
+    """The error for experts on the meta device, where accelerate leaves what it keeps elsewhere."""
+    return LayoutError(
+        f"{name}: the experts' weights are offloaded (on the meta device), so they can't be read or edited. Load the "
+        "model with every layer that is edited on a GPU or on the CPU; other layers may be offloaded."
+    )
+
+
 class QuantizedExpertsError(LayoutError):
     """Experts stored in a quantised format, which can't take a float update."""
 

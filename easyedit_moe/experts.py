@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from easyedit_moe.errors import LayoutError, QuantizedExpertsError
+from easyedit_moe.errors import LayoutError, QuantizedExpertsError, offloaded
 
 _QUANTIZED_MARKS = ("down_proj_blocks", "down_proj_scales", "down_proj_scale_inv", "down_proj_qweight")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -256,7 +256,4 @@ def _find_modulelist(module: nn.ModuleList, name: str, without_weights: bool) ->
 
 def _refuse_offloaded(parameter: nn.Parameter, name: str) -> None:
     if parameter.device.type == "meta":
-        raise LayoutError(
-            f"{name}: the experts' weights are offloaded (on the meta device), so they can't be read or edited. Load "
-            "the model with every layer on a GPU or on the CPU."
-        )
+        raise offloaded(name)

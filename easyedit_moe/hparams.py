@@ -157,13 +157,18 @@ class SolverHyperParams(MoEHyperParams):
     early_stop_loss: float = 0.05
     """A request whose target loss falls below stops, >= 0. As in MEMIT and AlphaEdit."""
     target_batch_size: int = 256
-    """Token sequences per forward while optimising targets, >= 1. Ours."""
+    """Token sequences per forward while optimising targets, >= 1; halved where memory runs out. Ours."""
+    target_cache_dir: str | None = None
+    """Folder in which target vectors are kept per request; None: they are found anew each time. Ours."""
     capture_batch_size: int = 64
     """Token sequences per forward while capturing keys, >= 1. Ours."""
     mom2_dataset: str = "wikipedia"
     """Statistics corpus: a file, "factworld" or a dataset name. Papers: Wikipedia."""
     mom2_n_samples: int = 100000
-    """Texts of the corpus to use, >= 1. Papers: 100 000."""
+    """Texts of the corpus to use at most, >= 1. Papers: 100 000."""
+    coverage_target: float | None = 8.0
+    """Statistics of a layer stop once each of its experts has this many times d_hidden tokens; None: after
+    ``mom2_n_samples`` texts whatever the coverage, as in the papers. Ours."""
     mom2_dtype: str = "float32"
     """Dtype of the sums: float32 or float64."""
     stats_dir: str = "./data/stats"
@@ -198,6 +203,8 @@ class SolverHyperParams(MoEHyperParams):
         )  # fmt: skip
         for name in ("v_lr", "clamp_norm_factor"):
             self._require(name, getattr(self, name) > 0, "greater than 0")
+        fine = self.coverage_target is None or self.coverage_target > 0
+        self._require("coverage_target", fine, "None or greater than 0")
         self._require_one_of(
             {
                 "fact_token": FACT_TOKENS, "metric": METRICS, "spread": SPREADS, "low_coverage": LOW_COVERAGE,

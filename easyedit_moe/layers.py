@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from torch import nn
 
-from easyedit_moe.errors import DenseModelError, LayerError, LayoutError
+from easyedit_moe.errors import DenseModelError, LayerError, LayoutError, offloaded
 from easyedit_moe.experts import Experts, ModuleListExperts, find_experts
 
 
@@ -45,19 +45,21 @@ class MoELayer:
 class MoELayerView:
     """All MoE layers of a model, found by walking its decoder.
 
+    Layers may lie on several devices, and those that are not edited may be offloaded.
+
     Args:
-        without_weights: accept a model on the meta device; its layers can be described, not read or edited.
+        without_weights: let :meth:`require` accept layers on the meta device, which can be described, not edited.
 
     Raises:
         DenseModelError: no MoE layer at all. LayoutError, QuantizedExpertsError: experts that can't be edited.
     """
 
     def __init__(self, model: nn.Module, without_weights: bool = False) -> None:
-        self.model = model
+        self.model, self.without_weights = model, without_weights
         self.decoder_layers, self.stack_name = _decoder_stack(model)
         self.layers: dict[int, MoELayer] = {}
         for index, layer in enumerate(self.decoder_layers):
-            found = _experts_of_layer(model, layer, f"{self.stack_name}.{index}", index, without_weights)
+            found = _experts_of_layer(model, layer, f"{self.stack_name}.{index}", index, True)
             if found is not None:
                 self.layers[index] = found
         if not self.layers:
@@ -76,7 +78,7 @@ class MoELayerView:
         """The MoE layers with these indices.
 
         Raises:
-            LayerError: empty, not strictly increasing, out of range or dense.
+            LayerError: empty, not strictly increasing, out of range or dense. LayoutError: offloaded weights.
         """
         if not layers:
             raise LayerError("layers is empty; name at least one MoE layer.")
@@ -90,7 +92,11 @@ class MoELayerView:
         dense = [i for i in layers if i not in self.layers]
         if dense:
             raise LayerError(f"layers {dense} are dense; the MoE layers of this model are {sorted(self.layers)}.")
-        return [self.layers[i] for i in layers]
+        chosen = [self.layers[i] for i in layers]
+        for moe in chosen if not self.without_weights else []:
+            if any(parameter.is_meta for _, parameter in moe.experts.parameters()):
+                raise offloaded(moe.experts_name)
+        return chosen
 
 
 def _refuse_unknown_experts(stack_name: str, layers: nn.ModuleList) -> None:

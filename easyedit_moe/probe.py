@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from easyedit_moe.capture import (
+    LayerInputs,
     Routing,
     block_output,
+    capture_facts,
     hooks,
     inference_mode_of,
     layer_output,
@@ -139,3 +141,15 @@ def residual_gain(view: MoELayerView, index: int, ids: Sequence[int], pad: int) 
             "so a residual at the layer's output can't be handed to the experts. This architecture is not supported."
         )
     return 1.0 if abs(gain - 1) < 0.01 else gain
+
+
+def starts_anywhere(view: MoELayerView, layers: Sequence[int], ids: Sequence[int], pad: int) -> bool:
+    """Whether a forward that starts at any of ``layers`` from its kept input ends as one from the first layer does."""
+    last = layers[-1]
+    inputs = LayerInputs(layers)
+    whole = capture_facts(view, [ids], [len(ids) - 1], [], [last], pad, inputs=inputs).outputs[last]
+    for layer in layers:
+        part = capture_facts(view, [ids], [len(ids) - 1], [], [last], pad, inputs=inputs, start=layer).outputs[last]
+        if not bool((part - whole).abs().max() <= 1e-6 * whole.abs().max()):
+            return False
+    return True

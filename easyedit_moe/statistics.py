@@ -1,7 +1,12 @@
-"""Statistics of the critical layers: from the cache where they are there, collected in one pass where not."""
+"""Statistics of the critical layers: from the cache where they are there, collected in one pass where not.
+
+An interrupted run goes on where it was. On several GPUs, or processes, the texts are shared between them:
+``torchrun --nproc-per-node 8 -m easyedit_moe.statistics Global/qwen3-30b-a3b`` fills the cache for later edits.
+"""
 
 from __future__ import annotations
 
+import argparse
 import logging
 import warnings
 from collections.abc import Sequence
@@ -9,15 +14,21 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from easyedit_moe.cache import StatisticsKey, load_moments, save_moments, statistics_folder
+from easyedit_moe.cache import StatisticsKey, load_moments, model_fingerprint, save_moments, statistics_folder
+from easyedit_moe.checkpoint import MomentsCheckpoint
 from easyedit_moe.corpus import corpus_hash, load_texts
-from easyedit_moe.errors import CoverageWarning
-from easyedit_moe.hparams import SolverHyperParams
+from easyedit_moe.distributed import least_over_processes, process_group, rank_and_size
+from easyedit_moe.errors import CoverageWarning, HyperParamsError
+from easyedit_moe.hparams import SolverHyperParams, load_hyperparams
 from easyedit_moe.layers import MoELayer, MoELayerView
+from easyedit_moe.loading import load_model
 from easyedit_moe.moments import LayerMoments, collect_moments
 from easyedit_moe.tokens import encode_text
 
 logger = logging.getLogger(__name__)
+
+CHECKPOINT_SECONDS = 60.0
+"""Least time between two writes of the sums of a run that is under way."""
 
 
 def layer_statistics(
@@ -30,6 +41,8 @@ def layer_statistics(
 ) -> dict[int, LayerMoments]:
     """Moments of ``layers`` on ``hparams.mom2_dataset``, cached under ``hparams.stats_dir``.
 
+    Where torch.distributed was initialised, all of its processes must call this, and all return the same.
+
     Warns :class:`CoverageWarning` about experts that too few tokens reached.
 
     Raises:
@@ -41,20 +54,44 @@ def layer_statistics(
     tokens = corpus_hash([str(encode_text(tok, text)) for text in texts[:8]])
     folder = statistics_folder(hparams.stats_dir, hparams.model_name, fingerprint)
     keys = {
-        layer: StatisticsKey(fingerprint, layer, corpus, tokens, len(texts), hparams.max_length, hparams.mom2_dtype)
+        layer: StatisticsKey(
+            fingerprint,
+            layer,
+            corpus,
+            tokens,
+            len(texts),
+            hparams.max_length,
+            hparams.mom2_dtype,
+            hparams.coverage_target,
+        )
         for layer in layers
     }
+    # What is missing on one process is collected by all.
+    there = {layer: bool(least_over_processes(int((folder / key.file_name()).exists()))) for layer, key in keys.items()}
     moments = {
         layer: _on_device_of(view.layers[layer], load_moments(folder / key.file_name(), key))
         for layer, key in keys.items()
-        if (folder / key.file_name()).exists()
+        if there[layer]
     }
-    missing = [layer for layer in layers if layer not in moments]
+    missing = [layer for layer in layers if not there[layer]]
     if missing:
-        dtype = getattr(torch, hparams.mom2_dtype)
-        collected = collect_moments(view, tok, texts, missing, hparams.max_length, dtype, progress=progress)
-        for layer, value in collected.items():
-            save_moments(folder / keys[layer].file_name(), keys[layer], value)
+        checkpoint = MomentsCheckpoint(folder, {layer: keys[layer] for layer in missing}, CHECKPOINT_SECONDS)
+        collected = collect_moments(
+            view,
+            tok,
+            texts,
+            missing,
+            hparams.max_length,
+            getattr(torch, hparams.mom2_dtype),
+            progress=progress and rank_and_size()[0] == 0,
+            coverage_target=hparams.coverage_target,
+            checkpoint=checkpoint,
+        )
+        if rank_and_size()[0] == 0:
+            for layer, value in collected.items():
+                save_moments(folder / keys[layer].file_name(), keys[layer], value)
+        least_over_processes(0)  # no process goes on before the files are there
+        checkpoint.remove()
         moments.update(collected)
     _report_coverage(moments, hparams)
     return {layer: moments[layer] for layer in layers}
@@ -82,3 +119,25 @@ def _report_coverage(moments: dict[int, LayerMoments], hparams: SolverHyperParam
                 CoverageWarning,
                 stacklevel=3,
             )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Collect the statistics of an hparams file, alone or as one process of ``torchrun``."""
+    parser = argparse.ArgumentParser(prog="python -m easyedit_moe.statistics", description=__doc__)
+    parser.add_argument("hparams", help="YAML file, or a name that ships with the package such as MoTE/factworld")
+    parser.add_argument("--stats-dir", help="folder of cached statistics, instead of the file's")
+    options = parser.parse_args(arguments)
+    hparams = load_hyperparams(options.hparams, **({"stats_dir": options.stats_dir} if options.stats_dir else {}))
+    if not isinstance(hparams, SolverHyperParams):
+        raise HyperParamsError(f"{hparams.alg_name} needs no statistics.")
+    with process_group() as local_rank:
+        on_gpus = torch.device(hparams.device).type == "cuda" if isinstance(hparams.device, str) else True
+        device = f"cuda:{local_rank}" if on_gpus and local_rank is not None else hparams.device
+        model, tok = load_model(hparams.model_name, hparams.dtype, device, hparams.model_parallel)
+        view = MoELayerView(model)
+        view.require(hparams.layers)
+        layer_statistics(view, tok, hparams, hparams.layers, model_fingerprint(view))
+
+
+if __name__ == "__main__":
+    main()

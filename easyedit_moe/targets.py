@@ -10,33 +10,25 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from easyedit_moe.capture import (
-    frozen_parameters,
-    hooks,
-    inference_mode_of,
-    layer_output,
-    model_device,
-    replace_layer_output,
-)
+from easyedit_moe.capture import frozen_parameters, inference_mode_of
 from easyedit_moe.errors import EditingWarning, RequestError, TargetNotReachedWarning, not_finite
 from easyedit_moe.layers import MoELayerView
 from easyedit_moe.requests import EditRequest
-from easyedit_moe.scoring import score_only
-from easyedit_moe.tokens import Batch, collate, encode_prompt, encode_target, pad_id
+from easyedit_moe.tokens import encode_prompt, encode_target, pad_id
+from easyedit_moe.upper_layers import ShiftedSequence, UpperLayers
 
 logger = logging.getLogger(__name__)
 
 KL_PROMPT = "{} is a"
+_FEW = 32
 
 
 @dataclass(frozen=True)
@@ -148,25 +140,91 @@ def compute_targets(
     Raises:
         RequestError: a subject not in its prompt, or a prompt too long. NumericalError: a loss that is not finite.
     """
+    targets = find_targets(view, tok, requests, layer, prefixes, settings, progress)
+    warn_missed(requests, targets)
+    return targets
+
+
+def find_targets(
+    view: MoELayerView,
+    tok: PreTrainedTokenizerBase,
+    requests: Sequence[EditRequest],
+    layer: int,
+    prefixes: Sequence[str],
+    settings: TargetSettings,
+    progress: bool = True,
+    receive: Callable[[Sequence[int], TargetVectors], None] | None = None,
+) -> TargetVectors:
+    """:func:`compute_targets` without a warning about missed targets; hands each chunk to ``receive`` when it is done.
+
+    ``receive`` gets the numbers of the chunk's requests and their targets.
+    """
     groups = [_rows_of(tok, t, request, prefixes, settings.fact_token) for t, request in enumerate(requests)]
     check_lengths(view, [len(row.ids) for rows in groups for row in rows])
-    per_request = len(groups[0])
-    order = sorted(range(len(groups)), key=lambda t: len(groups[t][0].ids))
-    chunk = max(1, settings.batch_size // per_request)
     results: dict[int, tuple] = {}
-    starts = range(0, len(order), chunk)
-    bar = tqdm(total=len(starts) * settings.steps, desc="targets", unit="step", disable=not progress, leave=False)
+    bar = tqdm(total=len(groups), desc="targets", unit="request", disable=not progress, leave=False)
     with inference_mode_of(view.model), frozen_parameters(view.model), bar:
-        for number, start in enumerate(starts, 1):
-            chosen = order[start : start + chunk]
-            problem = _Problem(view, pad_id(tok), layer, [groups[t] for t in chosen], settings)
-            solved = problem.solve(lambda: bar.update())
-            bar.update(number * settings.steps - bar.n)
+        waiting = sorted(range(len(groups)), key=lambda t: _lengths(groups[t]))
+        limit = settings.batch_size
+        while waiting:
+            size = _next_chunk([groups[t] for t in waiting], limit)
+            chosen = waiting[:size]
+            solved = _solve_or_none(view, pad_id(tok), layer, [groups[t] for t in chosen], settings, bar)
+            if solved is None:
+                limit = sum(len(groups[t]) for t in chosen) // 2
+                logger.warning("Memory ran out; going on with at most %d token sequences in one forward.", limit)
+                continue
             results.update({t: tuple(value[i] for value in solved) for i, t in enumerate(chosen)})
+            if receive is not None:
+                receive(chosen, TargetVectors(*solved[:5]))
+            waiting = waiting[size:]
     stacked = [torch.stack([results[t][k] for t in range(len(requests))]) for k in range(6)]
-    targets = TargetVectors(*stacked[:5])
-    _warn(requests, targets, already=stacked[5])
-    return targets
+    _warn_known(requests, known=stacked[5])
+    return TargetVectors(*stacked[:5])
+
+
+def _lengths(rows: list[_Row]) -> tuple[int, int]:
+    """What a request costs: tokens from the fact token on, which every step computes, and tokens before."""
+    return max(len(row.ids) - row.fact for row in rows), max(row.fact for row in rows)
+
+
+def _next_chunk(groups: Sequence[list[_Row]], limit: int) -> int:
+    """How many of the waiting requests, sorted by length, go into one forward of at most ``limit`` sequences.
+
+    A chunk that is large enough to keep a device busy also ends where padding would make up more than a fifth of it.
+    """
+    count, sequences, tokens = 0, 0, 0
+    for rows in groups:
+        more, longest = len(rows), _lengths(rows)[0]
+        if count and sequences + more > limit:
+            break
+        padded = (sequences + more) * longest
+        if sequences >= max(limit // 4, _FEW) and padded > 1.25 * (tokens + more * longest):
+            break
+        count, sequences, tokens = count + 1, sequences + more, tokens + more * longest
+    return count
+
+
+def _solve_or_none(
+    view: MoELayerView, pad: int, layer: int, groups: Sequence[list[_Row]], settings: TargetSettings, bar: tqdm
+) -> tuple[Tensor, ...] | None:
+    """The solution of one chunk; None where memory does not suffice and the chunk can be halved."""
+    start = bar.n
+    try:
+        solved = _Problem(view, pad, layer, groups, settings).solve(
+            lambda going: bar.update(start + len(groups) - going - bar.n)
+        )
+    except torch.OutOfMemoryError:
+        if len(groups) == 1:
+            raise
+        bar.update(start - bar.n)
+    else:
+        bar.update(start + len(groups) - bar.n)
+        return solved
+    # Here and not in the handler: the exception would keep the failed attempt's tensors alive.
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
 
 
 def _rows_of(
@@ -179,19 +237,24 @@ def _rows_of(
         predict = tuple(range(end - 1, end - 1 + len(target)))
         rows.append(_Row(owner, context.ids + tuple(target[:-1]), context.fact, predict, tuple(target), bare=not rows))
     kl = encode_prompt(tok, KL_PROMPT.format(request.subject), request.subject, fact_token)
-    rows.append(_Row(owner, kl.ids, kl.fact, (kl.fact,), (), bare=False))
+    # Tokens behind the fact token can't change what it predicts.
+    rows.append(_Row(owner, kl.ids[: kl.fact + 1], kl.fact, (kl.fact,), (), bare=False))
     return rows
 
 
-def _warn(requests: Sequence[EditRequest], targets: TargetVectors, already: Tensor) -> None:
-    known = [i for i, flag in enumerate(already.tolist()) if flag]
-    if known:
+def _warn_known(requests: Sequence[EditRequest], known: Tensor) -> None:
+    already = [i for i, flag in enumerate(known.tolist()) if flag]
+    if already:
         warnings.warn(
-            f"{len(known)} of {len(requests)} targets already are the model's answer, the first for "
-            f"{requests[known[0]].prompt!r} -> {requests[known[0]].target_new!r}.",
+            f"{len(already)} of {len(requests)} targets already are the model's answer, the first for "
+            f"{requests[already[0]].prompt!r} -> {requests[already[0]].target_new!r}.",
             EditingWarning,
             stacklevel=3,
         )
+
+
+def warn_missed(requests: Sequence[EditRequest], targets: TargetVectors) -> None:
+    """Warn :class:`TargetNotReachedWarning` about the targets that are not the most likely answer."""
     missed = [i for i, flag in enumerate(targets.reached.tolist()) if not flag]
     if missed:
         worst = max(missed, key=lambda i: float(targets.final_nll[i]))
@@ -210,53 +273,52 @@ class _Problem:
     def __init__(
         self, view: MoELayerView, pad: int, layer: int, groups: Sequence[list[_Row]], settings: TargetSettings
     ) -> None:
-        self.view, self.layer, self.settings = view, layer, settings
-        self.count = len(groups)
+        self.settings, self.count = settings, len(groups)
         self.rows = [row for group in groups for row in group]
         self.owner = torch.tensor([i for i, group in enumerate(groups) for _ in group])
-        self.batch = collate([row.ids for row in self.rows], pad, str(model_device(view.model)))
-        self.facts = torch.tensor([row.fact for row in self.rows])
-        self.is_kl = torch.tensor([not row.labels for row in self.rows])
-        self.is_bare = torch.tensor([row.bare for row in self.rows])
-        width = max(len(row.predict) for row in self.rows)
-        self.predict = torch.zeros(len(self.rows), width, dtype=torch.long)
-        self.labels = torch.full((len(self.rows), width), -100)
-        for i, row in enumerate(self.rows):
-            self.predict[i, : len(row.predict)] = torch.tensor(row.predict)
-            self.labels[i, : len(row.labels)] = torch.tensor(row.labels, dtype=torch.long)
+        sequences = [ShiftedSequence(row.ids, row.fact, row.predict) for row in self.rows]
+        self.upper = UpperLayers(view, layer, pad, sequences)
 
-    def solve(self, on_step: Callable[[], object]) -> tuple[Tensor, ...]:
+    def solve(self, on_step: Callable[[int], object]) -> tuple[Tensor, ...]:
         """delta, initial NLL, final NLL, reached, steps, already known: one row per request."""
-        everything = torch.arange(len(self.rows))
-        hidden, plain_logits = self._lower_half()
-        bare = torch.nonzero(self.is_bare).squeeze(1)
-        norms = hidden[bare, self.facts[bare]].float().norm(dim=1)
-        delta = torch.zeros(self.count, hidden.shape[-1], device=hidden.device)
+        bare = torch.tensor([i for i, row in enumerate(self.rows) if row.bare])
+        device = self.upper.states.device
+        norms = self.upper.states[bare.to(device)].norm(dim=1)
+        delta = torch.zeros(self.count, self.upper.states.shape[1], device=device)
         first, second = torch.zeros_like(delta), torch.zeros_like(delta)
-        reference = plain_logits[self.is_kl, 0].log_softmax(-1)
-        nll0, reached0 = self._nll(plain_logits, everything)
-        self._use_shortcut = self._shortcut_is_exact(hidden, plain_logits)
-        nll, reached = nll0.clone(), reached0.clone()
+        nll, reached = torch.zeros(self.count), torch.zeros(self.count, dtype=torch.bool)
         steps = torch.zeros(self.count, dtype=torch.long)
-        active = torch.arange(self.count)
+        active, kept = torch.arange(self.count), torch.arange(len(self.rows))
+        self.reference: Tensor | None = None
         for step in range(self.settings.steps + 1):
-            rows = torch.nonzero(torch.isin(self.owner, active)).squeeze(1)
-            shift = delta[active].detach().requires_grad_(True)
+            scoring = _Scoring([self.rows[i] for i in kept.tolist()], self.owner[kept], active)
+            at = active.to(device)
+            shift = delta[at].detach().requires_grad_(True)
             with torch.enable_grad():
-                loss, row_nll, row_reached = self._loss(hidden, rows, active, shift, reference, norms)
-                nll[active], reached[active] = row_nll, row_reached
+                loss, nll[active], reached[active] = self._loss(scoring, shift, norms[at])
+                if step == 0:
+                    nll0, reached0 = nll.clone(), reached.clone()
                 if not torch.isfinite(loss).all():
                     raise not_finite("The loss of a target vector is NaN or infinite")
                 going = loss.detach().cpu() >= self.settings.early_stop_loss
                 if step == self.settings.steps or not going.any():
                     break
                 (grad,) = torch.autograd.grad(loss.sum(), shift)
-            active, grad = active[going], grad[going.to(grad.device)]
+            if not going.all():
+                grad = grad[going.to(device)]
+                active, kept = active[going], self._keep(kept, active[going], going)
             steps[active] += 1
             self._adam(delta, first, second, active, grad, step + 1)
             self._clamp(delta, active, norms)
-            on_step()
+            on_step(len(active))
         return delta.cpu(), nll0, nll, reached, steps, reached0
+
+    def _keep(self, kept: Tensor, active: Tensor, going: Tensor) -> Tensor:
+        """Rows of the requests that are still active; the others leave the forward."""
+        staying = torch.isin(self.owner[kept], active)
+        self.upper.select(torch.nonzero(staying).squeeze(1))
+        self.reference = self.reference[going.to(self.reference.device)]
+        return kept[staying]
 
     def _adam(self, delta: Tensor, first: Tensor, second: Tensor, active: Tensor, grad: Tensor, step: int) -> None:
         """Adam with torch's defaults on the rows that are still active; elementwise, so equal to one at a time."""
@@ -272,110 +334,56 @@ class _Problem:
         length = delta[rows].norm(dim=1)
         delta[rows] *= torch.minimum(limit / length.clamp_min(1e-30), torch.ones_like(length))[:, None]
 
-    def _loss(
-        self, hidden: Tensor, rows: Tensor, active: Tensor, shift: Tensor, reference: Tensor, norms: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _loss(self, scoring: _Scoring, shift: Tensor, norms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Loss per active request, and its NLL and whether the target is reached."""
-        slot = torch.empty(self.count, dtype=torch.long)
-        slot[active] = torch.arange(len(active))
-        logits = self._logits(hidden, rows, shift[slot[self.owner[rows]].to(shift.device)])
-        nll, reached = self._nll(logits, rows)
-        kl_rows = self.is_kl[rows]
-        logp = logits[kl_rows.to(logits.device), 0].log_softmax(-1)
-        wanted = reference[active.to(reference.device)]
-        kl = (logp.exp() * (logp - wanted)).sum(-1)
-        kl = kl.new_zeros(len(active)).index_copy(0, slot[self.owner[rows][kl_rows]].to(kl.device), kl)
-        decay = shift.norm(dim=1) / norms[active.to(norms.device)] ** 2
+        logits = self.upper.logits(shift[scoring.slot.to(shift.device)])
+        nll, reached = scoring.nll(logits)
+        logp = logits[scoring.kl.to(logits.device)].log_softmax(-1)
+        if self.reference is None:
+            self.reference = logp.detach()  # nothing is shifted yet
+        kl = (logp.exp() * (logp - self.reference)).sum(-1)
+        decay = shift.norm(dim=1) / norms**2
         settings = self.settings
-        loss = nll.to(kl.device) + settings.kl_factor * kl + settings.weight_decay * decay.to(kl.device)
+        loss = nll + settings.kl_factor * kl + settings.weight_decay * decay.to(kl.device)
         return loss, nll.detach().cpu(), reached
 
-    def _nll(self, logits: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+
+class _Scoring:
+    """Which request each scored token of the active requests belongs to, and what it should be.
+
+    Attributes:
+        slot: per row, the place of its request among the active ones.
+        kl: per active request, the token whose prediction should stay.
+    """
+
+    def __init__(self, rows: Sequence[_Row], owner: Tensor, active: Tensor) -> None:
+        place = {t: i for i, t in enumerate(active.tolist())}
+        slots = [place[t] for t in owner.tolist()]
+        self.slot, self.count = torch.tensor(slots), len(active)
+        contexts = [0] * self.count
+        for row, slot in zip(rows, slots, strict=True):
+            contexts[slot] += bool(row.labels)
+        kl = [0] * self.count
+        asked: list[tuple[int, int, int, float, bool]] = []
+        token = 0
+        for row, slot in zip(rows, slots, strict=True):
+            if not row.labels:
+                kl[slot] = token
+            weight = 1 / (contexts[slot] * max(1, len(row.labels)))
+            asked += [(token + i, slot, label, weight, row.bare) for i, label in enumerate(row.labels)]
+            token += len(row.predict)
+        self.kl = torch.tensor(kl)
+        columns = list(zip(*asked, strict=True))
+        self.token, self.owner, self.label = (torch.tensor(column) for column in columns[:3])
+        self.weight, self.bare = torch.tensor(columns[3]), torch.tensor(columns[4])
+
+    def nll(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Mean over contexts of the mean NLL per target token ``[active]``, and ``[active]`` whether it is reached."""
-        labels = self.labels[rows].to(logits.device)
-        losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
-        real = labels != -100
-        per_row = losses.sum(1) / real.sum(1).clamp_min(1)
-        owners, inverse = torch.unique(self.owner[rows], return_inverse=True)
-        asked = ~self.is_kl[rows]
-        where = inverse[asked].to(logits.device)
-        total = per_row.new_zeros(len(owners)).index_add(0, where, per_row[asked.to(logits.device)])
-        number = torch.bincount(inverse[asked], minlength=len(owners)).to(total.device)
-        hit = ((logits.argmax(-1) == labels) | ~real).all(1).cpu()
-        nll = total / number
-        return (nll if nll.requires_grad else nll.cpu()), hit[self.is_bare[rows]]
-
-    def _lower_half(self) -> tuple[Tensor, Tensor]:
-        """Output of ``layer`` for all rows ``[R, S, d]``, and the logits of a plain forward."""
-        caught: list[Tensor] = []
-        with hooks() as handles:
-            module = self.view.decoder_layers[self.layer]
-            handles.append(module.register_forward_hook(lambda _, __, out: caught.append(out)))
-            logits = self._forward(self.batch, self.predict)
-        self._as_tuple = not isinstance(caught[0], Tensor)
-        return layer_output(caught[0]), logits
-
-    def _shortcut_is_exact(self, hidden: Tensor, plain_logits: Tensor) -> bool:
-        """Whether skipping the layers up to ``layer`` reproduces the plain logits, so that the shortcut may be used."""
-        few = torch.arange(min(4, len(self.rows)))
-        with self._skip_lower_layers(hidden[few]):
-            logits = self._forward(self._select(few), self.predict[few])
-        expected = plain_logits[few]
-        tolerance = 1e-4 if expected.dtype == torch.float32 and hidden.dtype == torch.float32 else 0.02
-        exact = bool((logits - expected).abs().max() <= tolerance * expected.abs().max().clamp_min(1.0))
-        if not exact:
-            logger.info("The layers above %d depend on more than its output; every step runs all layers.", self.layer)
-        return exact
-
-    @contextmanager
-    def _skip_lower_layers(self, hidden: Tensor) -> Iterator[None]:
-        """Inside, layers below ``layer`` pass their input on and ``layer`` answers ``hidden``, without computing."""
-
-        def wrap(value: Tensor) -> Any:
-            return (value,) if self._as_tuple else value
-
-        def passing(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            return wrap(hidden_states)
-
-        def answering(*args: Any, **kwargs: Any) -> Any:
-            return wrap(hidden)
-
-        changed = self.view.decoder_layers[: self.layer + 1]
-        saved = [module.__dict__.get("forward") for module in changed]
-        try:
-            for index, module in enumerate(changed):
-                module.forward = answering if index == self.layer else passing
-            yield
-        finally:
-            for module, forward in zip(changed, saved, strict=True):
-                if forward is None:
-                    del module.forward
-                else:
-                    module.forward = forward
-
-    def _logits(self, hidden: Tensor, rows: Tensor, shift: Tensor) -> Tensor:
-        """Logits at the scored positions with each row's shift added at its fact token, ``[rows, M, V]`` float32."""
-        facts, place = self.facts[rows].to(hidden.device), torch.arange(len(rows), device=hidden.device)
-        if self._use_shortcut:
-            base = hidden[rows.to(hidden.device)]
-            moved = base.index_put((place, facts), shift.to(base.dtype), accumulate=True)
-            with self._skip_lower_layers(moved):
-                return self._forward(self._select(rows), self.predict[rows])
-
-        def add(module: nn.Module, args: tuple, output: Any) -> Any:
-            out = layer_output(output)
-            return replace_layer_output(output, out.index_put((place, facts), shift.to(out.dtype), accumulate=True))
-
-        with hooks() as handles:
-            handles.append(self.view.decoder_layers[self.layer].register_forward_hook(add))
-            return self._forward(self._select(rows), self.predict[rows])
-
-    def _select(self, rows: Tensor) -> Batch:
-        rows = rows.to(self.batch.ids.device)
-        return Batch(self.batch.ids[rows], self.batch.mask[rows], self.batch.lengths[rows])
-
-    def _forward(self, batch: Batch, predict: Tensor) -> Tensor:
-        with hooks() as handles:
-            handles.append(score_only(self.view.model, predict))
-            output = self.view.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
-        return output.logits.float()
+        device = logits.device
+        asked, label, owner = logits[self.token.to(device)], self.label.to(device), self.owner.to(device)
+        losses = nn.functional.cross_entropy(asked, label, reduction="none") * self.weight.to(device)
+        nll = losses.new_zeros(self.count).index_add(0, owner, losses)
+        missed = (asked.argmax(-1) != label).cpu() & self.bare
+        reached = torch.ones(self.count, dtype=torch.bool)
+        reached[self.owner[missed]] = False
+        return nll, reached

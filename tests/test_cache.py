@@ -28,7 +28,7 @@ from easyedit_moe.layers import MoELayerView
 from easyedit_moe.moments import LayerMoments, collect_moments
 from easyedit_moe.statistics import layer_statistics
 
-KEY = StatisticsKey("f" * 64, 3, "c" * 64, "t" * 64, 100, 64, "float32")
+KEY = StatisticsKey("f" * 64, 3, "c" * 64, "t" * 64, 100, 64, "float32", 8.0)
 
 
 def some_moments(dtype: torch.dtype = torch.float32) -> LayerMoments:
@@ -67,6 +67,7 @@ OTHER = {
     "n_samples": 99,
     "max_length": 65,
     "dtype": "float64",
+    "coverage": None,
 }
 
 

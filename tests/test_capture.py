@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from easyedit_moe.capture import (
     FactStates,
+    LayerInputs,
     Routing,
     capture_facts,
     frozen_parameters,
@@ -412,3 +413,40 @@ def test_inference_mode_of() -> None:
         use()
     assert torch.is_grad_enabled()
     assert_same_state(before, state_of(model))
+
+
+# ---------------------------------------------------------------- starting above layers that did not change
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_capture_from_kept_inputs_is_a_whole_one(family: str) -> None:
+    model = tiny_model(family)
+    view = MoELayerView(model)
+    calls: list[int] = []
+    for index, layer in enumerate(view.decoder_layers):
+        norm = next(m for n, m in layer.named_modules() if n.endswith("layernorm"))
+        norm.register_forward_hook(lambda *_, i=index: calls.append(i))
+    inputs = LayerInputs([1, 2])
+
+    def facts(**options: object) -> FactStates:
+        return capture_facts(view, SEQUENCES, POSITIONS, [2], [2], 0, 3, **options)
+
+    facts(inputs=inputs)
+    for start in (1, 2):
+        with torch.no_grad():
+            for expert in range(3):
+                view.layers[start].experts.read(expert).mul_(1.5)
+        whole = facts()
+        calls.clear()
+        part = facts(inputs=inputs, start=start)
+        assert set(calls) == set(range(start, 3))
+        assert torch.equal(part.outputs[2], whole.outputs[2])
+        for name in ("expert", "gate", "key"):
+            assert torch.equal(getattr(part.keys[2], name), getattr(whole.keys[2], name))
+
+
+def test_a_capture_from_the_first_layer_needs_no_inputs() -> None:
+    view = MoELayerView(shared_model())
+    whole = capture_facts(view, SEQUENCES, POSITIONS, [0], [1], 0)
+    again = capture_facts(view, SEQUENCES, POSITIONS, [0], [1], 0, inputs=LayerInputs([0, 1]), start=0)
+    assert torch.equal(whole.outputs[1], again.outputs[1])

@@ -7,6 +7,7 @@ import torch
 from tiny import CASES, TEXTS, assert_same_state, reference_key, shared_model, state_of, tiny_model, tiny_tokenizer
 from torch import Tensor, nn
 
+from easyedit_moe import moments
 from easyedit_moe.capture import layer_output
 from easyedit_moe.errors import DataError, LayerError, NumericalError
 from easyedit_moe.layers import MoELayerView
@@ -183,11 +184,11 @@ def test_sums_that_overflow() -> None:
 def test_coverage() -> None:
     counts = torch.tensor([0, 5, 3, 4, 9])
     keys = torch.stack([float(n) * torch.eye(4) for n in range(5)])
-    moments = LayerMoments(keys, counts, torch.eye(2), 7)
-    coverage = moments.coverage()
+    found = LayerMoments(keys, counts, torch.eye(2), 7)
+    coverage = found.coverage()
     assert (coverage.minimum, coverage.median, coverage.thin, coverage.d_hidden) == (0, 4.0, [0, 2], 4)
     wanted = (5 * 1 + 3 * 2 + 4 * 3 + 9 * 4) / 21 * torch.eye(4, dtype=torch.float64)
-    torch.testing.assert_close(moments.pooled(), wanted)
+    torch.testing.assert_close(found.pooled(), wanted)
     unused = LayerMoments(torch.zeros(2, 4, 4), torch.zeros(2, dtype=torch.int64), torch.eye(2), 0)
     assert torch.equal(unused.pooled(), torch.zeros(4, 4, dtype=torch.float64))
 
@@ -219,3 +220,154 @@ def test_empty_texts_are_passed_over() -> None:
     found, wanted = collect(model, [1], ["", *TEXTS, ""])[1], collect(model, [1])[1]
     assert found.num_tokens == wanted.num_tokens
     close(found.keys, wanted.keys)
+
+
+# ---------------------------------------------------------------- keys as the experts compute them
+
+
+def count_recomputed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    calls: list[int] = []
+    plain = moments.sorted_keys
+    monkeypatch.setattr(moments, "sorted_keys", lambda moe, routing: calls.append(1) or plain(moe, routing))
+    return calls
+
+
+GATED_IN_ONE_PLACE = [(f, "grouped_mm") for f in ("qwen3_moe", "gpt_oss", "nemotron_h")] + [("gpt_oss", "eager")]
+
+
+@pytest.mark.parametrize(("family", "how"), GATED_IN_ONE_PLACE)
+def test_no_key_is_computed_twice(family: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = count_recomputed(monkeypatch)
+    model = shared_model(family, how)
+    layer = min(index for index in MoELayerView(model).layers if index > 0)
+    Reference(model, layer).check(collect(model, [layer], batch_size=3)[layer])
+    assert not calls
+
+
+def test_an_implementation_in_another_order_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = count_recomputed(monkeypatch)
+    model = tiny_model(implementation="batched_mm")
+    Reference(model, 1).check(collect(model, [1], batch_size=3)[1])
+    assert len(calls) == 3
+
+
+def test_slots_with_a_zero_gate_do_not_count() -> None:
+    model = tiny_model()
+    plain = collect(model, [1])[1]
+    experts = model.model.layers[1].mlp.experts
+    experts.register_forward_pre_hook(lambda _, args: (args[0], args[1], args[2] * (args[1] != 2)))
+    found = collect(model, [1])[1]
+    assert plain.counts[2] > 0
+    assert found.counts[2] == 0
+    assert torch.equal(found.keys[2], torch.zeros(24, 24))
+    kept = [j for j in range(8) if j != 2]
+    assert torch.equal(found.counts[kept], plain.counts[kept])
+    close(found.keys[kept], plain.keys[kept])
+
+
+def test_no_expert_computes_padding() -> None:
+    model, seen = tiny_model(), []
+    for layer in (0, 1):
+        experts = model.model.layers[layer].mlp.experts
+        plain = type(experts).forward
+        experts.forward = lambda *a, _plain=plain, _self=experts: seen.append(len(a[0])) or _plain(_self, *a)
+    tokens = sum(len(encode_text(TOK, text)) for text in TEXTS)
+    assert collect(model, [1])[1].num_tokens == tokens
+    assert seen == [tokens, tokens]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_grams_of_groups(dtype: torch.dtype) -> None:
+    rows, counts = torch.randn(17, 5), [4, 0, 9, 1, 3]
+    sums = torch.randn(5, 5, 5, dtype=dtype)
+    wanted = sums.clone()
+    for j, group in enumerate(rows.to(dtype).split(counts)):
+        wanted[j] += group.T @ group
+    padded = moments.pad_groups(rows.to(dtype), counts)
+    close(sums + padded.transpose(1, 2) @ padded, wanted)
+    moments.add_grams(sums, rows, counts)
+    close(sums, wanted)
+
+
+# ---------------------------------------------------------------- shards, coverage, resuming
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """72 texts in shards of 3 and rounds of 6."""
+    monkeypatch.setattr(moments, "SHARD_CHARACTERS", 120)
+    monkeypatch.setattr(moments, "ROUND_SHARDS", 2)
+    return TEXTS * 9
+
+
+def test_shards_hold_all_texts_in_order(small_shards: list[str]) -> None:
+    shards = moments._shards(small_shards, 512)
+    assert [text for shard in shards for text in shard] == small_shards
+    assert len(shards) > 20
+    assert len(moments._shards(small_shards, 5)) < len(shards) / 2, "what is cut off does not count"
+
+
+def test_shards_do_not_change_the_result(small_shards: list[str]) -> None:
+    model = shared_model()
+    found, wanted = collect(model, [1], small_shards)[1], collect(model, [1])[1]
+    assert found.num_tokens == 9 * wanted.num_tokens
+    assert torch.equal(found.counts, 9 * wanted.counts)
+    close(found.keys, wanted.keys)
+    close(found.output, wanted.output)
+
+
+def test_a_layer_stops_when_each_expert_is_covered(small_shards: list[str]) -> None:
+    model = tiny_model()
+    every = collect(model, [0, 2], small_shards)
+    wanted = dict.fromkeys(every, 7 * 24)
+    found = collect(model, [0, 2], small_shards, coverage_target=7)
+    used = {layer: value.num_tokens for layer, value in found.items()}
+    assert all(0 < used[layer] < every[layer].num_tokens for layer in used)
+    assert all(int(found[layer].counts.min()) >= wanted[layer] for layer in used)
+    assert used[0] != used[2], "each layer stops on its own"
+    for layer, value in found.items():
+        alone = collect(model, [layer], small_shards, coverage_target=7)[layer]
+        assert torch.equal(alone.counts, value.counts)
+        close(alone.keys, value.keys)
+    unreachable = collect(model, [0], small_shards, coverage_target=1e6)[0]
+    assert torch.equal(unreachable.counts, every[0].counts)
+
+
+def test_layers_that_are_done_are_not_run(small_shards: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, covered = tiny_model(), moments.Sums.covered
+    monkeypatch.setattr(moments.Sums, "covered", lambda s, *a: s.moe.index == 2 and covered(s, *a))
+    calls = {index: [] for index in (0, 2)}
+    for index in (0, 2):
+        model.model.layers[index].register_forward_pre_hook(lambda *_, n=index: calls[n].append(1))
+    collect(model, [0, 2], small_shards, coverage_target=7)
+    assert 0 < len(calls[2]) < len(calls[0])
+
+
+def test_long_texts_are_tokenised_only_as_far_as_needed() -> None:
+    text = " ".join(TEXTS * 40)
+    lengths: list[int] = []
+
+    class Counting:
+        def __call__(self, text: str, **options: object) -> object:
+            lengths.append(len(text))
+            return TOK(text, **options)
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(TOK, name)
+
+    assert moments._encode(Counting(), text, 100) == encode_text(TOK, text)[:100]
+    assert lengths == [1600]
+    dense = "日本" * 900 + "Rome " * 3  # some 3 bytes, and tokens, a character
+    assert moments._encode(TOK, dense, 100) == encode_text(TOK, dense)[:100]
+    sparse = (" " * 200 + "Rome") * 20
+    assert moments._encode(TOK, sparse, 100) == encode_text(TOK, sparse)[:100]
+
+
+def test_batches_respect_the_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moments, "BATCH_TOKENS", 60)
+    batches = list(moments._batches(TOK, [*TEXTS, "Ana", ""], 512, 100))
+    assert sorted(len(ids) for batch in batches for ids in batch) == sorted(
+        len(encode_text(TOK, text)) for text in [*TEXTS, "Ana"]
+    )
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(map(len, batch)) <= 60

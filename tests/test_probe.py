@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from easyedit_moe.capture import capture_facts, layer_output, replace_layer_output
 from easyedit_moe.errors import LayoutError, NumericalError
 from easyedit_moe.layers import MoELayerView
-from easyedit_moe.probe import check_keys, residual_gain
+from easyedit_moe.probe import check_keys, residual_gain, starts_anywhere
 
 IDS = token_ids(11)
 
@@ -147,3 +147,16 @@ def test_checks_stop_after_their_layer() -> None:
     check_keys(view, 1, IDS, 0)
     residual_gain(view, 1, IDS, 0)
     assert not calls
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "nemotron_h"])
+def test_forwards_start_at_any_layer(family: str) -> None:
+    view = MoELayerView(shared_model(family))
+    assert starts_anywhere(view, sorted(view.layers), IDS, 0)
+
+
+def test_layers_that_talk_past_one_another_are_noticed() -> None:
+    model, kept = tiny_model(), []
+    model.model.layers[0].register_forward_hook(lambda _, __, out: kept.append(out))
+    model.model.layers[2].register_forward_hook(lambda _, __, out: out + 0.1 * kept[-1])
+    assert not starts_anywhere(MoELayerView(model), [1, 2], IDS, 0)

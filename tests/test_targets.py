@@ -7,13 +7,22 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import assert_same_state, requests, state_of, tiny_model, tiny_tokenizer
+from tiny import assert_same_state, requests, shared_model, state_of, tiny_model, tiny_tokenizer, token_ids
 from torch import Tensor, nn
 
 from easyedit_moe.errors import EditingWarning, NumericalError, RequestError, TargetNotReachedWarning
 from easyedit_moe.layers import MoELayerView
 from easyedit_moe.requests import EditRequest, parse_requests
-from easyedit_moe.targets import TargetSettings, TargetVectors, _Problem, compute_targets, fact_contexts
+from easyedit_moe.targets import (
+    TargetSettings,
+    TargetVectors,
+    _next_chunk,
+    _Problem,
+    _Row,
+    compute_targets,
+    fact_contexts,
+)
+from easyedit_moe.upper_layers import MODES, ShiftedSequence, UpperLayers
 
 FAMILIES = ("qwen3_moe", "gpt_oss", "qwen3_5_moe", "modulelist")
 PREFIXES = ["A quiet harbour. ", "The fox: "]
@@ -352,18 +361,137 @@ def count_forwards(model: nn.Module, layer: int) -> tuple[list[int], Any]:
     return calls, module.register_forward_hook(lambda *_: calls.append(1))
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "granitemoe", "deepseek_v3", "mixtral"])
-def test_shortcut_is_used_and_equals_the_plain_path(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def force(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    monkeypatch.setattr(UpperLayers, "_candidates", lambda *_: (mode,))
+
+
+def mode_taken(model: nn.Module, layer: int = 1) -> str:
+    sequences = [ShiftedSequence(tuple(token_ids(n, n)), n - 4, (n - 2, n - 1)) for n in (4, 6, 9)]
+    with torch.no_grad():
+        return UpperLayers(MoELayerView(model), layer, 0, sequences).mode
+
+
+RECURRENT = ("qwen3_5_moe",)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "granitemoe", "deepseek_v3", "mixtral", "olmoe", "glm4_moe"])
+def test_every_way_to_run_a_step_gives_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gpt_oss here has a window of 16 tokens, which the contexts exceed."""
     model, facts = tiny_model(family), facts_of_many_lengths()
+    prefixes = [PREFIXES[0] * 4, PREFIXES[1]]
     calls, handle = count_forwards(model, 0)
-    quick = targets(model, facts, prefixes=PREFIXES[:1])
-    assert len(calls) == 1, "the layers below run once"
-    monkeypatch.setattr(_Problem, "_shortcut_is_exact", lambda *_: False)
-    plain = targets(model, facts, prefixes=PREFIXES[:1])
+    quick = targets(model, facts, prefixes=prefixes)
+    assert len(calls) == 2, "the layers below run once, and once more on a few sequences to check the shortcut"
+    assert mode_taken(model) == ("layers" if family in RECURRENT else "suffix")
+    for mode, forwards in (("layers", 2), ("model", 2 + 7)):
+        force(monkeypatch, mode)
+        calls.clear()
+        plain = targets(model, facts, prefixes=prefixes)
+        assert len(calls) == forwards
+        torch.testing.assert_close(quick.delta, plain.delta, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(quick.final_nll, plain.final_nll, atol=1e-4, rtol=1e-4)
     handle.remove()
-    assert len(calls) == 1 + 8
-    torch.testing.assert_close(quick.delta, plain.delta, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(quick.final_nll, plain.final_nll, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_half_precision_takes_the_fast_way_too(family: str, dtype: torch.dtype) -> None:
+    model = tiny_model(family, dtype=dtype)
+    assert mode_taken(model) == "suffix"
+    half, single = targets(model, requests(4)), targets(tiny_model(family), requests(4))
+    torch.testing.assert_close(half.initial_nll, single.initial_nll, atol=0.05, rtol=0.05)
+
+
+def test_recurrent_layers_below_do_not_matter() -> None:
+    """The fourth layer of this model is softmax attention."""
+    assert mode_taken(tiny_model("qwen3_5_moe"), layer=2) == "suffix"
+
+
+def test_a_fact_token_at_the_very_start() -> None:
+    model = tiny_model()
+    fact = {"prompt": "Ana is in", "subject": "Ana", "target_new": "Rome"}
+    facts = [fact | {"subject": "A", "prompt": "A is in"}, *requests(3)]
+    assert TOK("A is in")["input_ids"][0] == TOK("A")["input_ids"][0]
+    together = targets(model, facts)
+    for i, one in enumerate(facts):
+        torch.testing.assert_close(together.delta[i], targets(model, [one]).delta[0], atol=1e-4, rtol=1e-4)
+    expected, _ = Plain(model, facts[0], 1).descend()
+    assert (together.delta[0] - expected).norm() < 2e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("how", ["eager", "grouped_mm"])
+def test_experts_compute_only_what_is_read(how: str) -> None:
+    model, seen = tiny_model(implementation=how), []
+    sequences = [ShiftedSequence(tuple(token_ids(n, n)), 2, (n - 1,)) for n in (4, 6, 9)]
+    with torch.no_grad():
+        upper = UpperLayers(MoELayerView(model), 1, 0, sequences)
+        for index in (2, 3):
+            experts = model.model.layers[index].mlp.experts
+            plain = type(experts).forward
+            experts.forward = lambda *a, _plain=plain, _self=experts: seen.append(len(a[0])) or _plain(_self, *a)
+        logits = upper.logits(torch.randn(3, 32))
+    assert seen == [2 + 4 + 7, 3], "tokens behind the fact token, then scored tokens"
+    assert logits.shape == (3, 400)
+
+
+def test_sequences_that_leave_do_not_change_the_others() -> None:
+    for family in FAMILIES:
+        sequences = [ShiftedSequence(tuple(token_ids(n, n)), n - 3, (n - 2, n - 1)) for n in (4, 9, 6, 12)]
+        upper, shift = UpperLayers(MoELayerView(shared_model(family)), 1, 0, sequences), torch.randn(4, 32)
+        with torch.no_grad():
+            everything = upper.logits(shift)
+            upper.select(torch.tensor([1, 3]))
+            upper.select(torch.tensor([0, 1]))
+            some = upper.logits(shift[[1, 3]])
+        torch.testing.assert_close(some, everything[[2, 3, 6, 7]], atol=1e-4, rtol=1e-4)
+
+
+# ---------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize(("most", "taken"), [(1, 1), (2, 1), (3, 3)])
+def test_halved_where_memory_runs_out(most: int, taken: int, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    model, facts, solve, sizes = tiny_model(), facts_of_many_lengths(), _Problem.solve, []
+    plain = targets(model, facts)
+
+    def limited(self: _Problem, on_step: Any) -> Any:
+        sizes.append(self.count)
+        if self.count > most:
+            on_step(0)
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return solve(self, on_step)
+
+    monkeypatch.setattr(_Problem, "solve", limited)
+    before = state_of(model)
+    found = targets(model, facts)
+    assert_same_state(before, state_of(model))
+    assert sizes[0] == 6
+    assert [size for size in sizes if size <= most] == [taken] * (6 // taken)
+    assert sizes.count(6) == 1, "a size that failed is not tried again"
+    assert "Memory ran out; going on with at most" in caplog.text
+    torch.testing.assert_close(found.delta, plain.delta, atol=1e-4, rtol=1e-4)
+
+
+def test_one_request_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    model = odd_state(tiny_model())
+    before = state_of(model)
+    monkeypatch.setattr(_Problem, "_loss", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        targets(model, requests(3))
+    assert_same_state(before, state_of(model))
+
+
+def test_requests_of_one_length_share_a_forward() -> None:
+    """40 requests of 3 tokens behind the fact token and 15 of 12: not all padded to 12 though the limit allows it."""
+    rows = [[_Row(t, tuple(range(2, 2 + n)), 0, (n - 1,), (5,), True)] for t, n in enumerate([3] * 40 + [12] * 15)]
+    assert _next_chunk(rows, 64) == 40
+    assert _next_chunk(rows[40:], 64) == 15
+    assert _next_chunk(rows, 10) == 10
+    assert _next_chunk(rows, 400) == 55, "small chunks are not split"
+    assert _next_chunk([rows[0] * 9, rows[1]], 4) == 1, "a request that exceeds the limit runs alone"
 
 
 class Skip(nn.Module):
@@ -382,11 +510,12 @@ def test_shortcut_is_not_used_where_it_would_be_wrong(monkeypatch: pytest.Monkey
     caplog.set_level(logging.INFO, "easyedit_moe")
     found = targets(model, facts)
     assert "every step runs all layers" in caplog.text
+    assert mode_taken(model) == "model"
     with torch.no_grad():
         for i, fact in enumerate(facts):
             plain = Plain(model, fact, 1)
             assert float(found.final_nll[i]) == pytest.approx(float(plain.nll(found.delta[i])), abs=1e-4)
-    monkeypatch.setattr(_Problem, "_shortcut_is_exact", lambda *_: True)
+    force(monkeypatch, "layers")
     assert not torch.allclose(targets(model, facts).delta, found.delta, atol=1e-3)
 
 
@@ -462,13 +591,12 @@ def odd_state(model: nn.Module) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("exact", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_model_state_is_unchanged(family: str, exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "modulelist"])
+def test_model_state_is_unchanged(family: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = odd_state(tiny_model(family))
     before = state_of(model)
-    if not exact:
-        monkeypatch.setattr(_Problem, "_shortcut_is_exact", lambda *_: False)
+    force(monkeypatch, mode)
     found = targets(model, requests(3), prefixes=PREFIXES)
     assert_same_state(before, state_of(model))
     assert torch.is_grad_enabled()
@@ -487,20 +615,22 @@ def test_no_gradient_is_kept_for_parameters() -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("where", ["_adam", "_forward", "_nll"])
+@pytest.mark.parametrize(
+    ("owner", "where"), [(_Problem, "_adam"), (_Problem, "_loss"), (UpperLayers, "_forward"), (UpperLayers, "_run")]
+)
 def test_model_state_is_unchanged_after_an_error(
-    where: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+    owner: type, where: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = odd_state(tiny_model())
-    before, plain, calls = state_of(model), getattr(_Problem, where), []
+    before, plain, calls = state_of(model), getattr(owner, where), []
 
-    def third_fails(self: _Problem, *args: Any) -> Any:
+    def third_fails(self: Any, *args: Any, **kwargs: Any) -> Any:
         calls.append(1)
         if len(calls) == 3:
             raise error
-        return plain(self, *args)
+        return plain(self, *args, **kwargs)
 
-    monkeypatch.setattr(_Problem, where, third_fails)
+    monkeypatch.setattr(owner, where, third_fails)
     with pytest.raises(error):
         targets(model, requests(3))
     assert_same_state(before, state_of(model))

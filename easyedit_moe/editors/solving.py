@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.cache import model_fingerprint
-from easyedit_moe.capture import FactStates, capture_facts
+from easyedit_moe.capture import FactStates, LayerInputs, capture_facts
 from easyedit_moe.editors.base import Editor, EditResult
 from easyedit_moe.errors import LayerError, RequestError
 from easyedit_moe.hparams import SolverHyperParams
@@ -26,11 +26,12 @@ from easyedit_moe.measure import Stopwatch
 from easyedit_moe.moments import LayerMoments
 from easyedit_moe.nullspace import null_space
 from easyedit_moe.patch import PatchWriter, writing
-from easyedit_moe.probe import check_keys, residual_gain
+from easyedit_moe.probe import check_keys, residual_gain, starts_anywhere
 from easyedit_moe.requests import EditRequest, parse_requests
 from easyedit_moe.routing import FactoredUpdate, RoutedKeys
 from easyedit_moe.solvers import IdentityMetric, Metric, covariance_metric
 from easyedit_moe.statistics import layer_statistics
+from easyedit_moe.target_cache import cached_targets
 from easyedit_moe.targets import TargetSettings, TargetVectors, compute_targets, fact_contexts
 from easyedit_moe.tokens import encode_text, pad_id
 from easyedit_moe.tucker import TuckerBasis
@@ -47,6 +48,7 @@ class Prepared:
         metrics: per layer, the metric M.
         bases: per layer, the Tucker basis (MoTE only).
         moments: per layer, the statistics (empty for the identity metric without whitening).
+        resumable: whether a forward may start at any of the layers; see :func:`easyedit_moe.probe.starts_anywhere`.
         seconds: time that preparing took.
     """
 
@@ -56,6 +58,7 @@ class Prepared:
     metrics: dict[int, Metric]
     bases: dict[int, TuckerBasis]
     moments: dict[int, LayerMoments]
+    resumable: bool
     seconds: float
 
 
@@ -107,6 +110,7 @@ class SolvingEditor(Editor):
             for layer in layers:
                 check_keys(view, layer, probe, pad_id(tok))
                 gains[layer] = residual_gain(view, layer, probe, pad_id(tok))
+            resumable = starts_anywhere(view, layers, probe, pad_id(tok))
             fingerprint = model_fingerprint(view)
             moments = {}
             if self._needs_statistics():
@@ -115,7 +119,9 @@ class SolvingEditor(Editor):
             bases = {layer: self._basis(view, layer, moments.get(layer), fingerprint) for layer in layers}
         kept = {layer: basis for layer, basis in bases.items() if basis is not None}
         experts = {layer: view.layers[layer].experts.layout.num_experts for layer in layers}
-        self.prepared = Prepared(fingerprint, experts, gains, metrics, kept, moments, watch.seconds["statistics"])
+        self.prepared = Prepared(
+            fingerprint, experts, gains, metrics, kept, moments, resumable, watch.seconds["statistics"]
+        )
         return self.prepared
 
     def edit(
@@ -224,8 +230,14 @@ class _Job:
 
     def find_targets(self) -> TargetVectors:
         layer, prefixes, settings = self.editor.target_settings()
+        folder, progress = self.hparams.target_cache_dir, self.editor.progress
         with self.watch.stage("targets"):
-            return compute_targets(self.view, self.tok, self.facts, layer, prefixes, settings, self.editor.progress)
+            if folder is None:
+                return compute_targets(self.view, self.tok, self.facts, layer, prefixes, settings, progress)
+            name, fingerprint = self.hparams.model_name, self.prepared.fingerprint
+            return cached_targets(
+                folder, name, fingerprint, self.view, self.tok, self.facts, layer, prefixes, settings, progress
+            )
 
     def aim(self, targets: TargetVectors) -> None:
         """Take the shifts to reach, and lay out every context in which each fact is captured."""
@@ -239,6 +251,7 @@ class _Job:
         self.positions = [context.fact for context in contexts]
         self.per_fact = len(hp.context_prefixes) + 1
         self.delta = targets.delta.repeat_interleave(self.per_fact, dim=0)
+        self.inputs = LayerInputs(hp.layers) if self.prepared.resumable else None
 
     def spread(self) -> None:
         """Solve and write all layers by the hparams' ``spread``."""
@@ -251,16 +264,18 @@ class _Job:
                 self._write(layer, solution, 1 / left)
             return
         wanted: Tensor | None = None
+        written: int | None = None
         for left, layer in zip(range(len(layers), 0, -1), layers, strict=True):
             with self.watch.stage("solve"):
-                state = self._capture(layer)
+                state = self._capture(layer, written)
                 output = state.outputs[layers[-1]]
                 if wanted is None:
                     wanted = output + self.delta.to(output.device)
                 solution = self._solve(layer, state.keys[layer], (wanted - output) / left)
             self._write(layer, solution, 1.0)
+            written = layer
 
-    def _capture(self, layer: int) -> FactStates:
+    def _capture(self, layer: int, start: int | None = None) -> FactStates:
         last = self.hparams.layers[-1]
         return capture_facts(
             self.view,
@@ -270,6 +285,8 @@ class _Job:
             [last],
             pad_id(self.tok),
             self.hparams.capture_batch_size,
+            self.inputs,
+            start,
         )
 
     def _solve(self, layer: int, keys: RoutedKeys, residual: Tensor) -> Any:

@@ -1,0 +1,112 @@
+"""Target vectors on disk, one file per request, under a key that says at which weights they were found."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from easyedit_moe.cache import digest, read_safetensors, statistics_folder, write_safetensors
+from easyedit_moe.errors import CacheError
+from easyedit_moe.layers import MoELayerView
+from easyedit_moe.requests import EditRequest
+from easyedit_moe.targets import TargetSettings, TargetVectors, fact_contexts, find_targets, warn_missed
+from easyedit_moe.tokens import encode_target
+
+SCHEMA = 1
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_FIELDS = ("delta", "initial_nll", "final_nll", "reached", "steps")
+
+
+def weights_hash(view: MoELayerView) -> str:
+    """SHA-256 over checksums of every parameter, each of which reads all of its bits; any edit changes it.
+
+    Sums of integers, so it is the same on every device. Parameters that are offloaded can't be read, nor edited.
+    """
+    state = hashlib.sha256()
+    for name, parameter in view.model.named_parameters():
+        if parameter.is_meta:
+            continue
+        bits = parameter.detach().reshape(-1, parameter.shape[-1] if parameter.dim() else 1)
+        rows = bits.contiguous().view(_INTEGERS[bits.element_size()]).sum(1, dtype=torch.int64)
+        weighted = rows * (2 * torch.arange(len(rows), device=rows.device) + 1)  # odd, so that no row is lost
+        state.update(f"{name}{int(rows.sum())},{int(weighted.sum())};".encode())
+    return state.hexdigest()
+
+
+def cached_targets(
+    folder: str | Path,
+    model_name: str,
+    fingerprint: str,
+    view: MoELayerView,
+    tok: PreTrainedTokenizerBase,
+    requests: Sequence[EditRequest],
+    layer: int,
+    prefixes: Sequence[str],
+    settings: TargetSettings,
+    progress: bool = True,
+) -> TargetVectors:
+    """As :func:`easyedit_moe.targets.compute_targets`, but requests in ``folder`` are read instead of found anew.
+
+    What is found is written as soon as its chunk is done, so that an interrupted search goes on.
+
+    Raises:
+        CacheError: a file that is truncated, corrupt or of something else; what :func:`compute_targets` raises.
+    """
+    place = statistics_folder(folder, model_name, fingerprint) / weights_hash(view)[:16]
+    keys = [_key(fingerprint, place.name, tok, request, layer, prefixes, settings) for request in requests]
+    paths = [place / f"target-{digest(key)[:24]}.safetensors" for key in keys]
+    rows: dict[int, dict[str, Tensor]] = {
+        i: _read(path, key) for i, (path, key) in enumerate(zip(paths, keys, strict=True)) if path.exists()
+    }
+    missing = [i for i in range(len(requests)) if i not in rows]
+
+    def keep(numbers: Sequence[int], found: TargetVectors) -> None:
+        for row, number in enumerate(numbers):
+            i = missing[number]
+            rows[i] = {name: getattr(found, name)[row] for name in _FIELDS}
+            write_safetensors(paths[i], rows[i], {"schema": SCHEMA, "kind": "target", "key": keys[i]})
+
+    if missing:
+        find_targets(view, tok, [requests[i] for i in missing], layer, prefixes, settings, progress, keep)
+    targets = TargetVectors(*(torch.stack([rows[i][name] for i in range(len(requests))]) for name in _FIELDS))
+    warn_missed(requests, targets)
+    return targets
+
+
+def _key(
+    fingerprint: str,
+    weights: str,
+    tok: PreTrainedTokenizerBase,
+    request: EditRequest,
+    layer: int,
+    prefixes: Sequence[str],
+    settings: TargetSettings,
+) -> dict[str, Any]:
+    kept = {name: value for name, value in asdict(settings).items() if name != "batch_size"}
+    contexts = [[*c.ids, c.fact] for c in fact_contexts(tok, request, prefixes, settings.fact_token)]
+    return {
+        "fingerprint": fingerprint,
+        "weights": weights,
+        "layer": layer,
+        "settings": kept,
+        "subject": request.subject,
+        "contexts": contexts,
+        "target": encode_target(tok, request.target_new),
+    }
+
+
+def _read(path: Path, key: dict[str, Any]) -> dict[str, Tensor]:
+    advice = "delete it, and the target is found anew"
+    tensors, metadata = read_safetensors(path, CacheError, advice)
+    if metadata.get("kind") != "target" or metadata.get("schema") != SCHEMA or metadata.get("key") != key:
+        raise CacheError(f"{path} is not the target of this request at these weights and settings; {advice}.")
+    if set(tensors) != set(_FIELDS) or not all(bool(torch.isfinite(value).all()) for value in tensors.values()):
+        raise CacheError(f"{path} holds an incomplete or non-finite target; {advice}.")
+    return tensors
