@@ -93,7 +93,7 @@ class WeightPatch:
         view = MoELayerView(model)
         for layer, experts in self.written.items():
             moe = view.layers.get(layer)
-            if moe is None or max(experts) >= moe.experts.layout.num_experts:
+            if moe is None or max(experts, default=0) >= moe.experts.layout.num_experts:
                 raise PatchError(f"This model lacks the experts that the patch wrote in layer {layer}.")
             for expert, checksum in experts.items():
                 if _checksum(moe.experts.read(expert)) != checksum:
