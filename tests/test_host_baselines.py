@@ -442,7 +442,7 @@ def test_a_row_that_fails_restores_the_batches_before(
 # ---------------------------------------------------------------- errors
 
 WRONG = [
-    ("MEMIT", {"rewrite_module_tmp": "model.layers.{}.self_attn.out"}, LayerError, r"no module .*out; there is .*o_proj"),
+    ("MEMIT", {"rewrite_module_tmp": "model.layers.{}.self_attn.x"}, LayerError, r"no module .*x; there is .*o_proj"),
     ("ROME", {"rewrite_module_tmp": "model.layers.{}.attention.out"}, LayerError, r"there is .*layers\.1\.self_attn"),
     ("MEMIT", {"rewrite_module_tmp": "model.layers.{}.mlp.experts"}, LayerError, "no linear module.*dense site"),
     ("MEMIT", {"layers": [1, 9]}, LayerError, r"no module model\.layers\.9"),
