@@ -18,13 +18,18 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import easyedit_moe
 from easyedit_moe import host, presets
+from easyedit_moe.cli import app
 from easyedit_moe.editors import method_names
 from easyedit_moe.errors import DataError, EditingWarning, HostError, HyperParamsError, MethodError
+from easyedit_moe.host.baseline_hparams import BaselineHyperParams
+from easyedit_moe.host.baselines import BaselineEditor
 from easyedit_moe.host.importing import SYMBOLS, check_symbols
 from easyedit_moe.host.placeholders import MissingPackageError, placeholders
+from easyedit_moe.host.quality import EasyEditQuality
 from easyedit_moe.host.watch import watch
 from easyedit_moe.hparams import GlobalHyperParams
 
@@ -143,6 +148,19 @@ def test_without_easyedit_an_error_says_how_to_get_it() -> None:
         easyedit_moe.register()
     with pytest.raises(ModuleNotFoundError, match="easyeditor"):
         importlib.import_module("easyeditor")
+
+
+def test_whatever_needs_the_host_says_so_before_any_work(tmp_path: Path) -> None:
+    baseline = BaselineHyperParams.read("ROME", "ROME/factworld")
+    with pytest.raises(HostError, match="git clone"):
+        BaselineEditor(baseline)
+    with pytest.raises(HostError, match="git clone"):
+        EasyEditQuality(None, None, [])
+    for more in (["--methods", "ROME"], ["--methods", "Global", "--easyedit-metrics"]):
+        done = CliRunner().invoke(app, ["compare", "--model", "factworld", *more, "--out", str(tmp_path)])
+        assert done.exit_code == 2
+        assert "HostError: EasyEdit is not installed" in " ".join(done.output.split())
+        assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("call", [host.load, host.is_available])

@@ -6,7 +6,6 @@ import contextlib
 import importlib
 import io
 import logging
-import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -47,15 +46,20 @@ CORPUS_TOKENS = 512
 
 @dataclass
 class HostPatch:
-    """What one of EasyEdit's methods did: full original tensors by name, and the model's flags of before."""
+    """What one of EasyEdit's methods did: full original tensors by name, and, if it left more behind, what was there.
+
+    Its flags and hooks are taken off after each edit; only LoRA's adapters stay until they are undone.
+    """
 
     originals: dict[str, Tensor]
-    state: _ModelState
+    state: _ModelState | None = None
     reports: list[Any] = field(default_factory=list)
 
     def restore(self, model: nn.Module) -> None:
-        """Put the originals back, and take off what the method left on the model (flags, hooks, adapters)."""
-        self.state.put_back(model)
+        """Put the originals back, and take off what the method left on the model; nothing the second time."""
+        if self.state is not None:
+            self.state.put_back(model)
+        self.state = None
         with torch.no_grad():
             for name, original in self.originals.items():
                 model.get_parameter(name).copy_(original)
@@ -158,9 +162,12 @@ class BaselineEditor:
             if isinstance(error, Exception) and not isinstance(error, (HyperParamsError, MemoryError)):
                 raise HostError(f"EasyEdit's {self.hparams.method} failed: {type(error).__name__}: {error}") from error
             raise
+        for parameter in model.parameters():
+            parameter.grad = None
+        self._wrapped = edited
         if edited is model:
             state.put_back(model)
-        self._wrapped = edited
+            return EditResult(HostPatch(originals), watch.seconds)
         return EditResult(HostPatch(originals, state), watch.seconds)
 
     def _sites(self, model: nn.Module) -> list[str]:
@@ -265,43 +272,39 @@ class BaselineEditor:
 
 @dataclass
 class _ModelState:
-    """What EasyEdit's methods change on a model besides weights."""
+    """What EasyEdit's methods change on a model besides weights: flags, hooks, wrapped layers, gradients.
 
-    adapted: bool
+    Every module's attributes are kept by reference, and the content of its dicts (submodules, hooks) by value.
+    """
+
+    modules: list[tuple[nn.Module, dict[str, Any], dict[str, dict[str, Any]]]]
     requires_grad: list[tuple[nn.Parameter, bool]]
-    training: list[tuple[nn.Module, bool]]
     use_cache: Any
-    checkpointing: Any
 
     @staticmethod
     def of(model: nn.Module) -> _ModelState:
         return _ModelState(
-            hasattr(model, "peft_config"),
+            [
+                (m, dict(vars(m)), {k: dict(v) for k, v in vars(m).items() if isinstance(v, dict)})
+                for m in model.modules()
+            ],
             [(p, p.requires_grad) for p in model.parameters()],
-            [(m, m.training) for m in model.modules()],
             getattr(model.config, "use_cache", None),
-            vars(model).get("supports_gradient_checkpointing", _ABSENT),
         )
 
     def put_back(self, model: nn.Module) -> None:
-        if not self.adapted:
-            _remove_adapters(model)
-        if not self.adapted and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-            model.gradient_checkpointing_disable()
-        if getattr(model, "_require_grads_hook", None) is not None:
-            model.disable_input_require_grads()
-        if self.checkpointing is _ABSENT:
-            vars(model).pop("supports_gradient_checkpointing", None)
+        for module, attributes, contents in self.modules:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for name, content in contents.items():
+                # In place, since the handle of a hook knows its dict.
+                attributes[name].clear()
+                attributes[name].update(content)
         if self.use_cache is not None:
             model.config.use_cache = self.use_cache
         for parameter, flag in self.requires_grad:
             parameter.requires_grad_(flag)
             parameter.grad = None
-        for module, training in self.training:
-            module.training = training
-
-
-_ABSENT = object()
 
 
 @contextmanager
@@ -319,16 +322,3 @@ def _scope(model: nn.Module, tok: PreTrainedTokenizerBase, label: str, padding_s
     finally:
         model.config._name_or_path, tok.padding_side = name, side
         logger.debug("EasyEdit printed:\n%s", said.getvalue())
-
-
-def _remove_adapters(model: nn.Module) -> None:
-    """Put the layers that peft wrapped back in place; also where it was stopped half-way."""
-    vars(model).pop("peft_config", None)
-    if "peft" not in sys.modules:
-        return
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for name, module in list(model.named_modules()):
-        if isinstance(module, BaseTunerLayer):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, module.get_base_layer())

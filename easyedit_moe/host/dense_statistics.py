@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.capture import hooks, inference_mode_of, run
-from easyedit_moe.errors import CacheError, LayerError, NumericalError, not_finite
+from easyedit_moe.errors import LayerError, NumericalError, not_finite
 from easyedit_moe.files import replacing
 from easyedit_moe.tokens import collate, encode_text, pad_id
 
@@ -119,16 +119,3 @@ def write_projectors(path: Path, moments: Sequence[tuple[Tensor, int]], threshol
     with replacing(path) as partial:
         torch.save(torch.stack(projectors), partial)  # EasyEdit reads it with torch.load
     return dimensions
-
-
-def read_count(path: Path) -> int:
-    """Tokens that a statistics file was made of.
-
-    Raises:
-        CacheError: the file can't be read.
-    """
-    try:
-        with np.load(path) as data:
-            return int(data["mom2.count"])
-    except (OSError, ValueError, KeyError) as error:
-        raise CacheError(f"{path} can't be read ({error}); delete it, and it is made anew.") from error
