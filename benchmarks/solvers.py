@@ -1,4 +1,4 @@
-"""Solvers, write-back and Tucker bases at the true shapes of the papers' models, on random keys of the true sparsity."""
+"""Solvers, write-back and Tucker bases at the true shapes of the papers' models; random keys, true sparsity."""
 
 from __future__ import annotations
 

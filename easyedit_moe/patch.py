@@ -388,7 +388,10 @@ def _padded(factors: list[Tensor]) -> Tensor:
 
 
 def _checksum(weight: Tensor) -> int:
-    """Sums of the bits by row and by column, weighted by odd numbers modulo 2^64: any one change is seen."""
+    """Sum modulo 2^64 of the bits, 64 at a time, each times an odd weight of its own: any one change is seen.
+
+    The weight of row i and column j of a table of R rows is ``(2 i + 1) + 2 R j``, so sums by row and by column do.
+    """
     if not weight.is_contiguous() and weight.mT.is_contiguous():
         weight = weight.mT
     flat = weight.contiguous().view(-1)
@@ -399,5 +402,8 @@ def _checksum(weight: Tensor) -> int:
     side = max(1, math.isqrt(len(words)))
     whole = len(words) // side * side
     table, rest = words[:whole].view(-1, side), words[whole:]
-    sums = torch.cat([table.sum(1), table.sum(0), rest])
-    return int((sums * torch.arange(1, 2 * len(sums), 2, device=sums.device)).sum())
+    step = 2 * len(table)
+    odd = torch.arange(1, step, 2, device=words.device)
+    even = torch.arange(side, device=words.device) * step
+    last = torch.arange(len(rest), device=words.device) * 2 + step * side + 1
+    return int((table.sum(1) * odd).sum() + (table.sum(0) * even).sum() + (rest * last).sum())

@@ -20,7 +20,6 @@ from easyedit_moe.layers import MoELayerView
 from easyedit_moe.patch import tile_size
 from easyedit_moe.tucker import CHUNK_NUMBERS, resolve_rank
 
-_ACCUMULATION_CHUNK = 8 * 2**23  # of the accumulated Gram matrices in solvers.py
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k", "moe_top_k")
 
 
@@ -80,6 +79,16 @@ class MemoryPlan:
         return max(self.peaks())
 
     @property
+    def editing_peak(self) -> int:
+        """Bytes at the peak beyond the model and what was prepared before (statistics, metric and basis)."""
+        held, peak = 0, 0
+        for stage in self.stages:
+            if stage.name not in ("statistics", "metric", "basis"):
+                peak = max(peak, held + stage.kept + stage.working)
+                held += stage.kept
+        return peak
+
+    @property
     def fits(self) -> bool:
         """Whether the peak stays within the budget; True without one."""
         return self.budget is None or self.peak <= self.budget
@@ -125,8 +134,9 @@ def plan(
     target_tokens: int = 4,
     budget: int | None = None,
     device: str = "cpu",
+    batches: int = 1,
 ) -> MemoryPlan:
-    """The memory plan of one batch of edits.
+    """The memory plan of one batch of edits, or of the last of several whose patches are kept.
 
     Sizes that results do not depend on (``capture_batch_size``, ``target_batch_size``, ``statistics_batch_size`` and
     ``basis_chunk_numbers``) are halved from their defaults until their stage fits ``budget``; see
@@ -137,6 +147,7 @@ def plan(
         earlier_edits: edits remembered from earlier batches; counted with ``remember_edits`` only.
         prompt_tokens, target_tokens: tokens of a prompt and of a target.
         budget: bytes, all devices together.
+        batches: batches of this size whose patches are joined and kept: they share their originals.
 
     Raises:
         HyperParamsError: a budget that is not positive, or ranks out of range.
@@ -176,7 +187,7 @@ def plan(
         hparams.capture_batch_size,
     )
     add(lambda _: solve_stage(shapes, hparams, rows))
-    add(lambda _: write_stage(shapes, hparams, rows, device))
+    add(lambda _: write_stage(shapes, hparams, rows, device, batches))
     return MemoryPlan(shapes, tuple(hparams.layers), edits, tuple(stages), settings, budget)
 
 
@@ -261,13 +272,18 @@ def _keys_bytes(shapes: Shapes, tokens: int, metric: str) -> int:
     return 8 * tokens * shapes.active * shapes.d_hidden * (1 if metric == "identity" else 2)
 
 
+def _accumulated(tokens: int, width: int) -> int:
+    """One chunk of a design whose Gram matrix is summed chunk by chunk."""
+    return 8 * min(2**23, tokens * width)
+
+
 def exact_bytes(shapes: Shapes, tokens: int, metric: str) -> tuple[int, str]:
     """Working memory of :func:`~easyedit_moe.solvers.solve_exact`, and the form it takes."""
     keys, d = _keys_bytes(shapes, tokens, metric), shapes.d_model
     unknowns = min(shapes.experts, tokens * shapes.active) * shapes.d_hidden
     if unknowns < tokens:
         roots = 8 * unknowns * shapes.d_hidden
-        size = 8 * (unknowns**2 + 4 * unknowns * d + tokens * d) + roots + _ACCUMULATION_CHUNK
+        size = 8 * (unknowns**2 + 4 * unknowns * d + tokens * d) + roots + _accumulated(tokens, unknowns)
         return keys + size, f"primal, side {unknowns}"
     return keys + 8 * (tokens**2 + 4 * tokens * d), f"dual, side {tokens}"
 
@@ -292,22 +308,26 @@ def mote_bytes(shapes: Shapes, tokens: int, re: int, ro: int, ri: int, metric: s
     keys = 8 * tokens * shapes.active * h
     if re * ri < tokens:
         size = re * ri
-        dense = 8 * (size**2 + 4 * size * ro + 2 * tokens * d) + _ACCUMULATION_CHUNK
+        dense = 8 * (size**2 + 4 * size * ro + 2 * tokens * d) + _accumulated(tokens, size)
         return keys + inner + dense + 8 * (e * h * ro + d * ro), f"primal, side {size}"
     placed = 8 * (tokens * shapes.active * h if re == e else e * h * min(tokens, ro))
-    system = 8 * (tokens**2 + 3 * tokens * ro + 2 * tokens * d) + (0 if re == e else _ACCUMULATION_CHUNK)
+    system = 8 * (tokens**2 + 3 * tokens * ro + 2 * tokens * d) + (0 if re == e else _accumulated(tokens, re * ri))
     return inner + max(keys + system, system + placed), f"dual, side {tokens}"
 
 
-def write_stage(shapes: Shapes, hparams: SolverHyperParams, tokens: int, device: str) -> Stage:
+def write_stage(shapes: Shapes, hparams: SolverHyperParams, tokens: int, device: str, batches: int = 1) -> Stage:
     """Originals of the experts that are written, the patch's factors in float32, and a few tiles."""
     full = isinstance(hparams, MoTEHyperParams)
     experts = shapes.experts if full else min(shapes.experts, tokens * shapes.active)
     weights = shapes.d_model * shapes.d_hidden
-    slots = tokens * shapes.active
-    left = slots if hasattr(hparams, "num_passes") else tokens
+    left, slots = tokens, tokens * shapes.active
+    if full and _ranks(shapes, hparams)[0] < shapes.experts:
+        left = min(tokens, _ranks(shapes, hparams)[1])
+        slots = left * shapes.experts
+    elif hasattr(hparams, "num_passes"):
+        left = slots
     factors = 4 * (left * shapes.d_model + slots * shapes.d_hidden)
-    kept = (experts * weights * shapes.itemsize + factors) * len(hparams.layers)
+    kept = (experts * weights * shapes.itemsize + factors * batches) * len(hparams.layers)
     tile = 4 * 3 * min(tile_size(torch.device(device)), experts * weights)
     return Stage("write", kept, 2 * factors + tile, "originals for an exact revert; the patch's factors")
 

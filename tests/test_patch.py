@@ -513,3 +513,70 @@ def test_restore_and_metadata() -> None:
     restore(MoELayerView(model), patch.originals)
     assert_same_state(before, state_of(model))
     assert patching.versions()["torch"] == torch.__version__
+
+
+# ---------------------------------------------------------------- grouped writes
+
+
+@pytest.mark.parametrize("tile", [1, 700, 10**9], ids=["one row", "a few rows", "all experts"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tiles_change_nothing(family: str, dtype: torch.dtype, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(patching._TILE, "cpu", tile)
+    model = tiny_model(family, dtype=dtype)
+    state, view = state_of(model), MoELayerView(model)
+    before = raw_weights(model, family, 1).double()
+    update = update_for(view, 1, experts=(0, 1, 2, 5, 7))
+    with writing(view) as writer:
+        report = writer.write(1, update)
+        patch = writer.finish({}, model_fingerprint(view))
+    delta = update.to(dtype=torch.float32).to(dtype=torch.float64).dense(len(before))
+    after = raw_weights(model, family, 1).double()
+    # Rounded once: within half a unit in the last place of the sum in float32.
+    step = torch.finfo(dtype).eps
+    assert ((after - before - delta).abs() <= 0.51 * step * after.abs() + 1e-6 * delta.abs() + 1e-8).all()
+    assert torch.equal(after[[3, 4, 6]], before[[3, 4, 6]])
+    loss = float((after - before - delta).norm() / delta.norm())
+    assert report.rounding_loss == pytest.approx(loss, rel=1e-2, abs=2e-7)
+    assert report.update_norm == pytest.approx(float(delta.norm()), rel=1e-6)
+    assert report.experts == 5
+    patch.revert(model)
+    assert_same_state(state, state_of(model))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("after", [0, 2, 5])
+def test_an_interruption_between_tiles_undoes_them(family: str, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(patching._TILE, "cpu", 64)
+    model = tiny_model(family)
+    before, view = state_of(model), MoELayerView(model)
+    plain, calls = torch.bmm, []
+
+    def interrupted(*args: Any, **options: Any) -> Tensor:
+        calls.append(1)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+        return plain(*args, **options)
+
+    monkeypatch.setattr(torch, "bmm", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_all(view, [(1, update_for(view, 1))])
+    assert len(calls) == after + 1
+    assert_same_state(before, state_of(model))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(3, 5), (16, 24), (7, 1)])
+def test_checksums_see_changes_and_moves(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    wanted = patching._checksum(weight)
+    assert patching._checksum(weight.clone()) == wanted
+    for i in range(weight.numel()):
+        changed = weight.clone()
+        changed.view(-1)[i] = -changed.view(-1)[i]
+        assert patching._checksum(changed) != wanted
+        moved = weight.view(-1).clone()
+        moved[[i, (i + 1) % len(moved)]] = moved[[(i + 1) % len(moved), i]]
+        # Neighbours may be equal in bfloat16, and then nothing has moved.
+        same = torch.equal(moved.view(shape), weight)
+        assert (patching._checksum(moved.view(shape)) == wanted) == same

@@ -11,10 +11,12 @@ import torch
 from reference import loop_psi
 from torch import Tensor
 
+from easyedit_moe import solvers as solving
 from easyedit_moe.errors import HyperParamsError, NumericalError
 from easyedit_moe.nullspace import null_space
 from easyedit_moe.routing import FactoredUpdate, RoutedKeys
 from easyedit_moe.solvers import (
+    FactoredCore,
     IdentityMetric,
     Metric,
     core_features,
@@ -26,6 +28,7 @@ from easyedit_moe.solvers import (
     solve_bcd,
     solve_core,
     solve_exact,
+    solve_mote,
 )
 from easyedit_moe.tucker import TuckerBasis, tucker_basis
 
@@ -648,3 +651,106 @@ def test_no_requests_give_no_update() -> None:
         assert isinstance(update, FactoredUpdate)
         assert update.experts == ()
         assert update.left.shape[0] == 3
+
+
+# --- forms, chunks and factored cores ---
+
+
+@shapes
+@metrics
+@pytest.mark.parametrize("chunk", [1, 2**23])
+def test_exact_primal_and_dual_agree(shape: tuple, metric: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(solving, "_CHUNK", chunk)
+    p = problem(shape, metric, seed=8)
+    wanted = dense_minimiser(p, 0.2)
+    for form in ("dual", "primal"):
+        update = solve_exact(p.keys, p.residual, 0.2, p.metric, form)
+        close(update.dense(p.experts), wanted)
+        best = dense_objective(p, wanted, 0.2)
+        assert objective(p.keys, p.residual, 0.2, p.metric, update) == pytest.approx(best, rel=1e-9)
+
+
+@metrics
+def test_more_requests_than_unknowns_are_solved_on_the_smaller_side(metric: str) -> None:
+    """2000 requests on 4 experts of width 6: 24 unknowns, and factors that are no thicker than an expert."""
+    p = problem((2000, 4, 2, 3, 6), metric, seed=1)
+    wanted = dense_minimiser(p, 0.5)
+    exact = solve_exact(p.keys, p.residual, 0.5, p.metric)
+    close(exact.dense(4), wanted, 1e-8)
+    assert all(right.shape[1] <= 6 for right in exact.right)
+    update, report = solve_bcd(p.keys, p.residual, 0.5, p.metric, expert_orders(4, 100))
+    assert all(right.shape[1] <= 6 for right in update.right)
+    close(update.dense(4), wanted, 1e-6)
+    assert report.objective[-1] == pytest.approx(dense_objective(p, wanted, 0.5), rel=1e-9)
+
+
+@pytest.mark.parametrize("lambda_reg", [0.0, 1e-18])
+@pytest.mark.parametrize("solve", [SOLVERS[n] for n in ("exact", "bcd")], ids=["exact", "bcd"])
+def test_no_form_hides_that_a_system_is_singular(solve: Solve, lambda_reg: float) -> None:
+    p = problem((40, 5, 2, 3, 4), seed=2)
+    with pytest.raises(NumericalError, match="singular"):
+        solve(p.keys, p.residual, lambda_reg, p.metric)
+
+
+def test_exact_refuses_an_unknown_form() -> None:
+    p = problem(SHAPES["one token"])
+    with pytest.raises(HyperParamsError, match="auto, dual or primal; found 'woodbury'"):
+        solve_exact(p.keys, p.residual, 0.1, p.metric, "woodbury")
+
+
+@shapes
+@metrics
+def test_roots_of_a_metric(shape: tuple, metric: str) -> None:
+    p = problem(shape, metric)
+    x = torch.randn(shape[4], 3, dtype=torch.float64)
+    for j in range(p.experts):
+        y = p.metric.root(j, x)
+        close(p.metric.lift(j, y), p.m[j] @ x, 1e-8)
+        close(y.T @ y, x.T @ p.m[j] @ x, 1e-8)
+        close(p.metric.inverse(j, p.metric.apply(j, x)), p.inverse[j] @ p.m[j] @ x, 1e-8)
+
+
+@metrics
+@pytest.mark.parametrize("tokens", [2, 12])
+def test_bcd_with_remembered_edits_equals_the_naive_implementation(metric: str, tokens: int) -> None:
+    p = problem((tokens, 5, 2, 6, 4), metric, seed=9)
+    p.residual[: tokens // 2] = 0
+    orders = expert_orders(5, 3)
+    update, report = solve_bcd(p.keys, p.residual, 0.2, p.metric, orders)
+    wanted, history = naive_bcd(p, 0.2, orders)
+    close(update.dense(5), wanted, 1e-8)
+    assert report.objective == pytest.approx(history, rel=1e-8)
+
+
+@shapes
+@metrics
+@pytest.mark.parametrize("ranks", [(1, 2, 3), (1.0, 0.5, 0.6)], ids=["few experts' directions", "all of them"])
+@pytest.mark.parametrize("chunk", [1, 2**23])
+def test_a_factored_core_is_the_dense_one(
+    shape: tuple, metric: str, ranks: tuple, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(solving, "_CHUNK", chunk)
+    p = problem(shape, metric, seed=10)
+    basis = random_basis(shape, fit(ranks, shape), "both")
+    other = random_basis(shape, fit(ranks, shape), "in", seed=5)
+    factored = solve_mote(pad(p.keys), p.residual, 0.2, p.metric, basis, "dual")
+    dense = solve_mote(p.keys, p.residual, 0.2, p.metric, basis, "primal")
+    assert isinstance(factored, FactoredCore)
+    close(factored.dense(), dense, 1e-8)
+    # In its own basis, and in that of another layer, as update spread places it.
+    for placed in (basis, other):
+        update, wanted = expand_core(factored, placed, p.metric), expand_core(dense, placed, p.metric)
+        close(update.dense(p.experts), wanted.dense(p.experts), 1e-8)
+        assert max(len(c) for c in update.columns) <= min(len(p.keys.expert), basis.u_out.shape[1]) or ranks[0] == 1.0
+    value = dense_objective(p, expand_core(dense, basis, p.metric).dense(p.experts), 0.2)
+    if metric != "nullspace":
+        update = expand_core(factored, basis, p.metric)
+        assert objective(p.keys, p.residual, 0.2, p.metric, update) == pytest.approx(value, rel=1e-8)
+
+
+def test_a_core_with_all_experts_directions_stays_as_thin_as_its_tokens() -> None:
+    shape = (6, 9, 2, 8, 7)
+    p, basis = problem(shape), random_basis(shape, (1.0, 1.0, 0.5))
+    update = expand_core(solve_mote(p.keys, p.residual, 0.2, p.metric, basis), basis, p.metric)
+    assert list(update.experts) == sorted(set(p.keys.expert.flatten().tolist()))
+    assert sum(right.shape[1] for right in update.right) == p.keys.expert.numel()

@@ -296,3 +296,86 @@ def test_a_failed_eigendecomposition_is_an_error(monkeypatch: pytest.MonkeyPatch
 
 def test_zero_weights_have_no_error() -> None:
     assert tucker_basis(torch.zeros(3, 4, 5), 1, 1, 1).relative_error == 0.0
+
+
+# ---------------------------------------------------------------- chunks and the range finder
+
+
+@pytest.mark.parametrize("whitening", WHITENING)
+@pytest.mark.parametrize("sweeps", [0, 2])
+@pytest.mark.parametrize("chunk", [1, 2 * D * H, 10**6])
+def test_chunks_and_lists_of_matrices_give_the_same_basis(whitening: str, sweeps: int, chunk: int) -> None:
+    weights = normal(E, D, H)
+    wanted = basis_of(weights, (3, 4, 2), whitening, sweeps)
+    # Transposed storage, one matrix per expert.
+    matrices = [w.T.contiguous().T for w in weights]
+    found = tucker_basis(
+        matrices, 3, 4, 2, sweeps, whitening, SIGMA_IN, SIGMA_OUT, EPS, chunk_numbers=chunk, method="gram"
+    )
+    for name in ("u_expert", "u_out", "u_in"):
+        a, b = getattr(found, name), getattr(wanted, name)
+        torch.testing.assert_close(a.abs(), b.abs(), rtol=1e-8, atol=1e-10)
+    assert found.relative_error == pytest.approx(wanted.relative_error, rel=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_weights_are_left_alone(dtype: torch.dtype) -> None:
+    weights = normal(E, D, H).to(dtype)
+    before = weights.clone()
+    tucker_basis(weights, 2, 2, 2, 1, "both", SIGMA_IN, SIGMA_OUT, EPS)
+    assert torch.equal(weights, before)
+
+
+def spectrum(decay: float, size: int = 150) -> Tensor:
+    """``[3, size, size]`` whose modes 1 and 2 have singular values ``k^-decay``; flat for 0."""
+    values = torch.arange(1, size + 1, dtype=torch.float64) ** -decay
+    sides = [torch.linalg.qr(normal(size, size, seed=i)).Q for i in (1, 2)]
+    base = sides[0] @ torch.diag(values) @ sides[1].T
+    return torch.stack([base, 0.5 * base, normal(size, size, seed=3) * 1e-3 * values[0]])
+
+
+@pytest.mark.parametrize(("decay", "excess"), [(0.0, 1.05), (0.5, 1.005), (1.0, 1.005), (2.0, 1.005)])
+@pytest.mark.parametrize("whitening", ["none", "in"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_range_finder_keeps_to_its_stated_error(
+    decay: float, excess: float, whitening: str, dtype: torch.dtype
+) -> None:
+    weights = spectrum(decay).to(dtype)
+    sigma = second_moment(150, 0.3, 4)
+    options = {"whitening": whitening, "sigma_in": sigma, "whitening_eps": EPS}
+    best = tucker_basis(weights, 3, 8, 9, method="gram", **options)
+    found = tucker_basis(weights, 3, 8, 9, method="randomised", **options)
+    assert found.relative_error <= excess * best.relative_error
+    again = tucker_basis(weights, 3, 8, 9, **options)
+    assert torch.equal(again.u_out, found.u_out), "auto takes the range finder for ranks this low, with a fixed seed"
+    white = found.u_in if whitening == "none" else whitening_factor(sigma, EPS).T @ found.u_in
+    for u in (found.u_out, white):
+        torch.testing.assert_close(u.T @ u, torch.eye(u.shape[1]).double(), rtol=0, atol=1e-6)
+
+
+def test_a_planted_tensor_is_found_by_the_range_finder() -> None:
+    factors = [normal(n, r, seed=i) for i, (n, r) in enumerate(((5, 2), (120, 3), (130, 4)))]
+    weights = torch.einsum("aoi,ea,do,hi->edh", normal(2, 3, 4, seed=9), *factors)
+    basis = tucker_basis(weights, 2, 3, 4, method="randomised")
+    assert basis.relative_error < 1e-6
+    torch.testing.assert_close(basis.u_out @ (basis.u_out.T @ factors[1]), factors[1], rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_the_range_finder_refuses_weights_that_are_not_finite(bad: float) -> None:
+    weights = normal(E, D, H)
+    weights[1, 2, 3] = bad
+    with pytest.raises(NumericalError, match="NaN or infinity"):
+        tucker_basis(weights, 2, 2, 2, method="randomised")
+
+
+def test_unknown_method() -> None:
+    with pytest.raises(HyperParamsError, match="auto, gram, randomised; found 'svd'"):
+        tucker_basis(normal(E, D, H), 2, 2, 2, method="svd")
+
+
+@pytest.mark.parametrize("whitening", ["none", "out"])
+def test_coordinates_are_those_of_least_squares(whitening: str) -> None:
+    basis, x = basis_of(normal(E, D, H), (2, 3, 2), whitening), normal(D, 4, seed=5)
+    wanted = torch.linalg.lstsq(basis.u_out, x).solution
+    torch.testing.assert_close(basis.coordinates(x), wanted, rtol=1e-8, atol=1e-10)

@@ -1,0 +1,136 @@
+"""The benchmark suite in its reduced mode: it runs, its contenders agree, and its results land on disk."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer import Typer
+from typer.testing import CliRunner
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the package benchmarks is not installed
+
+from benchmarks import end_to_end, growth, harness, registry, shapes, solvers
+from benchmarks.__main__ import main
+from easyedit_moe.solvers import IdentityMetric, expert_orders, solve_bcd
+
+app = Typer()
+app.command()(main)
+
+
+def rows_of(path: Path, suite: str) -> list[dict[str, Any]]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    assert content["schema"] == 1
+    return content["suites"][suite]["rows"]
+
+
+def test_the_reduced_mode_writes_a_table_and_json(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["solvers", "--quick", "--device", "cpu", "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    (path,) = tmp_path.iterdir()
+    assert path.name.endswith("-quick.json")
+    assert "write-back" in done.output
+    rows = rows_of(path, "solvers")
+    assert {row["benchmark"] for row in rows} == {"tucker basis", "solvers", "write-back"}
+    solved = {(row["tokens"], row["solver"]): row for row in rows if row["benchmark"] == "solvers"}
+    naive, ours = solved[6, "naive BCD, 4 passes"], solved[6, "BCD, 4 passes"]
+    assert naive["difference to our BCD"] < 1e-5
+    assert naive["objective"] == pytest.approx(ours["objective"], rel=1e-4)
+    assert solved[6, "exact"]["objective"] < ours["objective"]
+    assert all(row["seconds"] > 0 and row["least"] <= row["seconds"] <= row["most"] for row in solved.values())
+
+
+def test_other_suites_results_stay(tmp_path: Path) -> None:
+    one, two = [{"benchmark": "a", "seconds": 1.0}], [{"benchmark": "b", "seconds": 2.0}]
+    path = harness.write_results(tmp_path, False, {"first": one})
+    assert harness.write_results(tmp_path, False, {"second": two}) == path
+    assert (rows_of(path, "first"), rows_of(path, "second")) == (one, two)
+    harness.write_results(tmp_path, False, {"first": two})
+    assert rows_of(path, "first") == two
+    # Reduced runs never mix with real ones.
+    assert harness.write_results(tmp_path, True, {"first": one}) != path
+
+
+def test_results_describe_the_machine_and_name_no_host(tmp_path: Path) -> None:
+    path = harness.write_results(tmp_path, False, {"first": []})
+    about = json.loads(path.read_text(encoding="utf-8"))["suites"]["first"]["machine"]
+    assert {"cpu", "cores", "threads", "torch"} <= set(about)
+    assert about["threads"] == torch.get_num_threads()
+    if len(platform.node()) > 3:
+        assert platform.node() not in path.read_text(encoding="utf-8") + path.name
+
+
+def test_contenders_take_turns() -> None:
+    turns: list[str] = []
+    times = harness.interleaved(
+        {name: lambda name=name: turns.append(name) for name in ("a", "b", "slow")}, repeats=3, once=["slow"]
+    )
+    assert turns == ["a", "b", "a", "b", "slow", "a", "b", "a", "b"]
+    assert [times[name]["runs"] for name in ("a", "b", "slow")] == [3, 3, 1]
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_the_naive_bcd_is_ours_to_rounding(tokens: int) -> None:
+    shape = shapes.QUICK
+    keys, residual = shapes.random_keys(shape, tokens), shapes.random_residual(shape, tokens)
+    orders = expert_orders(shape.experts, 4)
+    dense = solvers.naive_bcd(keys, residual, 1.0, shape.experts, orders)
+    update, report = solve_bcd(keys, residual, 1.0, IdentityMetric(), orders)
+    assert solvers.relative_difference(dense, update) < 1e-5
+    assert solvers.relative_difference(dense * 1.01, update) == pytest.approx(0.01, rel=1e-2)
+    assert solvers.dense_objective(keys, residual, 1.0, dense) == pytest.approx(report.objective[-1], rel=1e-4)
+
+
+def test_random_keys_have_the_true_sparsity() -> None:
+    shape = shapes.MODELS["gpt-oss-20b"]
+    keys = shapes.random_keys(shapes.ModelShape("s", 32, 4, 8, 6, (1, 1, 1), (0,), 1), 200)
+    assert keys.expert.shape == (200, shape.active)
+    assert all(len(set(row)) == 4 for row in keys.expert.tolist())
+    torch.testing.assert_close(keys.gate.sum(1), torch.ones(200))
+
+
+def test_end_to_end_in_reduced_mode() -> None:
+    options = end_to_end.Options(methods="Global,MoEEdit-BCD", methods_with_targets="MoTE", quick=True)
+    rows = end_to_end.run(options)
+    assert [(row["method"], row["z"]) for row in rows] == [
+        ("Global", "ready"), ("MoEEdit-BCD", "ready"), ("MoTE", "included"),
+    ]  # fmt: skip
+    for row in rows:
+        assert row["solve"] > 0
+        assert row["write"] > 0
+        assert (row["targets"] > 0) == (row["z"] == "included")
+        assert row["planned"] > 0
+    assert rows[1]["published, real shape, H200"] == 477.0
+
+
+def test_requests_are_all_different() -> None:
+    facts = end_to_end.requests(1000)
+    assert len({fact.prompt for fact in facts}) == 1000
+    assert all(fact.subject in fact.prompt for fact in facts)
+
+
+def test_growth_in_reduced_mode() -> None:
+    rows = growth.run(growth.Options(quick=True))
+    assert {row["benchmark"] for row in rows} == {
+        "growth with E", "growth with T", "growth with edits made", "growth with layers",
+    }  # fmt: skip
+    assert {row["what"] for row in rows} == {"exact", "BCD, 4 passes", "MoTE", "write", "Global"}
+
+
+def test_unknown_suites_are_refused(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["solver", "--out", str(tmp_path)])
+    assert done.exit_code == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_registered_suites_take_the_options_they_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(solvers, "run", lambda options: seen.append(options) or [])
+    registry.SUITES["solvers"].run(quick=True, device="cpu")
+    assert seen == [solvers.Options(quick=True, device="cpu")]
+    assert not registry.Suite("benchmarks.nowhere").available

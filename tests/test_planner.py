@@ -1,0 +1,231 @@
+"""The memory planner: shapes without weights, chunk sizes that fit, and plans against measured peaks."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from tiny import CONFIGS, tiny_model
+from typer.testing import CliRunner
+
+from easyedit_moe import planner
+from easyedit_moe.cli import app
+from easyedit_moe.errors import DataError, HyperParamsError, LayerError, LayoutError
+from easyedit_moe.hparams import GlobalHyperParams, MoEEditHyperParams, MoTEHyperParams, SolverHyperParams
+from easyedit_moe.layers import MoELayerView
+from easyedit_moe.loading import empty_model
+from easyedit_moe.measure import peak_memory_bytes, reset_peak_memory
+from easyedit_moe.planner import MemoryPlan, Shapes, plan, shapes_of
+from easyedit_moe.routing import RoutedKeys
+from easyedit_moe.solvers import IdentityMetric, expand_core, expert_orders, solve_bcd, solve_exact, solve_mote
+from easyedit_moe.tucker import TuckerBasis, tucker_basis
+
+QWEN = hf.Qwen3MoeConfig(
+    vocab_size=151936, hidden_size=2048, num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4,
+    head_dim=128, intermediate_size=6144, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8,
+)  # fmt: skip
+CLASSES: dict[str, type[SolverHyperParams]] = {
+    "MoTE": MoTEHyperParams, "MoEEdit-BCD": MoEEditHyperParams, "Global": GlobalHyperParams,
+}  # fmt: skip
+methods = pytest.mark.parametrize("method", CLASSES)
+
+
+def hparams(method: str, layers: list[int] | None = None, **values: Any) -> SolverHyperParams:
+    layers = [3, 4, 5, 6, 7] if layers is None else layers
+    return CLASSES[method](alg_name=method, model_name="m", layers=layers, **values)
+
+
+@pytest.fixture(scope="module")
+def qwen() -> Shapes:
+    with torch.device("meta"):
+        model = hf.AutoModelForCausalLM.from_config(QWEN, dtype=torch.bfloat16)
+    return shapes_of(model, [3, 4, 5, 6, 7])
+
+
+# ---------------------------------------------------------------- shapes
+
+
+def test_the_real_shape_is_known_without_weights(qwen: Shapes) -> None:
+    assert (qwen.experts, qwen.active, qwen.d_model, qwen.d_hidden) == (128, 8, 2048, 768)
+    assert (qwen.num_layers, qwen.vocabulary, qwen.itemsize) == (48, 151936, 2)
+    assert qwen.parameters == pytest.approx(61.1e9, rel=1e-2)  # 30.5 billion parameters in bfloat16
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "mixtral", "deepseek_v3", "granitemoe", "qwen3_5_moe"])
+def test_shapes_on_the_meta_device_are_those_of_the_model(family: str) -> None:
+    real = tiny_model(family)
+    with torch.device("meta"):
+        empty = hf.AutoModelForCausalLM.from_config(CONFIGS[family](), dtype=torch.float32)
+    found = shapes_of(empty, [1, 2])
+    assert found == shapes_of(real, [1, 2])
+    layout = MoELayerView(real).layers[1].experts.layout
+    assert (found.experts, found.d_model, found.d_hidden) == (layout.num_experts, layout.d_model, layout.d_hidden)
+    with pytest.raises(LayoutError, match="meta device"):
+        MoELayerView(empty)
+
+
+def test_layers_are_checked(qwen: Shapes) -> None:
+    with pytest.raises(LayerError, match="out of range"):
+        shapes_of(tiny_model(), [99])
+
+
+def test_a_config_that_does_not_tell_the_experts_per_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "_EXPERTS_PER_TOKEN", ("experts_a_token_likes",))
+    with pytest.raises(LayoutError, match="experts per token"):
+        shapes_of(tiny_model(), [1])
+
+
+# ---------------------------------------------------------------- plans
+
+
+@methods
+def test_stages_of_a_plan(method: str, qwen: Shapes) -> None:
+    found = plan(qwen, hparams(method))
+    names = [stage.name for stage in found.stages]
+    basis = ["basis"] if method == "MoTE" else []
+    assert names == ["statistics", "metric", *basis, "targets", "capture", "solve", "write"]
+    assert found.peak == max(found.peaks())
+    assert min(found.peaks()) > qwen.parameters
+    assert found.fits
+    json.dumps(found.to_dict())
+    # Originals of all experts of five layers.
+    assert found.stages[-1].kept >= 5 * 128 * 2048 * 768 * 2
+
+
+def test_nothing_is_collected_for_plain_ridge(qwen: Shapes) -> None:
+    found = plan(qwen, hparams("Global", metric="identity"))
+    assert [stage.name for stage in found.stages] == ["targets", "capture", "solve", "write"]
+
+
+def stage(found: MemoryPlan, name: str) -> int:
+    return next(s.kept + s.working for s in found.stages if s.name == name)
+
+
+@methods
+def test_the_solvers_memory_grows_with_the_edits_that_are_solved_together(method: str, qwen: Shapes) -> None:
+    needs = [stage(plan(qwen, hparams(method), edits=n), "solve") for n in (1, 50, 1000, 10_000)]
+    assert needs == sorted(needs)
+    remembering = hparams(method, remember_edits=True)
+    assert stage(plan(qwen, remembering, edits=50, earlier_edits=950), "solve") == needs[2]
+    assert stage(plan(qwen, hparams(method), edits=50, earlier_edits=950), "solve") == needs[1]
+    three = hparams(method, context_prefixes=["a", "b"])
+    assert stage(plan(qwen, three, edits=50), "solve") == stage(plan(qwen, hparams(method), edits=150), "solve")
+
+
+def test_ten_thousand_edits_stay_below_the_size_of_the_model(qwen: Shapes) -> None:
+    for method in CLASSES:
+        assert stage(plan(qwen, hparams(method), edits=10_000), "solve") < 8e9
+    assert stage(plan(qwen, hparams("Global"), edits=10_000), "solve") >= 8 * 10_000**2
+
+
+@methods
+def test_chunk_sizes_are_picked_to_fit_the_budget(method: str, qwen: Shapes) -> None:
+    free = plan(qwen, hparams(method))
+    tight = plan(qwen, hparams(method), budget=free.peak - 10**9)
+    assert tight.fits
+    assert tight.peak <= free.peak - 10**9
+    assert any(tight.settings[name] < size for name, size in free.settings.items())
+    generous = plan(qwen, hparams(method), budget=2 * free.peak)
+    assert generous.settings == free.settings
+    hopeless = plan(qwen, hparams(method), budget=qwen.parameters)
+    assert not hopeless.fits
+    assert set(hopeless.settings.values()) == {1}
+    smaller = planner.with_settings(hparams(method), tight)
+    assert smaller.target_batch_size == tight.settings["target_batch_size"]
+    with pytest.raises(HyperParamsError, match="greater than 0"):
+        plan(qwen, hparams(method), budget=0)
+
+
+# ---------------------------------------------------------------- measured peaks
+
+SHAPES = Shapes(32, 4, 768, 512, 1, 0, 0, 4)
+MB = 2**20
+
+
+def problem(tokens: int) -> tuple[RoutedKeys, torch.Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    expert = torch.rand(tokens, SHAPES.experts, generator=draw).topk(SHAPES.active).indices
+    gate = torch.rand(tokens, SHAPES.active, generator=draw)
+    key = torch.randn(tokens, SHAPES.active, SHAPES.d_hidden, generator=draw)
+    return RoutedKeys(expert, gate, key), torch.randn(tokens, SHAPES.d_model, generator=draw)
+
+
+def measured(run: Callable[[], Any]) -> int:
+    """Bytes at the peak of ``run`` beyond what the process held; Linux only."""
+    gc.collect()
+    reset_peak_memory()
+    before = peak_memory_bytes()
+    result = run()
+    peak = peak_memory_bytes() - before
+    del result
+    return peak
+
+
+def measure_all() -> dict[str, tuple[int, int]]:
+    """Per stage, bytes measured and planned."""
+    metric = IdentityMetric()
+    few, many = problem(1500), problem(2500)
+    sizes = (SHAPES.experts, SHAPES.d_model, SHAPES.d_hidden)
+    factors = [torch.eye(n, r, dtype=torch.float64) for n, r in zip(sizes, (32, 384, 256), strict=True)]
+    basis = TuckerBasis(*factors, 0.0)
+    weights, chunk = torch.randn(sizes), 12 * 768 * 512
+    tucker = hparams("MoTE", [0], rank_expert=32, rank_out=384, rank_in=256, whitening="none")
+    orders = expert_orders(SHAPES.experts, 1)
+    solve_exact(*problem(9), 1.0, metric)  # what the libraries allocate once is not a stage's
+    return {
+        "exact": (measured(lambda: solve_exact(*many, 1.0, metric)), planner.exact_bytes(SHAPES, 2500, "identity")[0]),
+        "bcd": (measured(lambda: solve_bcd(*few, 1.0, metric, orders)), planner.bcd_bytes(SHAPES, 1500, "identity")[0]),
+        "mote": (
+            measured(lambda: expand_core(solve_mote(*many, 1.0, metric, basis), basis, metric)),
+            planner.mote_bytes(SHAPES, 2500, 32, 384, 256, "identity")[0],
+        ),
+        "basis": (
+            measured(lambda: tucker_basis(weights, 32, 384, 256, chunk_numbers=chunk)),
+            planner.basis_stage(SHAPES, tucker, chunk).working,
+        ),
+    }
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak can only be reset on Linux")
+def test_measured_peaks_stay_within_the_plan() -> None:
+    """In a process of its own, whose allocator gives freed tensors back instead of reusing them unseen."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import torch; torch.set_num_threads(1)\n"
+        "import json, test_planner\nprint(json.dumps(test_planner.measure_all()))"
+    )
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    found = json.loads(done.stdout)
+    for what, (peak, planned) in found.items():
+        assert planned > 50 * MB, "too small to be told from the interpreter's own memory"
+        assert 0.5 * planned - 24 * MB <= peak <= 1.15 * planned + 24 * MB, (what, found)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_the_command_prints_a_plan() -> None:
+    done = CliRunner().invoke(app, ["plan", "--edits", "10", "--budget", "1"])
+    assert done.exit_code == 0, done.output
+    for name in ("model", "statistics", "basis", "targets", "solve", "write", "target_batch_size"):
+        assert name in done.output
+    assert CliRunner().invoke(app, ["plan", "--method", "Global", "--budget", "0.01"]).exit_code == 1
+    assert CliRunner().invoke(app, ["plan", "--method", "Globel"]).exit_code == 2
+
+
+def test_an_empty_model_has_no_weights() -> None:
+    model = empty_model("factworld", "float32")
+    assert all(p.is_meta for p in model.parameters())
+    with pytest.raises(DataError, match="no-such-model"):
+        empty_model("no-such-model")
+    with pytest.raises(HyperParamsError, match="dtype"):
+        empty_model("factworld", "float8")
