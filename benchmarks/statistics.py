@@ -11,31 +11,18 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import transformers
-from torch import nn
 
+from benchmarks.random_model import random_model
 from easyedit_moe import capture, moments
 from easyedit_moe.corpus import load_texts
 from easyedit_moe.layers import MoELayerView
 from easyedit_moe.loading import load_model
 from easyedit_moe.tokens import collate, pad_id
 
-SHAPES: dict[str, dict[str, int]] = {
-    "middle": {
-        "hidden_size": 512, "moe_intermediate_size": 192, "num_experts": 32, "num_experts_per_tok": 8,
-        "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64,
-    },
-    "qwen3-30b-a3b": {
-        "hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8,
-        "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
-    },
-}  # fmt: skip
-"""Layers of random weights; "middle" keeps Qwen3-30B-A3B's proportions at a quarter of its width."""
-
 
 @dataclass(frozen=True)
 class Options:
-    """``shape`` is "factworld" (the bundled model) or one of ``SHAPES``; layers 0 to ``layers`` - 1 are read."""
+    """``shape`` is "factworld" (the bundled model) or one of ``random_model.SHAPES``; the first ``layers`` are read."""
 
     shape: str = "middle"
     layers: int = 4
@@ -48,7 +35,9 @@ class Options:
 def run(options: Options) -> list[dict[str, Any]]:
     """A row for the plain forward and one for the statistics; the least of ``repeats`` timings, taken in turns."""
     plain, tok = load_model("factworld", options.dtype, options.device)
-    model = plain if options.shape == "factworld" else _random_model(options, len(tok))
+    model = plain
+    if options.shape != "factworld":
+        model = random_model(options.shape, options.layers, len(tok), options.dtype, options.device)
     view, layers = MoELayerView(model), list(range(options.layers))
     texts = _texts(options)
     batches = [b for shard in moments._shards(texts, 512) for b in moments._batches(tok, shard, 512, 256)]
@@ -96,16 +85,6 @@ def _texts(options: Options) -> list[str]:
         return (texts * (options.texts // len(texts) + 1))[: options.texts]
     long = [" ".join(texts[i : i + 20]) for i in range(0, len(texts), 20)]
     return (long * (options.texts // len(long) + 1))[: options.texts]
-
-
-def _random_model(options: Options, vocabulary: int) -> nn.Module:
-    torch.manual_seed(0)
-    config = transformers.Qwen3MoeConfig(
-        **SHAPES[options.shape], vocab_size=vocabulary, num_hidden_layers=options.layers, max_position_embeddings=1024
-    )
-    dtype = getattr(torch, options.dtype)
-    with torch.device(options.device):
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def main() -> None:

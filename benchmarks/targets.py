@@ -8,13 +8,14 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from benchmarks.random_model import random_model
 from easyedit_moe import factworld
 from easyedit_moe.capture import hooks, layer_output, replace_layer_output
 from easyedit_moe.editors import make_editor
@@ -29,18 +30,43 @@ from easyedit_moe.tokens import collate, encode_prompt, encode_target, pad_id
 
 @dataclass(frozen=True)
 class Options:
-    """Requests to find targets for in a batch, how many of them to run one at a time, and the model's hparams."""
+    """Requests to find targets for in a batch, and how many of them to run one at a time (their time is scaled).
+
+    ``shape`` is "factworld" (the bundled model) or one of ``random_model.SHAPES``, then with ``decoder_layers``;
+    ``plain_prompts`` leaves out the context prefixes of ``hparams``, as the papers do. On CUDA a model of
+    Qwen3-30B-A3B's shape is measured besides.
+    """
 
     requests: int = 100
     one_at_a_time: int = 100
+    shape: str = "factworld"
+    decoder_layers: int = 48
     hparams: str = "MoTE/factworld"
+    plain_prompts: bool = False
+    dtype: str = "float32"
     device: str = "cpu"
 
 
 def run(options: Options) -> list[dict[str, Any]]:
-    """One row per way to find the same targets; ``seconds`` are scaled to all requests where fewer were run."""
-    hparams = load_hyperparams(options.hparams, device=options.device)
-    model, tok = load_model(hparams.model_name, hparams.dtype, hparams.device, hparams.model_parallel)
+    """One row per way to find the same targets."""
+    cases = [options]
+    if options.shape == "factworld":
+        cases.append(replace(options, plain_prompts=True))
+        if options.device != "cpu":
+            cases.append(
+                replace(
+                    options, shape="qwen3-30b-a3b", hparams="MoTE/qwen3-30b-a3b", dtype="bfloat16",
+                    one_at_a_time=min(4, options.one_at_a_time),
+                )
+            )  # fmt: skip
+    return [row for case in cases for row in _measure(case)]
+
+
+def _measure(options: Options) -> list[dict[str, Any]]:
+    hparams = load_hyperparams(options.hparams, **({"context_prefixes": []} if options.plain_prompts else {}))
+    model, tok = load_model("factworld", options.dtype, options.device)
+    if options.shape != "factworld":
+        model = random_model(options.shape, options.decoder_layers, len(tok), options.dtype, options.device)
     records = json.loads(factworld.data_path("counterfact.json").read_text(encoding="utf-8"))
     facts = parse_requests(records[: options.requests])
     layer, prefixes, settings = make_editor(hparams).target_settings()
@@ -65,13 +91,16 @@ def run(options: Options) -> list[dict[str, Any]]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", EditingWarning)
             start = time.perf_counter()
-            shifts[name] = find()
+            shifts[name] = find()  # on the CPU, so a GPU is done
             seconds = time.perf_counter() - start
         difference = (shifts[name][: len(few)] - shifts["one at a time, whole model"]).norm(dim=1)
         rows.append(
             {
                 "benchmark": "targets",
                 "way": name,
+                "shape": options.shape,
+                "contexts": len(prefixes) + 1,
+                "steps": settings.steps,
                 "requests": len(facts),
                 "measured": count,
                 "seconds": seconds * len(facts) / count,
@@ -149,7 +178,11 @@ def whole_model_target(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name, value in asdict(Options()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+        option = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            parser.add_argument(option, action="store_true")
+        else:
+            parser.add_argument(option, type=type(value), default=value)
     for row in run(Options(**vars(parser.parse_args()))):
         sys.stdout.write(json.dumps(row) + "\n")
 
