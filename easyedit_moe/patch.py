@@ -20,6 +20,7 @@ from easyedit_moe.layers import MoELayer, MoELayerView
 from easyedit_moe.routing import FactoredUpdate
 
 SCHEMA = 1
+_CHECKSUM_CHUNK = 2**24
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -95,8 +96,8 @@ class WeightPatch:
             moe = view.layers.get(layer)
             if moe is None or max(experts) >= moe.experts.layout.num_experts:
                 raise PatchError(f"This model lacks the experts that the patch wrote in layer {layer}.")
-            for expert, checksum in experts.items():
-                if _checksum(moe.experts.read(expert)) != checksum:
+            for expert, expected in experts.items():
+                if checksum(moe.experts.read(expert)) != expected:
                     raise PatchError(
                         f"Layer {layer}, expert {expert} was changed after this patch was written; revert the later "
                         "patch first."
@@ -235,7 +236,7 @@ class PatchWriter:
     def checksums(self) -> dict[int, dict[int, int]]:
         """Checksums of all written experts, by which a revert sees later changes."""
         return {
-            layer: {expert: _checksum(self.view.layers[layer].experts.read(expert)) for expert in experts}
+            layer: {expert: checksum(self.view.layers[layer].experts.read(expert)) for expert in experts}
             for layer, experts in self.originals.items()
         }
 
@@ -300,7 +301,12 @@ def _add(moe: MoELayer, expert: int, weight: Tensor, delta: Tensor) -> tuple[flo
     return lost, float((delta**2).sum())
 
 
-def _checksum(weight: Tensor) -> int:
-    bits = weight.contiguous().view(_BITS[weight.element_size()]).to(torch.int64).flatten()
-    positions = torch.arange(1, len(bits) + 1, device=bits.device) % 65521 + 1
-    return int((bits * positions).sum())
+def checksum(weight: Tensor) -> int:
+    """A sum over the bits of ``weight``, weighted by position: another for any change that a later write makes."""
+    bits = weight.contiguous().view(_BITS[weight.element_size()]).flatten()
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for start in range(0, len(bits), _CHECKSUM_CHUNK):  # 64-bit copies of all of a packed tensor would not fit
+        part = bits[start : start + _CHECKSUM_CHUNK].to(torch.int64)
+        positions = torch.arange(start + 1, start + len(part) + 1, device=bits.device) % 65521 + 1
+        total += (part * positions).sum()
+    return int(total)
