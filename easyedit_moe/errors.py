@@ -65,6 +65,10 @@ class DataError(EditingError, ValueError):
     """A data file that is missing or not in the expected layout."""
 
 
+class DependencyError(EditingError, ImportError):
+    """An optional package that is missing; the message says how to install it."""
+
+
 class EditingWarning(UserWarning):
     """Something the user should know, though the edit goes on."""
 

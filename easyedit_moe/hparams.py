@@ -395,8 +395,9 @@ class UnKEHyperParams(MoEHyperParams):
         super()._check_ranges()
         self._require_at_least(
             {
-                "v_num_grad_steps": 1, "v_weight_decay": 0, "kl_factor": 0, "early_stop_loss": 0, "target_batch_size": 1,
-                "optim_num_step": 1, "preserve_n_samples": 0, "preserve_weight": 0, "train_batch_size": 1,
+                "v_num_grad_steps": 1, "v_weight_decay": 0, "kl_factor": 0, "early_stop_loss": 0,
+                "target_batch_size": 1, "optim_num_step": 1, "preserve_n_samples": 0, "preserve_weight": 0,
+                "train_batch_size": 1,
             }
         )  # fmt: skip
         for name in ("v_lr", "clamp_norm_factor", "lr"):

@@ -21,7 +21,7 @@ from easyedit_moe.editors.training import (
     seeded,
     trainable,
 )
-from easyedit_moe.errors import HyperParamsError, LayoutError
+from easyedit_moe.errors import DependencyError, LayoutError
 from easyedit_moe.hparams import LoRAHyperParams
 from easyedit_moe.layers import MoELayerView
 from easyedit_moe.requests import EditRequest
@@ -30,9 +30,9 @@ ADAPTER = "default"
 
 
 class PeftEditor(TrainingEditor):
-    """What MoE-LoRA and AdaLoRA share: adapters are put in, trained and taken out; their product is written by us.
+    """What MoE-LoRA and AdaLoRA share: adapters go in, are trained and taken out; their product is written by us.
 
-    Weights do not change before that: peft adds the adapters' product on the fly, and its own merging is not used, since
+    Weights do not change before: peft adds the product on the fly, and its own merging is not used, since
     that adds in the weights' dtype. Afterwards the modules, their classes and their attributes are those of before.
     """
 
@@ -71,28 +71,23 @@ class MoELoRAEditor(PeftEditor):
     """LoRA (arXiv 2106.09685) on the experts of the critical layers, one adapter per expert, merged after training.
 
     Where it differs from LoRA as editing papers run it (EasyEdit's code): that adapts q_proj and v_proj of every layer;
-    here the experts are the site, through peft's ``target_parameters`` where they are packed and as modules where they
-    are a ModuleList. peft can't drop out inputs of packed experts, so there is no dropout (EasyEdit: 0.1). The order of
-    facts is ``minibatch`` unless the hparams say otherwise.
+    here the experts are the site, through peft's ``target_parameters``. That serves packed experts, which have no
+    module to adapt, and ModuleList experts alike: given their modules, peft would look for packed experts wherever
+    transformers packs those of this model type. Such adapters can't drop out inputs, so there is no dropout (EasyEdit:
+    0.1). The order of facts is ``minibatch`` unless the hparams say otherwise.
     """
 
     method = "MoE-LoRA"
 
     def config(self, peft: Any, view: MoELayerView, job: TrainingJob) -> Any:
-        hp, modules, parameters = self.hparams, [], []
+        hp, names = self.hparams, []
         for moe in view.require(hp.layers):
             chosen = expert_parameters(moe, hp.train)
             check_writable(chosen)
-            if moe.experts.layout.storage == "packed":
-                parameters += [name for name, p in chosen.items() if p.dim() == 3]
-            else:
-                modules += [name.removesuffix(".weight") for name in chosen if name.endswith(".weight")]
+            matrix = 3 if moe.experts.layout.storage == "packed" else 2
+            names += [name for name, parameter in chosen.items() if parameter.dim() == matrix]
         return peft.LoraConfig(
-            r=hp.rank,
-            lora_alpha=hp.lora_alpha,
-            lora_dropout=0.0,
-            target_modules=modules,
-            target_parameters=parameters or None,
+            r=hp.rank, lora_alpha=hp.lora_alpha, lora_dropout=0.0, target_modules=[], target_parameters=names
         )
 
 
@@ -100,7 +95,7 @@ def _peft() -> Any:
     try:
         import peft
     except ImportError as error:
-        raise HyperParamsError(
+        raise DependencyError(
             "MoE-LoRA and AdaLoRA need peft, which is not installed: pip install 'easyedit-moe[peft]'."
         ) from error
     return peft

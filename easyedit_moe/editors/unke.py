@@ -37,13 +37,14 @@ from easyedit_moe.tokens import collate, encode_text, pad_id
 class UnKEEditor(Editor):
     """Stage 1 finds target vectors z at the layer's output, stage 2 fits the layer's parameters to them.
 
-    Stage 2 minimises ``sum_t ||f(x_t) - z_t||^2 + preserve_weight * sum_s ||f(x_s) - f_0(x_s)||^2`` by Adam, f being the
-    decoder layer, t the fact tokens, s all other tokens of the edited prompts and all tokens of the preserved texts, and
-    f_0 the layer before this batch. Each step sees all tokens. The inputs x do not change, as nothing below is edited.
+    Stage 2 minimises ``sum_t ||f(x_t) - z_t||^2 + preserve_weight * sum_s ||f(x_s) - f_0(x_s)||^2`` by Adam. f is the
+    decoder layer, f_0 the same before this batch, t the fact tokens, s all other tokens of the edited prompts and all
+    tokens of the preserved texts, except texts that mention an edited subject. Each step sees all of them; x does not
+    change, as nothing below is edited.
 
     Where it differs from the paper and EasyEdit's code: the paper trains the whole layer; here ``train`` says what, by
     default the routed experts, so that attention and router stay. z is shifted at the last subject token by default
-    (the paper: at the prompt's last token, ``fact_token: last``), which here serves prompts of the same subject, too.
+    (paper: at the prompt's last token, ``fact_token: last``), which here serves other prompts of the same subject, too.
     Stage 1 is this package's search of target vectors, for all requests at once, without KL term by default. Masters
     are float32.
     """
@@ -79,7 +80,7 @@ class UnKEEditor(Editor):
         check_writable(parameters)
         with writing_tensors(model) as writer:
             with watch.stage("statistics"):
-                texts = self._preserved(tok)
+                texts = self._preserved(tok, facts)
             if targets is None:
                 layer, prefixes, settings = self.target_settings()
                 with watch.stage("targets"):
@@ -105,12 +106,14 @@ class UnKEEditor(Editor):
         )  # fmt: skip
         return hp.layers[0], tuple(hp.context_prefixes), settings
 
-    def _preserved(self, tok: PreTrainedTokenizerBase) -> list[list[int]]:
+    def _preserved(self, tok: PreTrainedTokenizerBase, facts: Sequence[EditRequest]) -> list[list[int]]:
+        """Token ids of the texts to preserve, without those on an edited subject, which would ask for the opposite."""
         hp = self.hparams
         if not hp.preserve_n_samples or not hp.preserve_weight:
             return []
         texts = load_texts(hp.preserve_dataset, hp.preserve_n_samples)
-        return [encode_text(tok, text)[: hp.max_length] for text in texts]
+        kept = [text for text in texts if not any(fact.subject in text for fact in facts)]
+        return [encode_text(tok, text)[: hp.max_length] for text in kept]
 
     def _problem(
         self,
