@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -57,9 +58,9 @@ class PeftEditor(TrainingEditor):
                     deltas = _deltas(model)
             return {name: model.get_parameter(name).detach().float() + delta for name, delta in deltas.items()}
 
+    @abstractmethod
     def config(self, peft: Any, view: MoELayerView, job: TrainingJob) -> Any:
-        """peft's configuration."""
-        raise NotImplementedError
+        """peft's configuration: what is adapted, and how."""
 
     def hooks(self, wrapped: nn.Module, masters: Masters) -> tuple[Callable[[Step], None], Callable[[], Tensor] | None]:
         """What is done after each step, and what is added to the loss."""

@@ -69,7 +69,10 @@ class TrainingEditor(Editor):
         memory: Any = None,
         targets: Any = None,
     ) -> EditResult:
-        """See :meth:`Editor.edit`; raises what the layer view raises, and NumericalError for a loss that diverges."""
+        """See :meth:`Editor.edit`; ``memory`` is unused, as a batch only needs the weights that the one before left.
+
+        Raises what the layer view raises, too, and NumericalError for a loss that is not finite.
+        """
         facts = parse_requests(requests)
         if targets is not None:
             raise RequestError(f"{self.method} has no target vectors; found {type(targets).__name__}.")
@@ -85,7 +88,7 @@ class TrainingEditor(Editor):
                 for name, value in values.items():
                     writer.write(name, value)
                 patch = writer.finish(provenance(self.hparams, facts))
-        return EditResult(patch, watch.seconds, memory)
+        return EditResult(patch, watch.seconds)
 
 
 class TrainingJob:

@@ -95,7 +95,7 @@ class UnKEEditor(Editor):
                 for name, value in values.items():
                     writer.write(name, value)
                 patch = writer.finish(provenance(hp, facts))
-        return EditResult(patch, watch.seconds, memory, [targets])
+        return EditResult(patch, watch.seconds, targets=[targets])
 
     def target_settings(self) -> tuple[int, tuple[str, ...], TargetSettings]:
         """All that target vectors depend on besides model and requests: layer, context prefixes, optimisation."""
