@@ -14,11 +14,15 @@ _LOCATIONS = {
     "MoTEHyperParams": "hparams",
     "MoEEditHyperParams": "hparams",
     "GlobalHyperParams": "hparams",
+    "FTHyperParams": "hparams",
+    "LoRAHyperParams": "hparams",
+    "UnKEHyperParams": "hparams",
     "load_hyperparams": "hparams",
     "MoEEditor": "editor",
     "EditRequest": "requests",
     "MoELayerView": "layers",
     "WeightPatch": "patch",
+    "TensorPatch": "tensor_patch",
     "load_model": "loading",
     "make_editor": "editors",
     "method_names": "editors",
@@ -31,6 +35,11 @@ _LOCATIONS = {
     "apply_moe_memit_to_model": "editors",
     "apply_moe_alphaedit_to_model": "editors",
     "apply_moe_rome_to_model": "editors",
+    "apply_moe_ft_to_model": "editors",
+    "apply_moe_ft_l_to_model": "editors",
+    "apply_moe_lora_to_model": "editors",
+    "apply_adalora_to_model": "editors",
+    "apply_unke_to_model": "editors",
 }
 
 __all__ = ["__version__", *_LOCATIONS]

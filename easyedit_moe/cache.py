@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,12 +44,13 @@ class StatisticsKey:
         return f"layer{self.layer}-{digest(asdict(self))[:16]}.safetensors"
 
 
-def model_fingerprint(view: MoELayerView) -> str:
+def model_fingerprint(view: MoELayerView, without: Iterable[str] = ()) -> str:
     """SHA-256 over class, shapes, dtypes and a strided sample of every parameter except the down-projections.
 
-    What this package edits is left out, so that the fingerprint is that of the unedited model before and after an edit.
+    What an edit writes is left out, so that the fingerprint is that of the unedited model before and after it; where
+    that is more than down-projections, ``without`` names the other parameters.
     """
-    skip = {name for moe in view.layers.values() for name in moe.parameter_names()}
+    skip = {name for moe in view.layers.values() for name in moe.parameter_names()} | set(without)
     state = hashlib.sha256(type(view.model).__name__.encode())
     for name, parameter in view.model.named_parameters():
         state.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())

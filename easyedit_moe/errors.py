@@ -77,6 +77,10 @@ class HostError(EditingError, ImportError):
     """EasyEdit is not there, or is not the version that this package knows."""
 
 
+class DependencyError(EditingError, ImportError):
+    """An optional package that is missing; the message says how to install it."""
+
+
 class EditingWarning(UserWarning):
     """Something the user should know, though the edit goes on."""
 

@@ -24,6 +24,7 @@ from easyedit_moe.tucker import WHITENING
 
 METRICS = ("identity", "nullspace", "covariance")
 SPREADS = ("residual", "update")
+ORDERS = ("minibatch", "depth_first")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -283,7 +284,143 @@ class GlobalHyperParams(SolverHyperParams):
             )
 
 
-HYPERPARAMS: tuple[type[MoEHyperParams], ...] = (MoTEHyperParams, MoEEditHyperParams, GlobalHyperParams)
+@dataclass(kw_only=True)
+class TrainingHyperParams(MoEHyperParams):
+    """What the methods share that minimise the NLL of the new answers by gradient descent."""
+
+    lr: float = 1e-3
+    """Adam's learning rate, > 0. Papers: FT and FT-L 1e-3; AdaLoRA 5e-3 / 5e-4."""
+    num_steps: int = 25
+    """Passes over the facts of a batch (of one fact, for depth_first), >= 1. Papers: 25."""
+    weight_decay: float = 0.0
+    """Adam's weight decay, >= 0. EasyEdit: 0."""
+    order: str = "minibatch"
+    """minibatch: all facts in random batches, again and again. depth_first: one fact after the other, as of old."""
+    train_batch_size: int = 8
+    """Facts per step, >= 1; 1 for depth_first. Ours."""
+    early_stop_loss: float = 0.01
+    """Training stops where the mean loss falls below, >= 0. As in ROME's FT."""
+    context_prefixes: list[str] = field(default_factory=list)
+    """Texts put before each prompt, to train on as well; the bare prompt always counts too. Ours."""
+    seed: int = 42
+    """Seed of the order of facts, and of what is drawn at random. Ours."""
+
+    def _check_ranges(self) -> None:
+        super()._check_ranges()
+        self._require_at_least({"num_steps": 1, "weight_decay": 0, "train_batch_size": 1, "early_stop_loss": 0})
+        self._require("lr", self.lr > 0, "greater than 0")
+        self._require_one_of({"order": ORDERS})
+
+
+@dataclass(kw_only=True)
+class FTHyperParams(TrainingHyperParams):
+    """Fine-tuning of the experts' down-projections."""
+
+    methods: ClassVar[tuple[str, ...]] = ("MoE-FT", "MoE-FT-L")
+
+    norm_constraint: float | None = 1e-3
+    """Bound on the change of each weight, > 0; None for MoE-FT. Papers: 1e-3 for FT-L."""
+    experts: str = "all"
+    """all: each expert that an example reaches; routed: those that the router picks for the fact tokens. Ours."""
+    fact_token: str = "subject_last"
+    """The token whose experts are meant by routed."""
+
+    def _check_ranges(self) -> None:
+        super()._check_ranges()
+        self._require_one_of({"experts": ("all", "routed"), "fact_token": FACT_TOKENS})
+        if self.alg_name == "MoE-FT-L":
+            bound = self.norm_constraint
+            self._require("norm_constraint", bound is not None and bound > 0, "greater than 0 for MoE-FT-L")
+
+
+@dataclass(kw_only=True)
+class LoRAHyperParams(TrainingHyperParams):
+    """Low-rank adapters by peft, merged after training."""
+
+    methods: ClassVar[tuple[str, ...]] = ("MoE-LoRA", "AdaLoRA")
+
+    lr: float = 5e-3
+    rank: int = 8
+    """Rank per expert or module, >= 1; for AdaLoRA the mean rank in the end. Papers: 8."""
+    lora_alpha: float = 32.0
+    """Adapters are scaled by alpha / rank, > 0. Papers: 32."""
+    train: str = "down_projections"
+    """What MoE-LoRA adapts: down_projections, or experts for the gate and up projections as well. Ours."""
+    target_modules: list[str] = field(default_factory=list)
+    """Names of the modules that AdaLoRA adapts, like q_proj; empty: every linear layer beside the MoE block. Ours."""
+    orth_reg_weight: float = 0.5
+    """Weight of AdaLoRA's orthogonality term, >= 0. AdaLoRA (arXiv 2303.10512), peft: 0.5."""
+
+    def _check_ranges(self) -> None:
+        super()._check_ranges()
+        self._require_at_least({"rank": 1, "orth_reg_weight": 0})
+        self._require("lora_alpha", self.lora_alpha > 0, "greater than 0")
+        self._require_one_of({"train": ("down_projections", "experts")})
+
+
+@dataclass(kw_only=True)
+class UnKEHyperParams(MoEHyperParams):
+    """UnKE (arXiv 2405.15349). Stage 1 has the solvers' names (v_...); stage 2 fits the layer."""
+
+    methods: ClassVar[tuple[str, ...]] = ("UnKE",)
+
+    fact_token: str = "subject_last"
+    """Where the fact sits: subject_last, subject_first, last or subject_first_after_last. UnKE's paper: last."""
+    context_prefixes: list[str] = field(default_factory=list)
+    """Texts put before each prompt, in both stages; the bare prompt always counts too. Ours."""
+    v_lr: float = 0.5
+    """Stage 1: Adam's learning rate for hidden states, > 0. Papers: 0.5."""
+    v_num_grad_steps: int = 25
+    """Stage 1: Adam steps, >= 1. Papers: 25 / 50."""
+    v_weight_decay: float = 1e-3
+    """Stage 1: weight of ``||delta|| / ||h||^2``, >= 0. Papers: 1e-3."""
+    clamp_norm_factor: float = 4.0
+    """Stage 1: bound on ``||delta|| / ||h||``, > 0. EasyEdit's UnKE: 4."""
+    kl_factor: float = 0.0
+    """Stage 1: weight of the KL term on "{subject} is a", >= 0. UnKE has none."""
+    early_stop_loss: float = 0.05
+    """Stage 1: a request whose loss falls below stops, >= 0."""
+    target_batch_size: int = 256
+    """Stage 1: token sequences per forward, >= 1. Ours."""
+    lr: float = 2e-4
+    """Stage 2: Adam's learning rate for the layer's parameters, > 0. Papers: 2e-4 / 1e-4."""
+    optim_num_step: int = 50
+    """Stage 2: Adam steps, >= 1. Papers: 50."""
+    train: str = "experts"
+    """What stage 2 trains: experts (all parameters of the routed experts), down_projections, or layer (all of the
+    decoder layer, router and attention included, which is what UnKE does on dense models)."""
+    preserve_dataset: str = "wikipedia"
+    """Texts on which the layer is to stay as it is: a file, "factworld" or a dataset name. UnKE: Alpaca."""
+    preserve_n_samples: int = 20
+    """Texts of it to use, >= 0. EasyEdit's UnKE: 20."""
+    preserve_weight: float = 1.0
+    """Weight of a token that is to stay as it is, against a fact token's, >= 0. UnKE: 1."""
+    train_batch_size: int = 256
+    """Stage 2: token sequences per forward; each step sees all of them, >= 1. Ours."""
+
+    def _check_ranges(self) -> None:
+        super()._check_ranges()
+        self._require_at_least(
+            {
+                "v_num_grad_steps": 1, "v_weight_decay": 0, "kl_factor": 0, "early_stop_loss": 0,
+                "target_batch_size": 1, "optim_num_step": 1, "preserve_n_samples": 0, "preserve_weight": 0,
+                "train_batch_size": 1,
+            }
+        )  # fmt: skip
+        for name in ("v_lr", "clamp_norm_factor", "lr"):
+            self._require(name, getattr(self, name) > 0, "greater than 0")
+        self._require_one_of({"fact_token": FACT_TOKENS, "train": ("experts", "down_projections", "layer")})
+        self._require("layers", len(self.layers) == 1, "a single layer for UnKE")
+
+
+HYPERPARAMS: tuple[type[MoEHyperParams], ...] = (
+    MoTEHyperParams,
+    MoEEditHyperParams,
+    GlobalHyperParams,
+    FTHyperParams,
+    LoRAHyperParams,
+    UnKEHyperParams,
+)
 
 
 def hyperparams_class(alg_name: str) -> type[MoEHyperParams]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ import transformers
 from torch import Tensor, nn
 
 from easyedit_moe.cache import model_fingerprint, read_safetensors, write_safetensors
+from easyedit_moe.checksums import checksum
 from easyedit_moe.errors import NumericalError, PatchError
 from easyedit_moe.layers import MoELayer, MoELayerView
 from easyedit_moe.routing import FactoredUpdate
@@ -95,8 +95,8 @@ class WeightPatch:
             moe = view.layers.get(layer)
             if moe is None or max(experts, default=0) >= moe.experts.layout.num_experts:
                 raise PatchError(f"This model lacks the experts that the patch wrote in layer {layer}.")
-            for expert, checksum in experts.items():
-                if _checksum(moe.experts.read(expert)) != checksum:
+            for expert, expected in experts.items():
+                if checksum(moe.experts.read(expert)) != expected:
                     raise PatchError(
                         f"Layer {layer}, expert {expert} was changed after this patch was written; revert the later "
                         "patch first."
@@ -235,7 +235,7 @@ class PatchWriter:
     def checksums(self) -> dict[int, dict[int, int]]:
         """Checksums of all written experts, by which a revert sees later changes."""
         return {
-            layer: {expert: _checksum(self.view.layers[layer].experts.read(expert)) for expert in experts}
+            layer: {expert: checksum(self.view.layers[layer].experts.read(expert)) for expert in experts}
             for layer, experts in self.originals.items()
         }
 
@@ -385,25 +385,3 @@ def _padded(factors: list[Tensor]) -> Tensor:
         return factors[0][None]
     rank = max(factor.shape[1] for factor in factors)
     return torch.stack([torch.nn.functional.pad(factor, (0, rank - factor.shape[1])) for factor in factors])
-
-
-def _checksum(weight: Tensor) -> int:
-    """Sum modulo 2^64 of the bits, 64 at a time, each times an odd weight of its own: any one change is seen.
-
-    The weight of row i and column j of a table of R rows is ``(2 i + 1) + 2 R j``, so sums by row and by column do.
-    """
-    if not weight.is_contiguous() and weight.mT.is_contiguous():
-        weight = weight.mT
-    flat = weight.contiguous().view(-1)
-    width = 8 // flat.element_size()
-    if flat.numel() % width:
-        flat = torch.nn.functional.pad(flat, (0, width - flat.numel() % width))
-    words = flat.view(torch.int64)
-    side = max(1, math.isqrt(len(words)))
-    whole = len(words) // side * side
-    table, rest = words[:whole].view(-1, side), words[whole:]
-    step = 2 * len(table)
-    odd = torch.arange(1, step, 2, device=words.device)
-    even = torch.arange(side, device=words.device) * step
-    last = torch.arange(len(rest), device=words.device) * 2 + step * side + 1
-    return int((table.sum(1) * odd).sum() + (table.sum(0) * even).sum() + (rest * last).sum())

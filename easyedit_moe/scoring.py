@@ -72,10 +72,13 @@ def score_targets(
     return scores
 
 
-def _score_batch(
-    model: nn.Module, tok: PreTrainedTokenizerBase, rows: Sequence[tuple[list[int], list[int]]]
-) -> list[TargetScore]:
-    batch = collate([ids + labels[:-1] for ids, labels in rows], pad_id(tok), str(model_device(model)))
+def answer_logits(
+    model: nn.Module, rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad: int
+) -> tuple[Tensor, Tensor]:
+    """Logits ``[B, M, V]`` float32 where each row's (prompt ids, answer ids) predicts its answer, teacher-forced, and
+    the answers ``[B, M]`` padded with -100.
+    """
+    batch = collate([[*ids, *labels[:-1]] for ids, labels in rows], pad, str(model_device(model)))
     width = max(len(labels) for _, labels in rows)
     positions = torch.zeros(len(rows), width, dtype=torch.long)
     padded = torch.full((len(rows), width), -100)
@@ -85,9 +88,14 @@ def _score_batch(
     with hooks() as handles:
         handles.append(score_only(model, positions))
         logits = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits.float()
-    losses = nn.functional.cross_entropy(
-        logits.transpose(1, 2), padded.to(logits.device), reduction="none", ignore_index=-100
-    )
+    return logits, padded.to(logits.device)
+
+
+def _score_batch(
+    model: nn.Module, tok: PreTrainedTokenizerBase, rows: Sequence[tuple[list[int], list[int]]]
+) -> list[TargetScore]:
+    logits, padded = answer_logits(model, rows, pad_id(tok))
+    losses = nn.functional.cross_entropy(logits.transpose(1, 2), padded, reduction="none", ignore_index=-100)
     best = logits.argmax(-1).tolist()
     out = []
     for i, (_, labels) in enumerate(rows):

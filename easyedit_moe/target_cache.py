@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.cache import digest, read_safetensors, statistics_folder, write_safetensors
+from easyedit_moe.checksums import checksum
 from easyedit_moe.errors import CacheError
 from easyedit_moe.layers import MoELayerView
 from easyedit_moe.requests import EditRequest
@@ -20,23 +21,19 @@ from easyedit_moe.targets import TargetSettings, TargetVectors, fact_contexts, f
 from easyedit_moe.tokens import encode_target
 
 SCHEMA = 1
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _FIELDS = ("delta", "initial_nll", "final_nll", "reached", "steps")
 
 
 def weights_hash(view: MoELayerView) -> str:
     """SHA-256 over checksums of every parameter, each of which reads all of its bits; any edit changes it.
 
-    Sums of integers, so it is the same on every device. Parameters that are offloaded can't be read, nor edited.
+    Parameters that are offloaded can't be read, nor edited.
     """
     state = hashlib.sha256()
     for name, parameter in view.model.named_parameters():
         if parameter.is_meta:
             continue
-        bits = parameter.detach().reshape(-1, parameter.shape[-1] if parameter.dim() else 1)
-        rows = bits.contiguous().view(_INTEGERS[bits.element_size()]).sum(1, dtype=torch.int64)
-        weighted = rows * (2 * torch.arange(len(rows), device=rows.device) + 1)  # odd, so that no row is lost
-        state.update(f"{name}{int(rows.sum())},{int(weighted.sum())};".encode())
+        state.update(f"{name}{checksum(parameter.detach())};".encode())
     return state.hexdigest()
 
 

@@ -22,7 +22,7 @@ from easyedit_moe.hparams import (
 )
 
 SHIPPED = sorted(hparams_folder().glob("*/*.yaml"))
-ALL_METHODS = (
+SOLVERS = (
     "MoTE",
     "MoEEdit-BCD",
     "BCD+speedup",
@@ -32,11 +32,13 @@ ALL_METHODS = (
     "MoE-AlphaEdit",
     "MoE-ROME",
 )
+BASELINES = ("MoE-FT", "MoE-FT-L", "MoE-LoRA", "AdaLoRA", "UnKE")
+ALL_METHODS = (*SOLVERS, *BASELINES)
 MINIMAL = {"alg_name": "MoTE", "model_name": "m", "layers": [1, 2]}
 
 
 def make(alg_name: str = "MoTE", **changes: Any) -> MoEHyperParams:
-    values = {**MINIMAL, "alg_name": alg_name} | ({"layers": [1]} if alg_name == "MoE-ROME" else {})
+    values = {**MINIMAL, "alg_name": alg_name} | ({"layers": [1]} if alg_name in ("MoE-ROME", "UnKE") else {})
     return hyperparams_class(alg_name).from_dict({**values, **changes})
 
 
@@ -78,7 +80,7 @@ NAMES = {
 @pytest.mark.parametrize("model", LAYERS)
 def test_shipped_values_are_the_papers(model: str) -> None:
     gpt = model == "gpt-oss-20b"
-    for method in ALL_METHODS:
+    for method in SOLVERS:
         hp = load_hyperparams(f"{method}/{model}.yaml")
         assert hp.model_name == NAMES[model]
         assert hp.layers == (LAYERS[model][-1:] if method == "MoE-ROME" else LAYERS[model])
@@ -96,6 +98,25 @@ def test_shipped_values_are_the_papers(model: str) -> None:
         assert bcd.lambda_reg == 1.0
         assert bcd.num_passes == {"qwen3-30b-a3b": 4, "gpt-oss-20b": 10, "qwen3.6-35b-a3b": 2}[model]
         assert bcd.seed == 42
+
+
+@pytest.mark.parametrize("model", LAYERS)
+def test_shipped_values_of_the_baselines_are_the_papers(model: str) -> None:
+    gpt = model == "gpt-oss-20b"
+    for method in BASELINES:
+        hp = load_hyperparams(f"{method}/{model}.yaml")
+        assert hp.model_name == NAMES[model]
+        assert hp.layers == (LAYERS[model][-1:] if method == "UnKE" else LAYERS[model])
+        assert (hp.batch_size, hp.dtype) == (50, "bfloat16")
+    for method, bound in (("MoE-FT", None), ("MoE-FT-L", 1e-3)):
+        hp = load_hyperparams(f"{method}/{model}")
+        assert (hp.lr, hp.num_steps, hp.norm_constraint, hp.order) == (1e-3, 25, bound, "minibatch")
+    for method in ("MoE-LoRA", "AdaLoRA"):
+        hp = load_hyperparams(f"{method}/{model}")
+        assert (hp.rank, hp.lora_alpha, hp.lr, hp.num_steps) == (8, 32.0, 5e-4 if gpt else 5e-3, 25)
+    hp = load_hyperparams(f"UnKE/{model}")
+    assert (hp.v_lr, hp.v_num_grad_steps, hp.v_weight_decay) == (0.5, 50 if gpt else 25, 1e-3)
+    assert (hp.lr, hp.optim_num_step) == (1e-4 if gpt else 2e-4, 50)
 
 
 def test_fixed_settings_of_each_method() -> None:
@@ -205,7 +226,13 @@ TOO_LOW = {
     "nullspace_threshold": -0.1, "covariance_ridge": -1e-9, "lambda_reg": -1e-9, "v_lr": 0, "clamp_norm_factor": 0,
     "rank_expert": 0, "rank_out": -3, "rank_in": 0, "whitening_eps": 0, "hooi_sweeps": -1, "layers": [-1, 2],
 }  # fmt: skip
-OF_OTHERS = {"num_passes": ("MoEEdit-BCD", 0), "edits_per_solve": ("Global", 0), "max_layers": ("Global", 0)}
+OF_OTHERS = {
+    "num_passes": ("MoEEdit-BCD", 0), "edits_per_solve": ("Global", 0), "max_layers": ("Global", 0),
+    "lr": ("MoE-FT", 0.0), "num_steps": ("MoE-FT", 0), "weight_decay": ("MoE-FT", -0.1),
+    "train_batch_size": ("MoE-FT", 0), "norm_constraint": ("MoE-FT-L", 0.0), "rank": ("MoE-LoRA", 0),
+    "lora_alpha": ("MoE-LoRA", 0.0), "orth_reg_weight": ("AdaLoRA", -0.1), "optim_num_step": ("UnKE", 0),
+    "preserve_n_samples": ("UnKE", -1), "preserve_weight": ("UnKE", -0.1),
+}  # fmt: skip
 UNBOUNDED = {"v_loss_layer", "seed", "device"}
 
 

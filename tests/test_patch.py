@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from easyedit_moe import patch as patching
 from easyedit_moe.cache import model_fingerprint, write_safetensors
+from easyedit_moe.checksums import checksum
 from easyedit_moe.errors import NumericalError, PatchError
 from easyedit_moe.layers import MoELayerView
 from easyedit_moe.patch import PatchWriter, WeightPatch, restore, writing
@@ -569,14 +570,14 @@ def test_an_interruption_between_tiles_undoes_them(family: str, after: int, monk
 @pytest.mark.parametrize("shape", [(3, 5), (16, 24), (7, 1)])
 def test_checksums_see_changes_and_moves(dtype: torch.dtype, shape: tuple[int, int]) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    wanted = patching._checksum(weight)
-    assert patching._checksum(weight.clone()) == wanted
+    wanted = checksum(weight)
+    assert checksum(weight.clone()) == wanted
     for i in range(weight.numel()):
         changed = weight.clone()
         changed.view(-1)[i] = -changed.view(-1)[i]
-        assert patching._checksum(changed) != wanted
+        assert checksum(changed) != wanted
         moved = weight.view(-1).clone()
         moved[[i, (i + 1) % len(moved)]] = moved[[(i + 1) % len(moved), i]]
         # Neighbours may be equal in bfloat16, and then nothing has moved.
         same = torch.equal(moved.view(shape), weight)
-        assert (patching._checksum(moved.view(shape)) == wanted) == same
+        assert (checksum(moved.view(shape)) == wanted) == same

@@ -1,18 +1,25 @@
 """One file per method; importing this package registers all of them."""
 
+from easyedit_moe.editors.adalora import AdaLoRAEditor, apply_adalora_to_model
 from easyedit_moe.editors.base import Editor, EditResult, Patch
 from easyedit_moe.editors.bcd_speedup import BCDSpeedupEditor, apply_bcd_speedup_to_model
 from easyedit_moe.editors.global_ import GlobalEditor, apply_global_to_model
 from easyedit_moe.editors.global_speedup import GlobalSpeedupEditor, apply_global_speedup_to_model
 from easyedit_moe.editors.moe_alphaedit import MoEAlphaEditEditor, apply_moe_alphaedit_to_model
+from easyedit_moe.editors.moe_ft import MoEFTEditor, apply_moe_ft_to_model
+from easyedit_moe.editors.moe_ft_l import MoEFTLEditor, apply_moe_ft_l_to_model
+from easyedit_moe.editors.moe_lora import MoELoRAEditor, apply_moe_lora_to_model
 from easyedit_moe.editors.moe_memit import MoEMEMITEditor, apply_moe_memit_to_model
 from easyedit_moe.editors.moe_rome import MoEROMEEditor, apply_moe_rome_to_model
 from easyedit_moe.editors.moeedit import MoEEditEditor, apply_moeedit_to_model
 from easyedit_moe.editors.mote import MoTEEditor, apply_mote_to_model
 from easyedit_moe.editors.registry import editor_class, make_editor, method_names, register_editor
 from easyedit_moe.editors.solving import EditMemory, Prepared, SolvingEditor
+from easyedit_moe.editors.training import TrainingEditor
+from easyedit_moe.editors.unke import UnKEEditor, apply_unke_to_model
 
 __all__ = [
+    "AdaLoRAEditor",
     "BCDSpeedupEditor",
     "EditMemory",
     "EditResult",
@@ -21,20 +28,30 @@ __all__ = [
     "GlobalSpeedupEditor",
     "MoEAlphaEditEditor",
     "MoEEditEditor",
+    "MoEFTEditor",
+    "MoEFTLEditor",
+    "MoELoRAEditor",
     "MoEMEMITEditor",
     "MoEROMEEditor",
     "MoTEEditor",
     "Patch",
     "Prepared",
     "SolvingEditor",
+    "TrainingEditor",
+    "UnKEEditor",
+    "apply_adalora_to_model",
     "apply_bcd_speedup_to_model",
     "apply_global_speedup_to_model",
     "apply_global_to_model",
     "apply_moe_alphaedit_to_model",
+    "apply_moe_ft_l_to_model",
+    "apply_moe_ft_to_model",
+    "apply_moe_lora_to_model",
     "apply_moe_memit_to_model",
     "apply_moe_rome_to_model",
     "apply_moeedit_to_model",
     "apply_mote_to_model",
+    "apply_unke_to_model",
     "editor_class",
     "make_editor",
     "method_names",

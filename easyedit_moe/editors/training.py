@@ -1,0 +1,304 @@
+"""What gradient-based methods share: examples, the loss, float32 masters, the loop over steps, and scopes around it.
+
+Trained values live in float32 whatever the dtype of the weights, and Adam's state beside them; the weights get the
+rounded values after each step. With bf16 weights a step of 1e-4 would otherwise be lost to rounding most of the time.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from easyedit_moe.capture import frozen_parameters, inference_mode_of
+from easyedit_moe.editors.base import Editor, EditResult
+from easyedit_moe.errors import LayoutError, NumericalError, RequestError, not_finite
+from easyedit_moe.hparams import TrainingHyperParams
+from easyedit_moe.layers import MoELayer, MoELayerView
+from easyedit_moe.measure import Stopwatch
+from easyedit_moe.requests import EditRequest, parse_requests
+from easyedit_moe.scoring import answer_logits
+from easyedit_moe.targets import check_lengths, fact_contexts
+from easyedit_moe.tensor_patch import TensorWriter, writing_tensors
+from easyedit_moe.tokens import encode_target, pad_id
+
+
+@dataclass(frozen=True)
+class Example:
+    """One text to learn: the ids of a (prefixed) prompt, and of the answer that should follow."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where training stands after an update: its number from 1, and the loss before it."""
+
+    number: int
+    loss: float
+
+
+class TrainingEditor(Editor):
+    """Base of the editors that minimise the NLL of the new answers by gradient descent."""
+
+    hparams: TrainingHyperParams
+
+    @abstractmethod
+    def train(
+        self, view: MoELayerView, tok: PreTrainedTokenizerBase, facts: Sequence[EditRequest], job: TrainingJob
+    ) -> Mapping[str, Tensor]:
+        """New values (float32) of the parameters that changed, by full name.
+
+        Parameters of the model that change on the way have been handed to ``job.writer.keep`` before.
+        """
+
+    def edit(
+        self,
+        model: nn.Module,
+        tok: PreTrainedTokenizerBase,
+        requests: Sequence[Any],
+        memory: Any = None,
+        targets: Any = None,
+    ) -> EditResult:
+        """See :meth:`Editor.edit`; ``memory`` is unused, as a batch only needs the weights that the one before left.
+
+        Raises what the layer view raises, too, and NumericalError for a loss that is not finite.
+        """
+        facts = parse_requests(requests)
+        if targets is not None:
+            raise RequestError(f"{self.method} has no target vectors; found {type(targets).__name__}.")
+        view, watch = MoELayerView(model), Stopwatch()
+        view.require(self.hparams.layers)
+        examples = examples_of(tok, facts, self.hparams.context_prefixes)
+        check_lengths(view, [len(e.prompt) + len(e.answer) for group in examples for e in group])
+        with writing_tensors(model) as writer:
+            job = TrainingJob(self.hparams, model, pad_id(tok), examples, writer, self.progress)
+            with watch.stage("solve"):
+                values = self.train(view, tok, facts, job)
+            with watch.stage("write"):
+                for name, value in values.items():
+                    writer.write(name, value)
+                patch = writer.finish(provenance(self.hparams, facts))
+        return EditResult(patch, watch.seconds)
+
+
+class TrainingJob:
+    """One batch of edits: its examples, and the loop that fits parameters to them."""
+
+    def __init__(
+        self,
+        hparams: TrainingHyperParams,
+        model: nn.Module,
+        pad: int,
+        examples: Sequence[Sequence[Example]],
+        writer: TensorWriter,
+        progress: bool,
+    ) -> None:
+        self.hparams, self.model, self.pad, self.examples = hparams, model, pad, examples
+        self.writer, self.progress = writer, progress
+
+    @property
+    def total_steps(self) -> int:
+        """Updates that are made unless all examples are learnt before."""
+        hp, count = self.hparams, len(self.examples)
+        size = 1 if hp.order == "depth_first" else hp.train_batch_size
+        return hp.num_steps * -(-count // size)
+
+    def fit(
+        self,
+        masters: Masters,
+        after_step: Callable[[Step], None] = lambda step: None,
+        penalty: Callable[[], Tensor] | None = None,
+    ) -> None:
+        """Minimise the mean NLL per answer token, averaged over facts, plus ``penalty``, by Adam.
+
+        ``order`` minibatch: each of ``num_steps`` epochs passes over all facts in random batches. depth_first: one fact
+        after the other gets ``num_steps`` steps of its own and a fresh optimiser. Either stops where the mean loss of
+        an epoch is below ``early_stop_loss``; a batch below it makes no step.
+
+        Raises:
+            NumericalError: a loss or gradient that is not finite.
+        """
+        hp, everything = self.hparams, list(range(len(self.examples)))
+        draw = torch.Generator().manual_seed(hp.seed)
+        groups = [[t] for t in everything] if hp.order == "depth_first" else [everything]
+        size = 1 if hp.order == "depth_first" else hp.train_batch_size
+        number = 0
+        bar = tqdm(total=self.total_steps, desc="training", unit="step", disable=not self.progress, leave=False)
+        with bar:
+            for group in groups:
+                optimiser = masters.adam(hp.lr, hp.weight_decay)
+                for _ in range(hp.num_steps):
+                    order = [group[i] for i in torch.randperm(len(group), generator=draw).tolist()]
+                    losses = []
+                    for start in range(0, len(order), size):
+                        chosen = order[start : start + size]
+                        nll = self.nll(chosen)
+                        losses += [finite_loss(nll)] * len(chosen)
+                        bar.update()
+                        if losses[-1] < hp.early_stop_loss:
+                            continue
+                        number += 1
+                        masters.step(optimiser, [nll if penalty is None else nll + penalty().to(nll.device)])
+                        after_step(Step(number, losses[-1]))
+                        masters.clear()
+                    if sum(losses) / len(losses) < hp.early_stop_loss:
+                        break
+
+    def nll(self, chosen: Sequence[int]) -> Tensor:
+        """Mean over facts (and their contexts) of the mean NLL per token of the answer."""
+        rows = [(e.prompt, e.answer) for t in chosen for e in self.examples[t]]
+        logits, labels = answer_logits(self.model, rows, self.pad)
+        losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
+        return (losses.sum(1) / (labels != -100).sum(1)).mean()
+
+
+class Masters:
+    """Float32 values that are trained in place of parameters, whole or some of their first dimension's slices.
+
+    A whole float32 parameter is its own master. Adam's state is float32, too.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], slices: Mapping[str, Tensor] | None = None) -> None:
+        self.parameters = dict(parameters)
+        self.slices = {name: index.to(self.parameters[name].device) for name, index in (slices or {}).items()}
+        self.values: dict[str, Tensor] = {}
+        for name, parameter in self.parameters.items():
+            value = parameter.detach()
+            value = value[self.slices[name]] if name in self.slices else value
+            self.values[name] = value.float()
+
+    def adam(self, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+        """A fresh optimiser over all masters."""
+        return torch.optim.Adam(list(self.values.values()), lr=lr, weight_decay=weight_decay)
+
+    def step(self, optimiser: torch.optim.Optimizer, losses: Iterable[Tensor]) -> None:
+        """One update by the gradient of the sum of ``losses``, each of which is freed before the next is made.
+
+        The gradients stay beside the masters until :meth:`clear`.
+
+        Raises:
+            NumericalError: a gradient that is not finite.
+        """
+        self.clear()
+        for loss in losses:
+            found = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
+            for name, gradient in zip(self.parameters, found, strict=True):
+                if gradient is None:
+                    continue
+                value = self.values[name]
+                gradient = (gradient[self.slices[name]] if name in self.slices else gradient).float()
+                value.grad = gradient if value.grad is None else value.grad.add_(gradient)
+        for value in self.values.values():
+            if value.grad is not None and not torch.isfinite(value.grad).all():
+                raise not_finite("A gradient is NaN or infinite")
+        optimiser.step()
+        self.push()
+
+    def clear(self) -> None:
+        """Drop the gradients of the last step."""
+        for value in self.values.values():
+            value.grad = None
+
+    def pull(self) -> None:
+        """Take over what was changed in whole parameters themselves."""
+        for name, parameter in self.parameters.items():
+            if name not in self.slices:
+                self.values[name].copy_(parameter.detach())
+
+    def push(self) -> None:
+        """Round the masters into their parameters."""
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                value = self.values[name]
+                if name in self.slices:
+                    parameter.data[self.slices[name]] = value.to(parameter.dtype)
+                elif value.data_ptr() != parameter.data_ptr():
+                    parameter.data.copy_(value)
+
+    def whole(self) -> dict[str, Tensor]:
+        """Float32 values of whole parameters; slices that were not trained are as they are in the model."""
+        out = {}
+        for name, parameter in self.parameters.items():
+            if name in self.slices:
+                out[name] = parameter.detach().float().clone()
+                out[name][self.slices[name]] = self.values[name]
+            else:
+                out[name] = self.values[name]
+        return out
+
+
+@contextmanager
+def trainable(model: nn.Module, parameters: Iterable[nn.Parameter] = ()) -> Iterator[None]:
+    """Evaluation mode, gradients for ``parameters`` only; afterwards modes and ``requires_grad`` flags are as before.
+
+    Gradients are asked for by name and never stored, so that no ``.grad`` of the user's is touched.
+    """
+    with inference_mode_of(model), frozen_parameters(model), torch.enable_grad():
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        yield
+
+
+@contextmanager
+def seeded(model: nn.Module, seed: int) -> Iterator[None]:
+    """torch's global generators are seeded inside, and afterwards in the state in which they were."""
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+def examples_of(
+    tok: PreTrainedTokenizerBase, facts: Sequence[EditRequest], prefixes: Sequence[str]
+) -> list[list[Example]]:
+    """Per fact: the bare prompt and, behind each prefix, the prompt again, all with the new answer.
+
+    Raises:
+        RequestError: a prefix that mentions the subject, or a blank target.
+    """
+    out = []
+    for fact in facts:
+        answer = tuple(encode_target(tok, fact.target_new))
+        out.append([Example(c.ids, answer) for c in fact_contexts(tok, fact, prefixes, "last")])
+    return out
+
+
+def expert_parameters(moe: MoELayer, part: str) -> dict[str, nn.Parameter]:
+    """Parameters of a layer's routed experts by full name: ``down_projections``, or ``experts`` for all of them."""
+    if part == "down_projections":
+        return {f"{moe.experts_name}.{name}": parameter for name, parameter in moe.experts.parameters()}
+    return {f"{moe.experts_name}.{name}": parameter for name, parameter in moe.experts.module.named_parameters()}
+
+
+def check_writable(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raise :class:`LayoutError` for parameters that can't be trained: offloaded, or not of a float dtype."""
+    for name, parameter in parameters.items():
+        if parameter.is_meta or not parameter.is_floating_point() or type(parameter.data) is not Tensor:
+            where = "offloaded" if parameter.is_meta else f"a {type(parameter.data).__name__} of {parameter.dtype}"
+            raise LayoutError(f"{name} is {where}; training needs float weights on a GPU or on the CPU.")
+
+
+def finite_loss(loss: Tensor) -> float:
+    """The loss as a number; NumericalError where it is none."""
+    value = float(loss.detach())
+    if not isfinite(value):
+        raise NumericalError(
+            "The training loss is NaN or infinite; nothing was kept of this edit. Lower the learning rate, or load the "
+            "model in bfloat16 or float32."
+        )
+    return value
+
+
+def provenance(hparams: TrainingHyperParams, facts: Sequence[EditRequest]) -> dict[str, Any]:
+    """What a patch says about how it was made."""
+    return {"hparams": hparams.to_dict(), "requests": [vars(fact) for fact in facts]}
