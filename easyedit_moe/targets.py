@@ -290,8 +290,8 @@ class _Problem:
         steps = torch.zeros(self.count, dtype=torch.long)
         active, kept = torch.arange(self.count), torch.arange(len(self.rows))
         self.reference: Tensor | None = None
+        scoring = self._scoring(kept, active)
         for step in range(self.settings.steps + 1):
-            scoring = _Scoring([self.rows[i] for i in kept.tolist()], self.owner[kept], active)
             at = active.to(device)
             shift = delta[at].detach().requires_grad_(True)
             with torch.enable_grad():
@@ -307,11 +307,15 @@ class _Problem:
             if not going.all():
                 grad = grad[going.to(device)]
                 active, kept = active[going], self._keep(kept, active[going], going)
+                scoring = self._scoring(kept, active)
             steps[active] += 1
             self._adam(delta, first, second, active, grad, step + 1)
             self._clamp(delta, active, norms)
             on_step(len(active))
         return delta.cpu(), nll0, nll, reached, steps, reached0
+
+    def _scoring(self, kept: Tensor, active: Tensor) -> _Scoring:
+        return _Scoring([self.rows[i] for i in kept.tolist()], self.owner[kept], active)
 
     def _keep(self, kept: Tensor, active: Tensor, going: Tensor) -> Tensor:
         """Rows of the requests that are still active; the others leave the forward."""

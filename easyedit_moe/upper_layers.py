@@ -15,6 +15,7 @@ import copy
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -75,12 +76,12 @@ class _Rows:
     cache: Any
     scored: tuple[tuple[int, ...], ...]
 
-    @property
+    @cached_property
     def real(self) -> Tensor:
         """``[n]``, the tokens among the R x S that are not padding."""
         return torch.nonzero(self.mask[:, -self.ids.shape[1] :].reshape(-1)).squeeze(1)
 
-    @property
+    @cached_property
     def read(self) -> Tensor:
         """``[N]``, the tokens among the R x S that are scored."""
         width = self.ids.shape[1]

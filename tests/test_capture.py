@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import pytest
@@ -23,6 +24,7 @@ from easyedit_moe.capture import (
     LayerInputs,
     Routing,
     capture_facts,
+    experts_on_some,
     frozen_parameters,
     hooks,
     inference_mode_of,
@@ -450,3 +452,36 @@ def test_a_capture_from_the_first_layer_needs_no_inputs() -> None:
     whole = capture_facts(view, SEQUENCES, POSITIONS, [0], [1], 0)
     again = capture_facts(view, SEQUENCES, POSITIONS, [0], [1], 0, inputs=LayerInputs([0, 1]), start=0)
     assert torch.equal(whole.outputs[1], again.outputs[1])
+
+
+# ---------------------------------------------------------------- experts that leave tokens out
+
+
+@pytest.mark.parametrize(("family", "how"), [*CASES, ("nemotron_h", "eager")])
+def test_experts_on_some_tokens(family: str, how: str) -> None:
+    moe = next(iter(MoELayerView(tiny_model(family, implementation=how)).layers.values()))
+    if moe.experts.layout.storage == "modulelist":
+        assert experts_on_some(moe, 6, torch.tensor([1])) == []
+        return
+    module = moe.experts.module
+    names = list(inspect.signature(type(module).forward).parameters)[1:4]
+    expert = torch.rand(6, 8).topk(3).indices
+    arguments = (torch.randn(6, moe.experts.layout.d_model), expert, torch.rand(6, 3))
+    rows, calls = torch.tensor([1, 4, 5]), []
+    with torch.no_grad():
+        whole = module(*arguments)
+        with hooks() as handles:
+            handles += experts_on_some(moe, 6, rows)
+            handles.append(read_routing(moe, lambda routing: calls.append(routing.hidden)))
+            by_place = module(*arguments)
+            by_name = by_place
+            if how == "eager":
+                by_name = module(arguments[0], **dict(zip(names[1:], arguments[1:], strict=True)))
+            others = module(*(a[:5] for a in arguments))
+        assert torch.equal(module(*arguments), whole)
+    assert torch.equal(calls[0], arguments[0][rows])
+    for found in (by_place, by_name):
+        torch.testing.assert_close(found[rows], whole[rows], atol=1e-5, rtol=1e-5)
+        assert torch.equal(found[[0, 2, 3]], torch.zeros_like(found[[0, 2, 3]]))
+    torch.testing.assert_close(others, whole[:5], atol=1e-5, rtol=1e-5)
+    assert experts_on_some(moe, 6, torch.arange(6)) == []

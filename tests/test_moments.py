@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 import torch
 from tiny import CASES, TEXTS, assert_same_state, reference_key, shared_model, state_of, tiny_model, tiny_tokenizer
@@ -287,6 +289,18 @@ def test_grams_of_groups(dtype: torch.dtype) -> None:
     close(sums + padded.transpose(1, 2) @ padded, wanted)
     moments.add_grams(sums, rows, counts)
     close(sums, wanted)
+
+
+def test_tensor_cores_only_inside() -> None:
+    for before in (False, True):
+        torch.backends.cuda.matmul.allow_tf32 = before
+        with suppress(ZeroDivisionError), moments._tensor_cores(True):
+            assert torch.backends.cuda.matmul.allow_tf32
+            raise ZeroDivisionError
+        assert torch.backends.cuda.matmul.allow_tf32 == before
+        with moments._tensor_cores(False):
+            assert torch.backends.cuda.matmul.allow_tf32 == before
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 # ---------------------------------------------------------------- shards, coverage, resuming

@@ -374,7 +374,7 @@ def mode_taken(model: nn.Module, layer: int = 1) -> str:
 RECURRENT = ("qwen3_5_moe",)
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "granitemoe", "deepseek_v3", "mixtral", "olmoe", "glm4_moe"])
+@pytest.mark.parametrize("family", [*FAMILIES, "granitemoe", "deepseek_v3", "mixtral"])
 def test_every_way_to_run_a_step_gives_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """gpt_oss here has a window of 16 tokens, which the contexts exceed."""
     model, facts = tiny_model(family), facts_of_many_lengths()
