@@ -56,18 +56,17 @@ def _weights(model: nn.Module, names: set[str]) -> dict[str, Tensor]:
     return {name: model.get_parameter(name).detach().clone() for name in names}
 
 
-@pytest.mark.parametrize("train", ["down_projections", "experts"])
 @pytest.mark.parametrize(("family", "how"), CASES)
-def test_every_family(family: str, how: str, train: str) -> None:
+def test_every_family(family: str, how: str) -> None:
     model = tiny_model(family, implementation=how)
-    part = "down_proj" if train == "down_projections" else "proj"
+    train, part = ("experts", "proj") if how == "eager" else ("down_projections", "down_proj")
     written = routed_parameters(model, [1, 2], part)
     hp = settings("MoE-LoRA", train=train, lr=1e-3)
     result = check_one_edit(model, hp, written, every=family != "modulelist")
     assert len(result.patch.names) > (10 if family == "modulelist" else 1)
 
 
-@pytest.mark.parametrize(("family", "how"), CASES)
+@pytest.mark.parametrize(("family", "how"), [case for case in CASES if case[1] == "grouped_mm" or "list" in case[0]])
 def test_adalora_in_every_family(family: str, how: str) -> None:
     model = tiny_model(family, implementation=how)
     linear = {
@@ -139,7 +138,7 @@ def test_adalora_keeps_singular_vectors_near_orthogonal(monkeypatch: pytest.Monk
             return {}
 
         monkeypatch.setattr(moe_lora, "_deltas", reading)
-        edit(tiny_model(), settings("AdaLoRA", orth_reg_weight=weight, num_steps=10, lr=0.02), requests(3))
+        edit(tiny_model(), settings("AdaLoRA", orth_reg_weight=weight, num_steps=5, lr=0.02), requests(3))
         distances[weight] = sum(seen)
     assert distances[5.0] < 0.8 * distances[0.0]
 

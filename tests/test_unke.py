@@ -66,7 +66,7 @@ def test_every_family(family: str, how: str) -> None:
     check_one_edit(model, hp, written, every=family != "modulelist")
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "granitemoe", "modulelist"])
+@pytest.mark.parametrize("family", ["gpt_oss", "modulelist"])
 def test_the_fact_tokens_reach_their_targets(family: str, tmp_path: Path) -> None:
     model, facts = tiny_model(family), requests(3)
     targets = targets_of(model, facts)
