@@ -134,8 +134,10 @@ def changed(before: dict[str, Any], model: nn.Module) -> set[str]:
 # ---------------------------------------------------------------- results and restoring
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("call", ["edit", "edit_requests", "batch_edit"])
+CALLS = [(call, family) for family in FAMILIES for call in ("edit", "batch_edit")] + [("edit_requests", "qwen3_moe")]
+
+
+@pytest.mark.parametrize(("call", "family"), CALLS)
 def test_metrics_are_complete_and_the_weights_come_back(call: str, family: str, pair: Any) -> None:
     both = pair(family=family, batch_size=3)
     before, tok = state_of(both.host.model), both.host.tok
@@ -262,7 +264,7 @@ def test_requests_may_be_rome_s_dicts_or_edit_requests(pair: Any) -> None:
     assert metrics[0]["post"]["portability"].keys() == {"reasoning_acc"}
 
 
-@pytest.mark.parametrize(("side", "pad"), [("left", True), ("right", True), ("left", False)])
+@pytest.mark.parametrize(("side", "pad"), [("left", True), ("right", False)])
 def test_the_tokenizer_s_padding_changes_nothing(side: str, pad: bool, pair: Any) -> None:
     both, tok = pair(), tiny_tokenizer(padding_side=side, pad=pad)
     other = pair(tok=tok)
@@ -306,7 +308,6 @@ def test_the_bundled_model_as_the_readme_has_it(host: ModuleType, tmp_path: Path
     [
         ("gpt_oss", "my-t5", "float32"),
         ("qwen3_moe", "gpt-3.5-t5", "float32"),
-        ("mixtral", "chatglm-api", "float32"),
         ("olmoe", "olmoe", "bfloat16"),
     ],
 )
