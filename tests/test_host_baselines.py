@@ -19,7 +19,15 @@ from tiny import TEXTS, assert_same_state, requests, state_of, tiny_model, tiny_
 from torch import Tensor, nn
 
 from easyedit_moe.compare import Task, compare
-from easyedit_moe.errors import EditingWarning, HostError, HyperParamsError, LayerError, NumericalError, RequestError
+from easyedit_moe.errors import (
+    EditingWarning,
+    HostError,
+    HyperParamsError,
+    LayerError,
+    MethodError,
+    NumericalError,
+    RequestError,
+)
 from easyedit_moe.host.baseline_hparams import CLASSES, HOST_METHODS, BaselineHyperParams
 from easyedit_moe.host.baselines import BaselineEditor
 from easyedit_moe.host.dense_statistics import input_moments, write_projectors
@@ -175,8 +183,9 @@ def fail_at(method: str, call: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(owner, name, failing)
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
-@pytest.mark.parametrize("method", HOST_METHODS)
+@pytest.mark.parametrize(
+    ("method", "family"), [*((method, "qwen3_moe") for method in HOST_METHODS), ("AlphaEdit", "gpt_oss")]
+)
 def test_a_failure_half_way_restores(
     method: str, family: str, host: ModuleType, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -417,7 +426,7 @@ def test_all_methods_side_by_side(family: str, host: ModuleType, data: Path, tas
     }  # fmt: skip
     assert result.provenance["hparams"]["FT-L"]["alg_name"] == "FT"
     # In another order each method gives the same, and what it gives is the state after both batches.
-    again = {row.method: row for row in compare(job, chosen[::-2]).rows}
+    again = {row.method: row for row in compare(job, [chosen[2], chosen[0]]).rows}
     for method in again:
         assert again[method].scores == rows[method].scores
     editor = BaselineEditor(chosen[2])
@@ -474,6 +483,31 @@ def test_keys_are_checked_before_any_work(host: ModuleType, data: Path) -> None:
         BaselineEditor(settings(data, "MEMIT")).edit(
             tiny_model(), tiny_tokenizer(), [{"prompt": "a", "target_new": "b"}]
         )
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "error", "message"),
+    [
+        ("ROM", {}, MethodError, r"Unknown EasyEdit method 'ROM'\. Did you mean 'ROME'"),
+        ("FT-L", {"alg_name": "FT-L"}, HyperParamsError, "FT-L needs alg_name 'FT'; found 'FT-L'"),
+        ("FT", {"batch_size": 0}, HyperParamsError, "batch_size must be a whole number from 1; found 0"),
+        ("FT", {"batch_size": "4"}, HyperParamsError, "batch_size must be a whole number"),
+        ("FT", {"layers": 3}, HyperParamsError, "layers must be a list"),
+        ("FT", {"layers": [-1]}, HyperParamsError, "layers must be a list"),
+    ],
+)
+def test_unusable_settings(method: str, changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    values = read_yaml("FT/factworld") | changes
+    with pytest.raises(error, match=message):
+        BaselineHyperParams(method, values)
+
+
+def test_overrides_count_where_the_file_has_the_key(tmp_path: Path) -> None:
+    (tmp_path / "ft.yaml").write_text("alg_name: FT\nlayers: [1]\nlr: 1e-3\nmodel_name: x\n")
+    found = BaselineHyperParams.read("FT", tmp_path / "ft.yaml", {"model_name": "y", "stats_dir": "z"})
+    assert found.values == {"alg_name": "FT", "layers": [1], "lr": 1e-3, "model_name": "y"}
+    assert found.to_dict() == found.values
+    assert found.alg_name == "FT"
 
 
 SHIPPED = sorted(path for method in HOST_METHODS for path in (hparams_folder() / method).glob("*.yaml"))

@@ -134,8 +134,10 @@ def changed(before: dict[str, Any], model: nn.Module) -> set[str]:
 # ---------------------------------------------------------------- results and restoring
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("call", ["edit", "edit_requests", "batch_edit"])
+CALLS = [(call, family) for family in FAMILIES for call in ("edit", "batch_edit")] + [("edit_requests", "qwen3_moe")]
+
+
+@pytest.mark.parametrize(("call", "family"), CALLS)
 def test_metrics_are_complete_and_the_weights_come_back(call: str, family: str, pair: Any) -> None:
     both = pair(family=family, batch_size=3)
     before, tok = state_of(both.host.model), both.host.tok
@@ -210,6 +212,27 @@ def test_normal_edit(sequential: bool, pair: Any) -> None:
         assert_same_state(before, state_of(model))
 
 
+def test_generate_edit(pair: Any) -> None:
+    tok = tiny_tokenizer(pad=False)
+    tok.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    both = pair(tok=tok, batch_size=7)
+    editor, before = both.host, state_of(both.host.model)
+    generate = editor.model.generate
+    editor.model.generate = lambda *args, **kwargs: generate(*args, **{**kwargs, "max_new_tokens": 3})
+    asked = {"prompt": [["Angola"]] * 4, "ground_truth": [["Russia"]] * 4}
+    given = {"rephrase_prompts": PROMPTS, "portability_inputs": {"por_hop": asked}, "verbose": False}
+    with pytest.raises(RequestError, match="Request 3: 'target_new' is empty"):
+        editor.generate_edit(**(LISTS | {"target_new": [*TARGETS[:3], " "]}), **given, sequential_edit=True)
+    results, _, _ = editor.generate_edit(**LISTS, **given)
+    assert_same_state(before, state_of(editor.model))
+    assert [entry["requested_rewrite"]["subject"] for entry in results] == SUBJECTS
+    assert all(entry["post"].keys() >= {"rewrite_ans", "rephrase_ans", "portability_ans"} for entry in results)
+    editor.generate_edit(**LISTS, **given, sequential_edit=True)
+    both.own.edit(**LISTS, sequential_edit=True)
+    assert not changed(state_of(both.own.model), editor.model)
+    assert (editor.hparams.batch_size, tok.pad_token) == (7, None)
+
+
 def test_a_trial_between_sequential_edits_leaves_no_trace(pair: Any) -> None:
     one, other = pair("MoE-AlphaEdit"), pair("MoE-AlphaEdit")
     for i, editor in ((0, one.host), (0, other.host), (1, one.host), (2, one.host), (2, other.host)):
@@ -236,6 +259,9 @@ def test_texts_and_tuples_are_as_good_as_lists(kind: type, pair: Any) -> None:
         assert [m["post"]["rewrite_acc"] for m in metrics] == [m["post"]["rewrite_acc"] for m in again]
         assert metrics[0]["requested_rewrite"]["target_neg"] == TRUTHS[0]
         assert len(metrics[0]["post"]["locality"]["near_acc"]) == 1
+    given = {"near": {"prompt": "Kenya is in", "ground_truth": "Africa"}}
+    both.host.edit(PROMPTS[0], TARGETS[0], subject=SUBJECTS[0], locality_inputs=given, verbose=False)
+    assert given == {"near": {"prompt": "Kenya is in", "ground_truth": "Africa"}}
 
 
 def test_requests_may_be_rome_s_dicts_or_edit_requests(pair: Any) -> None:
@@ -262,7 +288,7 @@ def test_requests_may_be_rome_s_dicts_or_edit_requests(pair: Any) -> None:
     assert metrics[0]["post"]["portability"].keys() == {"reasoning_acc"}
 
 
-@pytest.mark.parametrize(("side", "pad"), [("left", True), ("right", True), ("left", False)])
+@pytest.mark.parametrize(("side", "pad"), [("left", True), ("right", False)])
 def test_the_tokenizer_s_padding_changes_nothing(side: str, pad: bool, pair: Any) -> None:
     both, tok = pair(), tiny_tokenizer(padding_side=side, pad=pad)
     other = pair(tok=tok)
@@ -306,7 +332,6 @@ def test_the_bundled_model_as_the_readme_has_it(host: ModuleType, tmp_path: Path
     [
         ("gpt_oss", "my-t5", "float32"),
         ("qwen3_moe", "gpt-3.5-t5", "float32"),
-        ("mixtral", "chatglm-api", "float32"),
         ("olmoe", "olmoe", "bfloat16"),
     ],
 )

@@ -214,7 +214,7 @@ ABSENT = ("cv2", "timm", "torchvision", "omegaconf")
 
 
 @pytest.fixture
-def images(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def images(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The stand-in also uses image packages, of which einops alone is there."""
     _write(
         folder, {"images.py": IMAGES, "__init__.py": textwrap.dedent(FILES["__init__.py"]) + "from .images import *\n"}
@@ -222,11 +222,13 @@ def images(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "packages").mkdir()
     (folder / "packages" / "einops.py").write_text("rearrange = 'the real one'\n")
     monkeypatch.syspath_prepend(str(folder / "packages"))
-    monkeypatch.delitem(sys.modules, "einops", raising=False)
+    real = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "einops"}
     for name in ABSENT:
         for loaded in [name, *(m for m in sys.modules if m.startswith(f"{name}."))]:
             monkeypatch.setitem(sys.modules, loaded, None)  # Python then takes it as not installed
-    return folder
+    yield folder
+    sys.modules.pop("einops", None)
+    sys.modules.update(real)
 
 
 def test_absent_packages_are_named_once_and_fail_when_used(images: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -72,17 +72,16 @@ def _reference(before: Any, after: Any, tok: Any, records: Sequence[EvaluationRe
     return {name: Score.of(values) for name, values in found.items()}
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_numbers_are_those_of_our_own_scoring(side: str, host: ModuleType) -> None:
-    records = list(load_records("factworld-easyedit").records[:8])
+def test_numbers_are_those_of_our_own_scoring(host: ModuleType) -> None:
+    records = list(load_records("factworld-easyedit").records[:5])
     asked = ProbeGroup("reasoning", tuple(Probe(prompt, (records[0].request.target_new,)) for prompt in
                                           (records[0].request.prompt, records[0].paraphrases[0])))  # fmt: skip
     records[0] = EvaluationRecord(**{**vars(records[0]), "portability": (asked,)})
     (plain, tok), (model, _) = load_model("factworld", "float32"), load_model("factworld", "float32")
-    tok.padding_side = side
+    tok.padding_side = "left"
     quality = EasyEditQuality(model, tok, records)
     untouched = quality.measure("pre-edit")
-    assert untouched["locality_acc"] == Score.of([1.0] * 8)
+    assert untouched["locality_acc"] == Score.of([1.0] * 5)
     values = {
         "layers": [0, 1, 2],
         "metric": "identity",
@@ -100,7 +99,7 @@ def test_numbers_are_those_of_our_own_scoring(side: str, host: ModuleType) -> No
     assert edited["rewrite_acc"].mean > untouched["rewrite_acc"].mean + 20
     assert edited["portability_acc"].count == 1
     assert edited["locality_acc"].mean < 100
-    assert tok.padding_side == side
+    assert tok.padding_side == "left"
 
 
 def test_measuring_leaves_model_and_tokenizer(host: ModuleType) -> None:

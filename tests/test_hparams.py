@@ -9,6 +9,7 @@ import yaml
 
 from easyedit_moe import presets
 from easyedit_moe.errors import EditingError, HyperParamsError, MethodError, did_you_mean
+from easyedit_moe.host.baseline_hparams import HOST_METHODS
 from easyedit_moe.hparams import (
     HYPERPARAMS,
     GlobalHyperParams,
@@ -21,7 +22,7 @@ from easyedit_moe.hparams import (
     read_yaml,
 )
 
-SHIPPED = sorted(hparams_folder().glob("*/*.yaml"))
+SHIPPED = sorted(p for p in hparams_folder().glob("*/*.yaml") if p.parent.name not in HOST_METHODS)
 SOLVERS = (
     "MoTE",
     "MoEEdit-BCD",

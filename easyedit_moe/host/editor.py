@@ -150,10 +150,27 @@ class HostEditor(BaseEditor):
                 self._unscored.patch.restore(edited)
         return None, edited, weights
 
-    def generate_edit(self, *args: Any, sequential_edit: bool = False, **kwargs: Any) -> Any:
-        """EasyEdit's ``generate_edit``."""
+    def generate_edit(
+        self,
+        prompts: str | Sequence[str],
+        target_new: str | Sequence[str],
+        ground_truth: str | Sequence[str] | None = None,
+        target_neg: str | Sequence[str] | None = None,
+        rephrase_prompts: str | Sequence[str] | None = None,
+        locality_inputs: Mapping[str, Any] | None = None,
+        portability_inputs: Mapping[str, Any] | None = None,
+        sequential_edit: bool = False,
+        verbose: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """EasyEdit's ``generate_edit``: answers by free generation. Raises as :meth:`edit` does."""
+        columns = [_listed(c) for c in (prompts, target_new, ground_truth, target_neg, rephrase_prompts)]
+        inputs = [_copied(i) for i in (locality_inputs, portability_inputs)]
+        kwargs["subject"] = _listed(kwargs.get("subject"))
+        requests = kwargs.get("requests") or requests_from_columns(*columns, *inputs, kwargs["subject"])
+        checked_batches([[request] for request in requests])
         with self._session(sequential_edit), self._one_at_a_time():
-            return super().generate_edit(*args, sequential_edit=sequential_edit, **kwargs)
+            return super().generate_edit(*columns, *inputs, sequential_edit, verbose, **kwargs)
 
     def forget_edits(self) -> None:
         """Drop the keys of earlier sequential edits, after their weights were restored by hand."""
