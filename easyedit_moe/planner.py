@@ -93,6 +93,11 @@ class MemoryPlan:
         """Whether the peak stays within the budget; True without one."""
         return self.budget is None or self.peak <= self.budget
 
+    def summary(self) -> str:
+        """One line for a log."""
+        stages = ", ".join(f"{s.name} {peak / 1e9:.3f}" for s, peak in zip(self.stages, self.peaks(), strict=True))
+        return f"planned memory in GB: model {self.shapes.parameters / 1e9:.3f}; peak of each stage: {stages}"
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {**asdict(self), "peaks": self.peaks(), "peak": self.peak, "fits": self.fits}

@@ -443,6 +443,10 @@ class FactoredCore:
         """``phi`` of some tokens as ``[t, re, i]``: ``sum_j U_e[j] (x) g_tj U_in^T M_j k_tj``."""
         return self.u_expert[self.expert[tokens]].mT @ self.inner[tokens, :, inner]
 
+    def to(self, device: torch.device | str) -> FactoredCore:
+        """The same core on another device."""
+        return FactoredCore(*(part.to(device) for part in (self.left, self.expert, self.inner, self.u_expert)))
+
     def dense(self) -> Tensor:
         """``G [re, ro, ri]``, in chunks of tokens."""
         tokens, _, width = self.inner.shape
@@ -559,6 +563,7 @@ def expand_core(core: FactoredCore | Tensor, basis: TuckerBasis, metric: Metric)
     directions kept, only the T_j tokens of an expert have a part in it. Else ``left = U_out``.
     """
     u_e, u_in, u_out = (u.to(SYSTEM_DTYPE) for u in (basis.u_expert, basis.u_in, basis.u_out))
+    core = core.to(u_e.device)  # it may come from a layer on another device
     if isinstance(core, FactoredCore):
         mix = u_e @ core.u_expert.T
         same = mix.shape[0] == mix.shape[1] and torch.allclose(mix, torch.eye(len(mix)).to(mix), rtol=0, atol=1e-10)

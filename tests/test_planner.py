@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -14,11 +15,12 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from tiny import CONFIGS, tiny_model
+from tiny import CONFIGS, TEXTS, tiny_model, tiny_tokenizer
 from typer.testing import CliRunner
 
 from easyedit_moe import planner
 from easyedit_moe.cli import app
+from easyedit_moe.editors import make_editor
 from easyedit_moe.errors import DataError, HyperParamsError, LayerError, LayoutError
 from easyedit_moe.hparams import GlobalHyperParams, MoEEditHyperParams, MoTEHyperParams, SolverHyperParams
 from easyedit_moe.layers import MoELayerView
@@ -173,7 +175,7 @@ def measured(run: Callable[[], Any]) -> int:
 def measure_all() -> dict[str, tuple[int, int]]:
     """Per stage, bytes measured and planned."""
     metric = IdentityMetric()
-    few, many = problem(1500), problem(2500)
+    few, many = problem(1000), problem(1600)
     sizes = (SHAPES.experts, SHAPES.d_model, SHAPES.d_hidden)
     factors = [torch.eye(n, r, dtype=torch.float64) for n, r in zip(sizes, (32, 384, 256), strict=True)]
     basis = TuckerBasis(*factors, 0.0)
@@ -182,11 +184,11 @@ def measure_all() -> dict[str, tuple[int, int]]:
     orders = expert_orders(SHAPES.experts, 1)
     solve_exact(*problem(9), 1.0, metric)  # what the libraries allocate once is not a stage's
     return {
-        "exact": (measured(lambda: solve_exact(*many, 1.0, metric)), planner.exact_bytes(SHAPES, 2500, "identity")[0]),
-        "bcd": (measured(lambda: solve_bcd(*few, 1.0, metric, orders)), planner.bcd_bytes(SHAPES, 1500, "identity")[0]),
+        "exact": (measured(lambda: solve_exact(*many, 1.0, metric)), planner.exact_bytes(SHAPES, 1600, "identity")[0]),
+        "bcd": (measured(lambda: solve_bcd(*few, 1.0, metric, orders)), planner.bcd_bytes(SHAPES, 1000, "identity")[0]),
         "mote": (
             measured(lambda: expand_core(solve_mote(*many, 1.0, metric, basis), basis, metric)),
-            planner.mote_bytes(SHAPES, 2500, 32, 384, 256, "identity")[0],
+            planner.mote_bytes(SHAPES, 1600, 32, 384, 256, "identity")[0],
         ),
         "basis": (
             measured(lambda: tucker_basis(weights, 32, 384, 256, chunk_numbers=chunk)),
@@ -229,3 +231,14 @@ def test_an_empty_model_has_no_weights() -> None:
         empty_model("no-such-model")
     with pytest.raises(HyperParamsError, match="dtype"):
         empty_model("factworld", "float8")
+
+
+def test_an_editor_logs_its_plan_before_it_collects_anything(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("\n".join(TEXTS), encoding="utf-8")
+    hp = hparams("Global", [1], stats_dir=str(tmp_path), mom2_dataset=str(corpus), mom2_n_samples=8)
+    with caplog.at_level(logging.INFO, logger="easyedit_moe"):
+        make_editor(hp, progress=False).prepare(tiny_model(), tiny_tokenizer())
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages[0].startswith("planned memory in GB: model 0.0")
+    assert all(name in messages[0] for name in ("statistics", "metric", "solve", "write"))

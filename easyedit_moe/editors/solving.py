@@ -6,6 +6,7 @@ a layer (:meth:`SolvingEditor.place`).
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,13 +20,14 @@ from transformers import PreTrainedTokenizerBase
 from easyedit_moe.cache import model_fingerprint
 from easyedit_moe.capture import FactStates, LayerInputs, capture_facts
 from easyedit_moe.editors.base import Editor, EditResult
-from easyedit_moe.errors import LayerError, RequestError
+from easyedit_moe.errors import LayerError, LayoutError, RequestError
 from easyedit_moe.hparams import SolverHyperParams
 from easyedit_moe.layers import MoELayerView
 from easyedit_moe.measure import Stopwatch
 from easyedit_moe.moments import LayerMoments
 from easyedit_moe.nullspace import null_space
 from easyedit_moe.patch import PatchWriter, writing
+from easyedit_moe.planner import plan, shapes_of
 from easyedit_moe.probe import check_keys, residual_gain, starts_anywhere
 from easyedit_moe.requests import EditRequest, parse_requests
 from easyedit_moe.routing import FactoredUpdate, RoutedKeys
@@ -35,6 +37,8 @@ from easyedit_moe.target_cache import cached_targets
 from easyedit_moe.targets import TargetSettings, TargetVectors, compute_targets, fact_contexts
 from easyedit_moe.tokens import encode_text, pad_id
 from easyedit_moe.tucker import TuckerBasis
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,7 @@ class SolvingEditor(Editor):
         with watch.stage("statistics"):
             view = MoELayerView(model)
             self._check_model(view)
+            self._log_plan(view)
             layers = self.hparams.layers
             probe = encode_text(tok, "The quick brown fox jumps over the lazy dog.")[:32]
             gains = {}
@@ -168,6 +173,16 @@ class SolvingEditor(Editor):
             hp.target_batch_size, hp.fact_token,
         )  # fmt: skip
         return hp.layers[-1], tuple(hp.context_prefixes), settings
+
+    def _log_plan(self, view: MoELayerView) -> None:
+        if not logger.isEnabledFor(logging.INFO):
+            return
+        try:
+            found = plan(shapes_of(view.model, self.hparams.layers), self.hparams)
+        except LayoutError as error:  # a config that does not tell the sizes is no reason not to edit
+            logger.info("No memory plan: %s", error)
+        else:
+            logger.info("%s", found.summary())
 
     def _needs_statistics(self) -> bool:
         return self.hparams.metric != "identity" or getattr(self.hparams, "whitening", "none") != "none"
