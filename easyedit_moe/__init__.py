@@ -14,6 +14,7 @@ _LOCATIONS = {
     "MoTEHyperParams": "hparams",
     "MoEEditHyperParams": "hparams",
     "GlobalHyperParams": "hparams",
+    "MEMoEHyperParams": "hparams",
     "load_hyperparams": "hparams",
     "MoEEditor": "editor",
     "EditRequest": "requests",
@@ -30,6 +31,10 @@ _LOCATIONS = {
     "apply_moe_memit_to_model": "editors",
     "apply_moe_alphaedit_to_model": "editors",
     "apply_moe_rome_to_model": "editors",
+    "apply_memoe_to_model": "editors",
+    "MoEAdapter": "adapter",
+    "attach": "attachment",
+    "detach": "attachment",
 }
 
 __all__ = ["__version__", *_LOCATIONS]

@@ -15,6 +15,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "MoE-MEMIT": {"metric": "covariance", "spread": "residual"},
     "MoE-AlphaEdit": {"metric": "nullspace", "spread": "residual", "remember_edits": True},
     "MoE-ROME": {"metric": "covariance", "spread": "residual", "edits_per_solve": 1, "max_layers": 1},
+    "MEMoE": {},
 }
 
 ALIASES = {"MoEEdit": "MoEEdit-BCD"}

@@ -4,6 +4,7 @@ from easyedit_moe.editors.base import Editor, EditResult, Patch
 from easyedit_moe.editors.bcd_speedup import BCDSpeedupEditor, apply_bcd_speedup_to_model
 from easyedit_moe.editors.global_ import GlobalEditor, apply_global_to_model
 from easyedit_moe.editors.global_speedup import GlobalSpeedupEditor, apply_global_speedup_to_model
+from easyedit_moe.editors.memoe import AdapterPatch, MEMoEEditor, apply_memoe_to_model
 from easyedit_moe.editors.moe_alphaedit import MoEAlphaEditEditor, apply_moe_alphaedit_to_model
 from easyedit_moe.editors.moe_memit import MoEMEMITEditor, apply_moe_memit_to_model
 from easyedit_moe.editors.moe_rome import MoEROMEEditor, apply_moe_rome_to_model
@@ -13,12 +14,14 @@ from easyedit_moe.editors.registry import editor_class, make_editor, method_name
 from easyedit_moe.editors.solving import EditMemory, Prepared, SolvingEditor
 
 __all__ = [
+    "AdapterPatch",
     "BCDSpeedupEditor",
     "EditMemory",
     "EditResult",
     "Editor",
     "GlobalEditor",
     "GlobalSpeedupEditor",
+    "MEMoEEditor",
     "MoEAlphaEditEditor",
     "MoEEditEditor",
     "MoEMEMITEditor",
@@ -30,6 +33,7 @@ __all__ = [
     "apply_bcd_speedup_to_model",
     "apply_global_speedup_to_model",
     "apply_global_to_model",
+    "apply_memoe_to_model",
     "apply_moe_alphaedit_to_model",
     "apply_moe_memit_to_model",
     "apply_moe_rome_to_model",
