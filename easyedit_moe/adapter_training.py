@@ -18,7 +18,7 @@ from easyedit_moe.corpus import load_texts
 from easyedit_moe.errors import RequestError, not_finite
 from easyedit_moe.hparams import MEMoEHyperParams
 from easyedit_moe.scoring import score_only
-from easyedit_moe.tokens import collate, encode_target, encode_text, pad_id
+from easyedit_moe.tokens import collate, encode_target, encode_text, pad_id, subject_span
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ def train_adapter(
     Raises:
         DataError: unusable locality texts. NumericalError: a loss that is not finite.
     """
-    job = _Training(model, tok, adapter, facts, earlier if hparams.replay else [], hparams)
     with _training_modes(model, adapter):
+        job = _Training(model, tok, adapter, facts, earlier if hparams.replay else [], hparams)
         optimizer = torch.optim.Adam(adapter.parameters(), lr=hparams.lr)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, hparams.steps)
         for _ in tqdm(range(hparams.steps), desc="MEMoE", disable=not progress):
@@ -94,7 +94,8 @@ def train_adapter(
             nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-    nll, load = job.result()
+        adapter.eval()
+        nll, load = job.result()
     reached = int((nll < 0.5).sum())
     return AdapterReport(
         float(nll.mean()), reached, float(locality), float(balance), load, hparams.steps, len(job.facts) - len(facts)
@@ -114,8 +115,12 @@ class _Training:
              for prefix in ("", *hparams.context_prefixes)]
             for fact in self.facts
         ]  # fmt: skip
+        self.spans = [subject_span(fact.prompt, fact.subject) for fact in self.facts]
+        self.prompts = {fact.prompt for fact in self.facts}
         self.texts: list[str] = []
+        self.answers: list[int] = []
         if hparams.locality_weight:
+            self.answers = self._frozen_answers()
             self.texts = load_texts(hparams.locality_dataset, hparams.locality_n_samples)
         self.generator = torch.Generator().manual_seed(hparams.seed)
         self.order: list[int] = []
@@ -162,31 +167,67 @@ class _Training:
         return losses.sum(1) / (wanted != -100).sum(1)
 
     def _locality(self) -> Tensor:
-        """KL(frozen, edited) per token where the adapter acts, on texts that say nothing of the edits.
+        """KL(frozen, edited) in nats per token on texts that the edits should leave alone.
 
-        A subject is put before most of them, since without one an adapter that skips is not there at all.
+        Half of them are prompts of other edits with this edit's subject put in ("swaps"). Where the frozen model answers
+        such a prompt as it answers the edit's own, the prompt is taken for a paraphrase of the edit and does not count.
         """
-        batch = collate(self._locality_rows(), pad_id(self.tok), str(model_device(self.model)))
+        swaps, plain = self._swaps(), self._texts()
+        rows = swaps[0] + plain
+        if not rows:
+            return torch.zeros((), device=model_device(self.model))
+        batch = collate(rows, pad_id(self.tok), str(model_device(self.model)))
         inputs = {"input_ids": batch.ids, "attention_mask": batch.mask, "use_cache": False}
         with torch.no_grad(), switched_off(self.adapter):
             frozen = self.model(**inputs).logits.float().log_softmax(-1)
         edited = self.model(**inputs).logits.float().log_softmax(-1)
         kl = (frozen.exp() * (frozen - edited)).sum(-1)
         mask = batch.mask.to(kl.device)
-        return (kl * mask).sum() / mask.sum()
+        last = frozen[torch.arange(len(swaps[0])), batch.lengths[: len(swaps[0])].to(kl.device) - 1]
+        paraphrase = last.argmax(-1) == torch.tensor(swaps[1], dtype=torch.long, device=kl.device)
+        mask[: len(paraphrase)] *= ~paraphrase[:, None]
+        return (kl * mask).sum() / mask.sum().clamp_min(1)
 
-    def _locality_rows(self) -> list[list[int]]:
+    def _swaps(self) -> tuple[list[list[int]], list[int]]:
+        """Token ids of prompts with another edit's subject, and the frozen model's answer to that edit's own prompt."""
+        rows, answers = [], []
+        for _ in range(self.hparams.locality_batch_size // 2):
+            asked, about = self._draw(len(self.facts)), self._draw(len(self.facts))
+            start, end = self.spans[asked]
+            prompt = self.facts[asked].prompt
+            text = prompt[:start] + self.facts[about].subject + prompt[end:]
+            if text not in self.prompts:
+                rows.append(encode_text(self.tok, text))
+                answers.append(self.answers[about])
+        return rows, answers
+
+    def _texts(self) -> list[list[int]]:
+        """Texts of the corpus. A subject is put before them, since an adapter that skips is not there without one."""
         hp, rows = self.hparams, []
         skip = self.adapter.config.without_anchor == "skip"
-        for number in range(hp.locality_batch_size):
+        for number in range(hp.locality_batch_size - hp.locality_batch_size // 2):
             subject = self.facts[self._draw(len(self.facts))].subject
             text = self.texts[self._draw(len(self.texts))]
             if number % 4 == 0:
                 text = f"{subject} is a"
-            elif skip or number % 4 == 1:
+            elif skip or number % 2:
                 text = f"{subject}. {text}"
             rows.append(encode_text(self.tok, text)[: hp.locality_max_tokens])
         return rows
+
+    @torch.no_grad()
+    def _frozen_answers(self) -> list[int]:
+        """The frozen model's next token after each edit's bare prompt."""
+        size, answers = self.hparams.train_batch_size, []
+        with switched_off(self.adapter):
+            for i in range(0, len(self.rows), size):
+                rows = [contexts[0][0] for contexts in self.rows[i : i + size]]
+                batch = collate(rows, pad_id(self.tok), str(model_device(self.model)))
+                with hooks() as handles:
+                    handles.append(score_only(self.model, batch.lengths[:, None] - 1))
+                    out = self.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
+                answers += out.logits[:, 0].argmax(-1).tolist()
+        return answers
 
 
 def _stacked(seen: Sequence[AdapterRouting]) -> tuple[Tensor, Tensor]:

@@ -44,17 +44,22 @@ class SubjectMatcher:
         return self
 
     def find(self, text: str) -> list[Occurrence]:
-        """Occurrences as whole words, by their ends: exact ones, and, where none overlaps, those that differ in case
-        or white space. Of two that overlap the longer one counts.
+        """Occurrences as whole words, by their ends; case and white space may differ.
+
+        Of two that overlap the longer one counts, and of two of the same length the one that is exact.
         """
         flat = _flat(text)
         candidates = [i for i, subject in enumerate(self._flat) if subject in flat]
+        matches = [
+            (match.start() - match.end(), level, Occurrence(*match.span(), i))
+            for level, patterns in enumerate((self._exact, self._loose))
+            for i in candidates
+            for match in patterns[i].finditer(text)
+        ]
         found: list[Occurrence] = []
-        for patterns in (self._exact, self._loose):
-            level = [Occurrence(*m.span(), i) for i in candidates for m in patterns[i].finditer(text)]
-            for one in sorted(level, key=lambda o: (o.start - o.end, o.start)):
-                if all(one.end <= other.start or one.start >= other.end for other in found):
-                    found.append(one)
+        for _, _, one in sorted(matches, key=lambda m: m[:2]):
+            if all(one.end <= other.start or one.start >= other.end for other in found):
+                found.append(one)
         return sorted(found, key=lambda o: o.end)
 
     def anchors(self, ids: Sequence[int]) -> list[int]:
