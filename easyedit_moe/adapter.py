@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from easyedit_moe.anchors import NO_ANCHOR, SubjectMatcher
+from easyedit_moe.anchors import SubjectMatcher
 from easyedit_moe.cache import read_safetensors, write_safetensors
 from easyedit_moe.errors import AdapterError
 from easyedit_moe.files import replacing
@@ -214,7 +214,7 @@ class MoEAdapter(nn.Module):
                 )
         elif folder.exists() and not folder.is_dir():
             raise AdapterError(f"{folder} is a file; an adapter is saved as a folder.")
-        tensors = {name: t for name, t in [*self.named_parameters(), *self.named_buffers()]}
+        tensors = dict([*self.named_parameters(), *self.named_buffers()])
         content = {
             "schema": SCHEMA,
             "kind": "memoe-adapter",
@@ -305,18 +305,3 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-__all__ = [
-    "NO_ANCHOR",
-    "AdapterConfig",
-    "AdapterRouting",
-    "Fact",
-    "MoEAdapter",
-    "SubjectMatcher",
-    "balance_loss",
-    "base_fingerprint",
-    "gate",
-    "recorded_routing",
-    "switched_off",
-]

@@ -169,8 +169,8 @@ class _Training:
     def _locality(self) -> Tensor:
         """KL(frozen, edited) in nats per token on texts that the edits should leave alone.
 
-        Half of them are prompts of other edits with this edit's subject put in ("swaps"). Where the frozen model answers
-        such a prompt as it answers the edit's own, the prompt is taken for a paraphrase of the edit and does not count.
+        Half of them are prompts of other edits with this edit's subject put in ("swaps"). Where the frozen model
+        answers such a prompt as it answers the edit's own, the prompt is taken for a paraphrase and does not count.
         """
         swaps, plain = self._swaps(), self._texts()
         rows = swaps[0] + plain
@@ -182,7 +182,7 @@ class _Training:
             frozen = self.model(**inputs).logits.float().log_softmax(-1)
         edited = self.model(**inputs).logits.float().log_softmax(-1)
         kl = (frozen.exp() * (frozen - edited)).sum(-1)
-        mask = batch.mask.to(kl.device)
+        mask = batch.mask.to(kl.device, copy=True)
         last = frozen[torch.arange(len(swaps[0])), batch.lengths[: len(swaps[0])].to(kl.device) - 1]
         paraphrase = last.argmax(-1) == torch.tensor(swaps[1], dtype=torch.long, device=kl.device)
         mask[: len(paraphrase)] *= ~paraphrase[:, None]

@@ -63,7 +63,7 @@ class SubjectMatcher:
         return sorted(found, key=lambda o: o.end)
 
     def anchors(self, ids: Sequence[int]) -> list[int]:
-        """Index of the anchor of each token, ``NO_ANCHOR`` before the first subject ends. Special tokens are skipped."""
+        """Index of each token's anchor, ``NO_ANCHOR`` before the first subject ends. Special tokens are skipped."""
         text = self._decode(ids)
         out = [NO_ANCHOR] * len(ids)
         for one in self.find(text):

@@ -297,15 +297,15 @@ class MEMoEHyperParams(MoEHyperParams):
     """Find the subjects of edited facts in texts. False: every token has the null embedding (needs "null")."""
     without_anchor: str = "skip"
     """Tokens without an anchor: "skip" leaves them to the FFN, bit-equal; "null" gives them a learned embedding."""
-    steps: int = 200
+    steps: int = 100
     """Adam steps per batch of edits, >= 1."""
     lr: float = 1e-3
     """Adam's learning rate, falling linearly to a tenth, > 0."""
     noise: float = 0.1
     """Standard deviation of eps in the gate while training, >= 0."""
-    locality_weight: float = 1.0
+    locality_weight: float = 3.0
     """Weight of KL(frozen model, edited model) on texts that say nothing of the edits, >= 0."""
-    balance_weight: float = 0.01
+    balance_weight: float = 0.1
     """Weight of the load-balancing term, >= 0."""
     locality_dataset: str = "wikipedia"
     """Texts for the locality term: a file, "factworld" or a dataset name."""

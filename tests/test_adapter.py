@@ -25,7 +25,7 @@ from easyedit_moe.attachment import add_subjects, attach, detach, find_adapter, 
 from easyedit_moe.errors import AdapterError, LayerError
 from easyedit_moe.metrics import routing_snapshot
 from easyedit_moe.scoring import score_targets
-from easyedit_moe.tokens import collate, encode_text
+from easyedit_moe.tokens import encode_text
 
 TOK = tiny_tokenizer()
 SUBJECTS = [r["subject"] for r in requests(6)]

@@ -32,11 +32,13 @@ ALL_METHODS = (
     "MoE-AlphaEdit",
     "MoE-ROME",
 )
+TRAINED_METHODS = ("MEMoE",)
+ONE_LAYER = ("MoE-ROME", "MEMoE")
 MINIMAL = {"alg_name": "MoTE", "model_name": "m", "layers": [1, 2]}
 
 
 def make(alg_name: str = "MoTE", **changes: Any) -> MoEHyperParams:
-    values = {**MINIMAL, "alg_name": alg_name} | ({"layers": [1]} if alg_name == "MoE-ROME" else {})
+    values = {**MINIMAL, "alg_name": alg_name} | ({"layers": [1]} if alg_name in ONE_LAYER else {})
     return hyperparams_class(alg_name).from_dict({**values, **changes})
 
 
@@ -51,7 +53,7 @@ def refused(match: str, alg_name: str = "MoTE", **changes: Any) -> None:
 def test_every_method_ships_for_every_paper_model() -> None:
     found = {(p.parent.name, p.stem) for p in SHIPPED}
     models = ("qwen3-30b-a3b", "gpt-oss-20b", "qwen3.6-35b-a3b")
-    assert found >= {(method, model) for method in ALL_METHODS for model in models}
+    assert found >= {(method, model) for method in (*ALL_METHODS, *TRAINED_METHODS) for model in models}
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: f"{p.parent.name}/{p.stem}")
@@ -205,6 +207,12 @@ TOO_LOW = {
     "rank_expert": 0, "rank_out": -3, "rank_in": 0, "whitening_eps": 0, "hooi_sweeps": -1, "layers": [-1, 2],
 }  # fmt: skip
 OF_OTHERS = {"num_passes": ("MoEEdit-BCD", 0), "edits_per_solve": ("Global", 0), "max_layers": ("Global", 0)}
+OF_OTHERS |= {
+    "num_experts": ("MEMoE", 0), "top_k": ("MEMoE", 0), "expert_width": ("MEMoE", 0), "adapter_scale": ("MEMoE", 0),
+    "token_weight": ("MEMoE", -0.1), "steps": ("MEMoE", 0), "lr": ("MEMoE", 0), "noise": ("MEMoE", -0.1),
+    "locality_weight": ("MEMoE", -0.1), "balance_weight": ("MEMoE", -0.1), "locality_n_samples": ("MEMoE", 0),
+    "locality_max_tokens": ("MEMoE", 0), "locality_batch_size": ("MEMoE", 0), "train_batch_size": ("MEMoE", 0),
+}  # fmt: skip
 UNBOUNDED = {"v_loss_layer", "seed", "device"}
 
 
@@ -318,7 +326,7 @@ def test_mote_has_no_covariance_metric() -> None:
 
 
 def test_presets_only_name_fields_of_their_class() -> None:
-    assert set(presets.METHODS) == set(ALL_METHODS) == {m for cls in HYPERPARAMS for m in cls.methods}
+    assert set(presets.METHODS) == {*ALL_METHODS, *TRAINED_METHODS} == {m for cls in HYPERPARAMS for m in cls.methods}
     for method, fixed in presets.METHODS.items():
         assert set(fixed) <= {f.name for f in fields(hyperparams_class(method))}
 
