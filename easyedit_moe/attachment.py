@@ -70,8 +70,10 @@ def attach(model: nn.Module, tok: PreTrainedTokenizerBase, adapter: MoEAdapter) 
             f"{found[:16]}."
         )
     ffn = find_ffn(model, adapter.config.layer)
-    first = next(ffn.parameters())
-    adapter.to(first.device)
+    device = next(ffn.parameters()).device
+    if device.type == "meta":
+        raise AdapterError(f"The FFN of layer {adapter.config.layer} is offloaded; load the model with it on a device.")
+    adapter.to(device)
     adapter.train(ffn.training)
     adapter.matcher = SubjectMatcher(tok, adapter.subjects)
     ffn.add_module(SUBMODULE, adapter)

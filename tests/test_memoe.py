@@ -434,11 +434,11 @@ def test_patches_restore_in_any_state(corpus: Path) -> None:
 
 @pytest.fixture(scope="module")
 def bundled() -> Any:
-    """The bundled model with ten edits, trained for a few seconds by the shipped settings."""
+    """The bundled model with ten edits, trained for a few seconds only."""
     model, tok = load_model("factworld", "float32")
     records = load_records("factworld").records[200:210]
     before = evaluate(model, tok, records)
-    hp = load_hyperparams("MEMoE/factworld", steps=25)
+    hp = load_hyperparams("MEMoE/factworld", steps=35, locality_batch_size=4)
     make_editor(hp, progress=False).edit(model, tok, [r.request for r in records])
     return model, tok, records, before
 
@@ -447,12 +447,12 @@ def test_ten_edits_of_the_bundled_model(bundled: Any) -> None:
     model, tok, records, before = bundled
     after = evaluate(model, tok, records)
     assert before.efficacy.mean == 0
-    assert after.efficacy.mean >= 80
+    assert after.efficacy.mean >= 90
     assert after.specificity.mean >= 95
 
 
 def test_paraphrases_of_one_fact_are_routed_alike(bundled: Any) -> None:
-    """The last tokens of a fact's seven phrasings, after training with the shipped settings."""
+    """The last tokens of a fact's seven phrasings, after training."""
     model, tok, records, _ = bundled
     adapter, used = find_adapter(model), set()
     for record in records:

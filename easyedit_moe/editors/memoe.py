@@ -84,10 +84,19 @@ class AdapterPatch:
 
 @register_editor
 class MEMoEEditor(Editor):
-    """Bypass MoE adapter with knowledge-anchor routing; dense models too.
+    """Bypass MoE adapter with knowledge-anchor routing, on MoE models and dense ones.
 
     A model that carries an adapter already is edited further: new facts are trained into it, along with the earlier
-    ones where ``replay``. Defaults that the paper leaves open, and the scaling of anchors, are ours.
+    ones where ``replay``.
+
+    Anchors come from the text alone: the subjects of the edited facts, as whole words, whatever their case and white
+    space. ``without_anchor`` says what happens to tokens that no subject precedes. "skip" (the default): the adapter
+    adds nothing, so a text that names no edited subject is computed bit-equally to the unedited model, and an edit does
+    not reach texts that name its subject otherwise (a nickname, a pronoun alone, a misspelling). "null": a learned
+    embedding stands in, so an edit may reach such texts through x_i, and locality rests on the locality term alone.
+
+    The paper gives the equations; where it leaves something open (initialisation, scaling of the anchors, which texts
+    the locality term sees, when an anchor begins), what is done here is ours.
     """
 
     method = "MEMoE"
