@@ -167,7 +167,7 @@ class _Training:
         return losses.sum(1) / (wanted != -100).sum(1)
 
     def _locality(self) -> Tensor:
-        """KL(frozen, edited) in nats on texts that the edits should leave alone.
+        """KL(frozen, edited) in nats per token on texts that the edits should leave alone.
 
         Half of them are prompts of other edits with this edit's subject put in ("swaps"). Where the frozen model
         answers such a prompt as it answers the edit's own, the prompt is taken for a paraphrase and does not count.
@@ -182,16 +182,12 @@ class _Training:
             frozen = self.model(**inputs).logits.float().log_softmax(-1)
         edited = self.model(**inputs).logits.float().log_softmax(-1)
         kl = (frozen.exp() * (frozen - edited)).sum(-1)
-        mask = batch.mask.to(kl.device)
-        # The answer to a swap is all that counts of it, while of a text each token does.
-        count = len(swaps[0])
-        ends = batch.lengths[:count].to(kl.device) - 1
-        row = torch.arange(count, device=kl.device)
-        said = torch.tensor(swaps[1], dtype=torch.long, device=kl.device)
-        other = (frozen[row, ends].argmax(-1) != said).to(kl.dtype)
-        swapped = (kl[row, ends] * other).sum() / other.sum().clamp_min(1)
-        kept = (kl[count:] * mask[count:]).sum() / mask[count:].sum().clamp_min(1)
-        return (swapped + kept) / 2
+        mask = batch.mask.to(kl.device, copy=True)
+        row = torch.arange(len(swaps[0]), device=kl.device)
+        last = frozen[row, batch.lengths[: len(row)].to(kl.device) - 1]
+        paraphrase = last.argmax(-1) == torch.tensor(swaps[1], dtype=torch.long, device=kl.device)
+        mask[: len(row)] *= ~paraphrase[:, None]
+        return (kl * mask).sum() / mask.sum().clamp_min(1)
 
     def _swaps(self) -> tuple[list[list[int]], list[int]]:
         """Token ids of prompts with another edit's subject, and the frozen model's answer to that edit's own prompt."""
