@@ -173,10 +173,7 @@ class _Training:
         answers such a prompt as it answers the edit's own, the prompt is taken for a paraphrase and does not count.
         """
         swaps, plain = self._swaps(), self._texts()
-        rows = swaps[0] + plain
-        if not rows:
-            return torch.zeros((), device=model_device(self.model))
-        batch = collate(rows, pad_id(self.tok), str(model_device(self.model)))
+        batch = collate(swaps[0] + plain, pad_id(self.tok), str(model_device(self.model)))
         inputs = {"input_ids": batch.ids, "attention_mask": batch.mask, "use_cache": False}
         with torch.no_grad(), switched_off(self.adapter):
             frozen = self.model(**inputs).logits.float().log_softmax(-1)
