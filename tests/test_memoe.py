@@ -52,7 +52,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def hparams(corpus: Path, **changes: Any) -> MEMoEHyperParams:
     values: dict[str, Any] = {
         "alg_name": "MEMoE", "model_name": "tiny", "layers": [1], "dtype": "float32", "expert_width": 16, "lr": 0.02,
-        "steps": 6, "locality_batch_size": 4, "locality_max_tokens": 12, "locality_dataset": str(corpus),
+        "steps": 6, "locality_weight": 0.3, "balance_weight": 0.01, "locality_batch_size": 4,
+        "locality_max_tokens": 12, "locality_dataset": str(corpus),
     }  # fmt: skip
     return MEMoEHyperParams.from_dict(values | changes)
 
