@@ -54,6 +54,7 @@ def main() -> None:
     names = list(VARIANTS) if args.variants == "all" else [name.strip() for name in args.variants.split(",")]
     records = load_records("factworld").records[args.skip : args.skip + args.edits]
     model, tok = load_model("factworld", "float32")
+    console = Console(width=120)
     table = Table("variant", "efficacy", "generalisation", "specificity", "unrecognised", "routed alike", "seconds")
     for number, name in enumerate(names):
         editor = make_editor(load_hyperparams("MEMoE/factworld", **VARIANTS[name]))
@@ -72,7 +73,8 @@ def main() -> None:
         detach(model)
         row = [f"{s.mean:.1f} ± {s.stderr:.1f}" for s in (scores.efficacy, scores.generalisation, scores.specificity)]
         table.add_row(name, *row, f"{unrecognised.mean:.1f}", f"{alike:.0f} %", f"{seconds:.0f}")
-    Console(width=120).print(table)
+        console.print("done:", name, *row, f"{unrecognised.mean:.1f}", f"{alike:.0f} %", highlight=False)
+    console.print(table)
     if args.save:
         attach(model, tok, MoEAdapter.load(args.save))
         request = records[0].request
