@@ -17,6 +17,7 @@ _LOCATIONS = {
     "FTHyperParams": "hparams",
     "LoRAHyperParams": "hparams",
     "UnKEHyperParams": "hparams",
+    "MEMoEHyperParams": "hparams",
     "load_hyperparams": "hparams",
     "MoEEditor": "editor",
     "EditRequest": "requests",
@@ -40,6 +41,10 @@ _LOCATIONS = {
     "apply_moe_lora_to_model": "editors",
     "apply_adalora_to_model": "editors",
     "apply_unke_to_model": "editors",
+    "apply_memoe_to_model": "editors",
+    "MoEAdapter": "adapter",
+    "attach": "attachment",
+    "detach": "attachment",
 }
 
 __all__ = ["__version__", *_LOCATIONS]

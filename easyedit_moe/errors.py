@@ -69,6 +69,10 @@ class PatchError(EditingError, ValueError):
     """A patch that does not fit the model, or a file that is not a patch."""
 
 
+class AdapterError(PatchError):
+    """An adapter that does not fit the model, inputs it can't work on, or files that are no adapter."""
+
+
 class DataError(EditingError, ValueError):
     """A data file that is missing or not in the expected layout."""
 

@@ -56,7 +56,7 @@ class MoELayerView:
 
     def __init__(self, model: nn.Module, without_weights: bool = False) -> None:
         self.model, self.without_weights = model, without_weights
-        self.decoder_layers, self.stack_name = _decoder_stack(model)
+        self.decoder_layers, self.stack_name = decoder_stack(model)
         self.layers: dict[int, MoELayer] = {}
         for index, layer in enumerate(self.decoder_layers):
             found = _experts_of_layer(model, layer, f"{self.stack_name}.{index}", index, True)
@@ -109,8 +109,12 @@ def _refuse_unknown_experts(stack_name: str, layers: nn.ModuleList) -> None:
             )
 
 
-def _decoder_stack(model: nn.Module) -> tuple[nn.ModuleList, str]:
-    """The ModuleList of decoder layers, and its path; behind a multimodal wrapper, that of the text decoder."""
+def decoder_stack(model: nn.Module) -> tuple[nn.ModuleList, str]:
+    """The ModuleList of decoder layers, and its path; behind a multimodal wrapper, that of the text decoder.
+
+    Raises:
+        LayoutError: no such list, or several.
+    """
     names = {id(module): name for name, module in model.named_modules()}
     root = model
     if hasattr(model, "get_decoder"):

@@ -20,6 +20,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "MoE-LoRA": {},
     "AdaLoRA": {},
     "UnKE": {},
+    "MEMoE": {},
 }
 
 ALIASES = {"MoEEdit": "MoEEdit-BCD"}

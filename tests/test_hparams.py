@@ -33,13 +33,14 @@ SOLVERS = (
     "MoE-AlphaEdit",
     "MoE-ROME",
 )
-BASELINES = ("MoE-FT", "MoE-FT-L", "MoE-LoRA", "AdaLoRA", "UnKE")
+BASELINES = ("MoE-FT", "MoE-FT-L", "MoE-LoRA", "AdaLoRA", "UnKE", "MEMoE")
 ALL_METHODS = (*SOLVERS, *BASELINES)
+ONE_LAYER = ("MoE-ROME", "UnKE", "MEMoE")
 MINIMAL = {"alg_name": "MoTE", "model_name": "m", "layers": [1, 2]}
 
 
 def make(alg_name: str = "MoTE", **changes: Any) -> MoEHyperParams:
-    values = {**MINIMAL, "alg_name": alg_name} | ({"layers": [1]} if alg_name in ("MoE-ROME", "UnKE") else {})
+    values = {**MINIMAL, "alg_name": alg_name} | ({"layers": [1]} if alg_name in ONE_LAYER else {})
     return hyperparams_class(alg_name).from_dict({**values, **changes})
 
 
@@ -54,7 +55,7 @@ def refused(match: str, alg_name: str = "MoTE", **changes: Any) -> None:
 def test_every_method_ships_for_every_paper_model() -> None:
     found = {(p.parent.name, p.stem) for p in SHIPPED}
     models = ("qwen3-30b-a3b", "gpt-oss-20b", "qwen3.6-35b-a3b")
-    assert found >= {(method, model) for method in ALL_METHODS for model in models}
+    assert found >= {(method, model) for method in (*ALL_METHODS, *TRAINED_METHODS) for model in models}
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: f"{p.parent.name}/{p.stem}")
@@ -228,11 +229,26 @@ TOO_LOW = {
     "rank_expert": 0, "rank_out": -3, "rank_in": 0, "whitening_eps": 0, "hooi_sweeps": -1, "layers": [-1, 2],
 }  # fmt: skip
 OF_OTHERS = {
-    "num_passes": ("MoEEdit-BCD", 0), "edits_per_solve": ("Global", 0), "max_layers": ("Global", 0),
-    "lr": ("MoE-FT", 0.0), "num_steps": ("MoE-FT", 0), "weight_decay": ("MoE-FT", -0.1),
-    "train_batch_size": ("MoE-FT", 0), "norm_constraint": ("MoE-FT-L", 0.0), "rank": ("MoE-LoRA", 0),
-    "lora_alpha": ("MoE-LoRA", 0.0), "orth_reg_weight": ("AdaLoRA", -0.1), "optim_num_step": ("UnKE", 0),
-    "preserve_n_samples": ("UnKE", -1), "preserve_weight": ("UnKE", -0.1),
+    "num_passes": ("MoEEdit-BCD", 0),
+    "edits_per_solve": ("Global", 0),
+    "max_layers": ("Global", 0),
+    "lr": ("MoE-FT", 0.0),
+    "num_steps": ("MoE-FT", 0),
+    "weight_decay": ("MoE-FT", -0.1),
+    "train_batch_size": ("MoE-FT", 0),
+    "norm_constraint": ("MoE-FT-L", 0.0),
+    "rank": ("MoE-LoRA", 0),
+    "lora_alpha": ("MoE-LoRA", 0.0),
+    "orth_reg_weight": ("AdaLoRA", -0.1),
+    "optim_num_step": ("UnKE", 0),
+    "preserve_n_samples": ("UnKE", -1),
+    "preserve_weight": ("UnKE", -0.1),
+}
+OF_OTHERS |= {
+    "num_experts": ("MEMoE", 0), "top_k": ("MEMoE", 0), "expert_width": ("MEMoE", 0), "adapter_scale": ("MEMoE", 0),
+    "token_weight": ("MEMoE", -0.1), "steps": ("MEMoE", 0), "noise": ("MEMoE", -0.1),
+    "locality_weight": ("MEMoE", -0.1), "balance_weight": ("MEMoE", -0.1), "locality_n_samples": ("MEMoE", 0),
+    "locality_max_tokens": ("MEMoE", 0), "locality_batch_size": ("MEMoE", 0), 
 }  # fmt: skip
 UNBOUNDED = {"v_loss_layer", "seed", "device"}
 
@@ -347,7 +363,7 @@ def test_mote_has_no_covariance_metric() -> None:
 
 
 def test_presets_only_name_fields_of_their_class() -> None:
-    assert set(presets.METHODS) == set(ALL_METHODS) == {m for cls in HYPERPARAMS for m in cls.methods}
+    assert set(presets.METHODS) == {*ALL_METHODS, *TRAINED_METHODS} == {m for cls in HYPERPARAMS for m in cls.methods}
     for method, fixed in presets.METHODS.items():
         assert set(fixed) <= {f.name for f in fields(hyperparams_class(method))}
 

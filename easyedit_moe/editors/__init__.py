@@ -5,6 +5,7 @@ from easyedit_moe.editors.base import Editor, EditResult, Patch
 from easyedit_moe.editors.bcd_speedup import BCDSpeedupEditor, apply_bcd_speedup_to_model
 from easyedit_moe.editors.global_ import GlobalEditor, apply_global_to_model
 from easyedit_moe.editors.global_speedup import GlobalSpeedupEditor, apply_global_speedup_to_model
+from easyedit_moe.editors.memoe import AdapterPatch, MEMoEEditor, apply_memoe_to_model
 from easyedit_moe.editors.moe_alphaedit import MoEAlphaEditEditor, apply_moe_alphaedit_to_model
 from easyedit_moe.editors.moe_ft import MoEFTEditor, apply_moe_ft_to_model
 from easyedit_moe.editors.moe_ft_l import MoEFTLEditor, apply_moe_ft_l_to_model
@@ -20,12 +21,14 @@ from easyedit_moe.editors.unke import UnKEEditor, apply_unke_to_model
 
 __all__ = [
     "AdaLoRAEditor",
+    "AdapterPatch",
     "BCDSpeedupEditor",
     "EditMemory",
     "EditResult",
     "Editor",
     "GlobalEditor",
     "GlobalSpeedupEditor",
+    "MEMoEEditor",
     "MoEAlphaEditEditor",
     "MoEEditEditor",
     "MoEFTEditor",
@@ -43,6 +46,7 @@ __all__ = [
     "apply_bcd_speedup_to_model",
     "apply_global_speedup_to_model",
     "apply_global_to_model",
+    "apply_memoe_to_model",
     "apply_moe_alphaedit_to_model",
     "apply_moe_ft_l_to_model",
     "apply_moe_ft_to_model",

@@ -1,0 +1,252 @@
+"""Training an attached adapter: the target's NLL, a locality term and load balancing; the base stays frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from easyedit_moe.adapter import AdapterRouting, Fact, MoEAdapter, balance_loss, recorded_routing, switched_off
+from easyedit_moe.anchors import NO_ANCHOR
+from easyedit_moe.capture import hooks, model_device
+from easyedit_moe.corpus import load_texts
+from easyedit_moe.errors import RequestError, not_finite
+from easyedit_moe.hparams import MEMoEHyperParams
+from easyedit_moe.scoring import score_only
+from easyedit_moe.tokens import collate, encode_target, encode_text, pad_id, subject_span
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """What training came to.
+
+    Attributes:
+        nll: mean NLL of the targets of this batch's edits after their bare prompts, without noise.
+        reached: edits whose NLL is below 0.5 nats per token.
+        locality: KL(frozen, edited) in nats per token, at the last step.
+        balance: load-balancing term, at the last step (1: even, E: all on one expert).
+        load: share of the edits' routed tokens that each expert gets, without noise.
+        steps: Adam steps.
+        replayed: earlier edits that were trained along.
+    """
+
+    nll: float
+    reached: int
+    locality: float
+    balance: float
+    load: tuple[float, ...]
+    steps: int
+    replayed: int
+
+
+def check_facts(
+    tok: PreTrainedTokenizerBase, adapter: MoEAdapter, facts: Sequence[Fact], prefixes: Sequence[str]
+) -> None:
+    """Every fact's subject must be found in its prompt by the adapter's own matching.
+
+    Raises:
+        RequestError: an anchor that is never found.
+    """
+    if not adapter.config.use_anchors:
+        return
+    for number, fact in enumerate(facts):
+        for prefix in ("", *prefixes):
+            found = adapter.matcher.anchors(encode_text(tok, prefix + fact.prompt))
+            if found[-1] == NO_ANCHOR or adapter.subjects[found[-1]] != fact.subject:
+                seen = "nothing" if found[-1] == NO_ANCHOR else repr(adapter.subjects[found[-1]])
+                raise RequestError(
+                    f"Request {number}: the anchor of {prefix + fact.prompt!r} should be its subject {fact.subject!r}, "
+                    f"but {seen} is found there as a whole word. Give the subject as the prompt writes it."
+                )
+
+
+def train_adapter(
+    model: nn.Module,
+    tok: PreTrainedTokenizerBase,
+    adapter: MoEAdapter,
+    facts: Sequence[Fact],
+    earlier: Sequence[Fact],
+    hparams: MEMoEHyperParams,
+    progress: bool = True,
+) -> AdapterReport:
+    """Fit an attached adapter to ``facts``, and to ``earlier`` ones where ``hparams.replay``.
+
+    Dropout is off, and only the adapter's parameters change.
+
+    Raises:
+        DataError: unusable locality texts. NumericalError: a loss that is not finite.
+    """
+    with _training_modes(model, adapter):
+        job = _Training(model, tok, adapter, facts, earlier if hparams.replay else [], hparams)
+        optimizer = torch.optim.Adam(adapter.parameters(), lr=hparams.lr)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, hparams.steps)
+        for _ in tqdm(range(hparams.steps), desc="MEMoE", disable=not progress):
+            loss, locality, balance = job.loss()
+            if not torch.isfinite(loss):
+                raise not_finite("The loss of the adapter is not finite")
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+        adapter.eval()
+        nll, load = job.result()
+    reached = int((nll < 0.5).sum())
+    return AdapterReport(
+        float(nll.mean()), reached, float(locality), float(balance), load, hparams.steps, len(job.facts) - len(facts)
+    )
+
+
+class _Training:
+    def __init__(
+        self, model: nn.Module, tok: PreTrainedTokenizerBase, adapter: MoEAdapter, facts: Sequence[Fact],
+        earlier: Sequence[Fact], hparams: MEMoEHyperParams,
+    ) -> None:  # fmt: skip
+        self.model, self.tok, self.adapter, self.hparams = model, tok, adapter, hparams
+        self.facts = [*facts, *earlier]
+        self.new = len(facts)
+        self.rows = [
+            [(encode_text(tok, prefix + fact.prompt), encode_target(tok, fact.target_new))
+             for prefix in ("", *hparams.context_prefixes)]
+            for fact in self.facts
+        ]  # fmt: skip
+        self.spans = [subject_span(fact.prompt, fact.subject) for fact in self.facts]
+        self.prompts = {fact.prompt for fact in self.facts}
+        self.texts: list[str] = []
+        self.answers: list[int] = []
+        if hparams.locality_weight:
+            self.answers = self._frozen_answers()
+            self.texts = load_texts(hparams.locality_dataset, hparams.locality_n_samples)
+        self.generator = torch.Generator().manual_seed(hparams.seed)
+        self.order: list[int] = []
+
+    def loss(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Total, locality and balance of one step."""
+        hp = self.hparams
+        while len(self.order) < min(hp.train_batch_size, len(self.facts)):
+            self.order += torch.randperm(len(self.facts), generator=self.generator).tolist()
+        chosen = [self.order.pop(0) for _ in range(min(hp.train_batch_size, len(self.facts)))]
+        contexts = [self._draw(len(self.rows[i])) for i in chosen]
+        with recorded_routing(self.adapter) as seen:
+            nll = self._nll([self.rows[i][c] for i, c in zip(chosen, contexts, strict=True)]).mean()
+        balance = balance_loss(*_stacked(seen))
+        locality = self._locality() if hp.locality_weight else nll.new_zeros(())
+        total = nll + hp.locality_weight * locality + hp.balance_weight * balance
+        return total, locality.detach(), balance.detach()
+
+    @torch.no_grad()
+    def result(self) -> tuple[Tensor, tuple[float, ...]]:
+        """NLL of each new edit after its bare prompt, and the load of each expert."""
+        size, rows = self.hparams.train_batch_size, [self.rows[i][0] for i in range(self.new)]
+        with recorded_routing(self.adapter) as seen:
+            nll = torch.cat([self._nll(rows[i : i + size]) for i in range(0, len(rows), size)])
+        used = (_stacked(seen)[0] > 0).float().sum(0)
+        return nll, tuple((used / used.sum()).tolist())
+
+    def _draw(self, count: int) -> int:
+        return int(torch.randint(count, (1,), generator=self.generator))
+
+    def _nll(self, rows: Sequence[tuple[list[int], list[int]]]) -> Tensor:
+        """Mean NLL per target token of each row."""
+        batch = collate([ids + labels[:-1] for ids, labels in rows], pad_id(self.tok), str(model_device(self.model)))
+        width = max(len(labels) for _, labels in rows)
+        positions, wanted = torch.zeros(len(rows), width, dtype=torch.long), torch.full((len(rows), width), -100)
+        for i, (ids, labels) in enumerate(rows):
+            positions[i, : len(labels)] = torch.arange(len(ids) - 1, len(ids) - 1 + len(labels))
+            wanted[i, : len(labels)] = torch.tensor(labels)
+        with hooks() as handles:
+            handles.append(score_only(self.model, positions))
+            logits = self.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits.float()
+        wanted = wanted.to(logits.device)
+        losses = nn.functional.cross_entropy(logits.transpose(1, 2), wanted, reduction="none", ignore_index=-100)
+        return losses.sum(1) / (wanted != -100).sum(1)
+
+    def _locality(self) -> Tensor:
+        """KL(frozen, edited) in nats per token on texts that the edits should leave alone.
+
+        Half of them are prompts of other edits with this edit's subject put in ("swaps"). Where the frozen model
+        answers such a prompt as it answers the edit's own, the prompt is taken for a paraphrase and does not count.
+        """
+        swaps, plain = self._swaps(), self._texts()
+        batch = collate(swaps[0] + plain, pad_id(self.tok), str(model_device(self.model)))
+        inputs = {"input_ids": batch.ids, "attention_mask": batch.mask, "use_cache": False}
+        with torch.no_grad(), switched_off(self.adapter):
+            frozen = self.model(**inputs).logits.float().log_softmax(-1)
+        edited = self.model(**inputs).logits.float().log_softmax(-1)
+        kl = (frozen.exp() * (frozen - edited)).sum(-1)
+        mask = batch.mask.to(kl.device, copy=True)
+        row = torch.arange(len(swaps[0]), device=kl.device)
+        last = frozen[row, batch.lengths[: len(row)].to(kl.device) - 1]
+        paraphrase = last.argmax(-1) == torch.tensor(swaps[1], dtype=torch.long, device=kl.device)
+        mask[: len(row)] *= ~paraphrase[:, None]
+        return (kl * mask).sum() / mask.sum().clamp_min(1)
+
+    def _swaps(self) -> tuple[list[list[int]], list[int]]:
+        """Token ids of prompts with another edit's subject, and the frozen model's answer to that edit's own prompt."""
+        rows, answers = [], []
+        for _ in range(self.hparams.locality_batch_size // 2):
+            asked, about = self._draw(len(self.facts)), self._draw(len(self.facts))
+            start, end = self.spans[asked]
+            prompt = self.facts[asked].prompt
+            text = prompt[:start] + self.facts[about].subject + prompt[end:]
+            if text not in self.prompts:
+                rows.append(encode_text(self.tok, text))
+                answers.append(self.answers[about])
+        return rows, answers
+
+    def _texts(self) -> list[list[int]]:
+        """Texts of the corpus. A subject is put before them, since an adapter that skips is not there without one."""
+        hp, rows = self.hparams, []
+        skip = self.adapter.config.without_anchor == "skip"
+        for number in range(hp.locality_batch_size - hp.locality_batch_size // 2):
+            subject = self.facts[self._draw(len(self.facts))].subject
+            text = self.texts[self._draw(len(self.texts))]
+            if number % 4 == 0:
+                text = f"{subject} is a"
+            elif skip or number % 2:
+                text = f"{subject}. {text}"
+            rows.append(encode_text(self.tok, text)[: hp.locality_max_tokens])
+        return rows
+
+    @torch.no_grad()
+    def _frozen_answers(self) -> list[int]:
+        """The frozen model's next token after each edit's bare prompt."""
+        size, answers = self.hparams.train_batch_size, []
+        with switched_off(self.adapter):
+            for i in range(0, len(self.rows), size):
+                rows = [contexts[0][0] for contexts in self.rows[i : i + size]]
+                batch = collate(rows, pad_id(self.tok), str(model_device(self.model)))
+                with hooks() as handles:
+                    handles.append(score_only(self.model, batch.lengths[:, None] - 1))
+                    out = self.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
+                answers += out.logits[:, 0].argmax(-1).tolist()
+        return answers
+
+
+def _stacked(seen: Sequence[AdapterRouting]) -> tuple[Tensor, Tensor]:
+    return torch.cat([r.gates for r in seen]), torch.cat([r.probability for r in seen])
+
+
+@contextmanager
+def _training_modes(model: nn.Module, adapter: MoEAdapter) -> Iterator[None]:
+    """Dropout off, the base frozen, the adapter's noise on; afterwards every flag is as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    model.eval()
+    for p, _ in flags:
+        p.requires_grad_(False)
+    adapter.train()
+    adapter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        adapter.zero_grad()
+        for p, flag in flags:
+            p.requires_grad_(flag)
+        for module, training in modes:
+            module.training = training
