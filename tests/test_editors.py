@@ -61,7 +61,6 @@ APPLY = {
     "Global+speedup": editors.apply_global_speedup_to_model, "MoE-MEMIT": editors.apply_moe_memit_to_model,
     "MoE-AlphaEdit": editors.apply_moe_alphaedit_to_model, "MoE-ROME": editors.apply_moe_rome_to_model,
 }  # fmt: skip
-TRAINED_METHODS = ("MEMoE",)  # they have tests of their own
 VARIANTS = [*METHODS, "MoTE/update"]
 TOK = tiny_tokenizer()
 
