@@ -1,0 +1,75 @@
+"""Hyper-parameters of MEMoE."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from easyedit_moe.hparams.base import MoEHyperParams
+
+WITHOUT_ANCHOR = ("skip", "null")
+
+
+@dataclass(kw_only=True)
+class MEMoEHyperParams(MoEHyperParams):
+    """MEMoE (arXiv 2405.19086). Its equations are the paper's; all defaults are ours."""
+
+    methods: ClassVar[tuple[str, ...]] = ("MEMoE",)
+
+    num_experts: int = 4
+    """E, experts of the adapter, >= 1."""
+    top_k: int = 1
+    """Experts per token, 1..num_experts."""
+    expert_width: int = 256
+    """Hidden width of one expert, >= 1."""
+    adapter_scale: float = 1.0
+    """lambda, the weight of the adapter's output, > 0."""
+    token_weight: float = 1.0
+    """Weight of x_i beside the anchor in the gate's input, >= 0. Paper: 1; 0 routes by the anchor alone."""
+    use_anchors: bool = True
+    """Find the subjects of edited facts in texts. False: every token has the null embedding (needs "null")."""
+    without_anchor: str = "skip"
+    """Tokens without an anchor: "skip" leaves them to the FFN, bit-equal; "null" gives them a learned embedding."""
+    steps: int = 100
+    """Adam steps per batch of edits, >= 1."""
+    lr: float = 1e-3
+    """Adam's learning rate, falling linearly to a tenth, > 0."""
+    noise: float = 0.1
+    """Standard deviation of eps in the gate while training, >= 0."""
+    locality_weight: float = 3.0
+    """Weight of KL(frozen model, edited model) on texts that say nothing of the edits, >= 0."""
+    balance_weight: float = 0.1
+    """Weight of the load-balancing term, >= 0."""
+    locality_dataset: str = "wikipedia"
+    """Texts for the locality term: a file, "factworld" or a dataset name."""
+    locality_n_samples: int = 1000
+    """Texts of it to use, >= 1."""
+    locality_max_tokens: int = 32
+    """Tokens at which such a text is cut, >= 1."""
+    locality_batch_size: int = 16
+    """Such texts per step, >= 1."""
+    context_prefixes: list[str] = field(default_factory=list)
+    """Texts of which one is put before the prompt at a part of the steps, evenly with the bare prompt."""
+    train_batch_size: int = 64
+    """Edits per step, >= 1."""
+    replay: bool = True
+    """Train earlier sequential batches along with the new one."""
+    seed: int = 0
+    """Seed of the adapter's initialisation, the noise and the order of texts."""
+
+    def _check_ranges(self) -> None:
+        super()._check_ranges()
+        self._require("layers", len(self.layers) == 1, "exactly one layer for MEMoE")
+        self._require_at_least(
+            {
+                "num_experts": 1, "expert_width": 1, "steps": 1, "locality_n_samples": 1, "locality_max_tokens": 1,
+                "locality_batch_size": 1, "train_batch_size": 1, "token_weight": 0, "noise": 0, "locality_weight": 0,
+                "balance_weight": 0,
+            }
+        )  # fmt: skip
+        for name in ("lr", "adapter_scale"):
+            self._require(name, getattr(self, name) > 0, "greater than 0")
+        self._require("top_k", 1 <= self.top_k <= self.num_experts, f"in 1..{self.num_experts}, the experts")
+        self._require_one_of({"without_anchor": WITHOUT_ANCHOR})
+        if not self.use_anchors:
+            self._require("without_anchor", self.without_anchor == "null", "null where use_anchors is false")

@@ -1,0 +1,165 @@
+"""Hyper-parameters of the methods that solve for the experts' down-projections."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from easyedit_moe.hparams.base import MoEHyperParams
+from easyedit_moe.nullspace import LOW_COVERAGE
+from easyedit_moe.tokens import FACT_TOKENS
+from easyedit_moe.tucker import WHITENING
+
+METRICS = ("identity", "nullspace", "covariance")
+
+
+SPREADS = ("residual", "update")
+
+
+@dataclass(kw_only=True)
+class SolverHyperParams(MoEHyperParams):
+    """What all solvers for expert weights share. Paper values: MoTE (arXiv 2605.16686), MoEEdit (arXiv 2602.10965)."""
+
+    fact_token: str = "subject_last"
+    """Where the fact sits: subject_last, subject_first, last or subject_first_after_last."""
+    context_prefixes: list[str] = field(default_factory=list)
+    """Texts put before each prompt, for targets and keys alike; the bare prompt always counts too. Ours."""
+    v_lr: float = 0.1
+    """Adam's learning rate for target vectors, > 0. Papers: Qwen 0.1, GPT-OSS 0.2."""
+    v_num_grad_steps: int = 25
+    """Adam steps, >= 1. Papers: Qwen 25, GPT-OSS 50."""
+    v_loss_layer: int | None = None
+    """Layer whose output is read as logits; only the last one is supported, so None or its index."""
+    v_weight_decay: float = 0.5
+    """Weight of ``||delta|| / ||h||^2``, >= 0. MoEEdit: 0.5."""
+    clamp_norm_factor: float = 0.75
+    """Bound on ``||delta|| / ||h||``, > 0. MoEEdit: 0.75."""
+    kl_factor: float = 0.0625
+    """Weight of the KL term on "{subject} is a", >= 0. Papers: 0.0625."""
+    early_stop_loss: float = 0.05
+    """A request whose target loss falls below stops, >= 0. As in MEMIT and AlphaEdit."""
+    target_batch_size: int = 256
+    """Token sequences per forward while optimising targets, >= 1; halved where memory runs out. Ours."""
+    target_cache_dir: str | None = None
+    """Folder in which target vectors are kept per request; None: they are found anew each time. Ours."""
+    capture_batch_size: int = 64
+    """Token sequences per forward while capturing keys, >= 1. Ours."""
+    mom2_dataset: str = "wikipedia"
+    """Statistics corpus: a file, "factworld" or a dataset name. Papers: Wikipedia."""
+    mom2_n_samples: int = 100000
+    """Texts of the corpus to use at most, >= 1. Papers: 100 000."""
+    coverage_target: float | None = 8.0
+    """Statistics of a layer stop once each of its experts has this many times d_hidden tokens; None: after
+    ``mom2_n_samples`` texts whatever the coverage, as in the papers. Ours."""
+    mom2_dtype: str = "float32"
+    """Dtype of the sums: float32 or float64."""
+    stats_dir: str = "./data/stats"
+    """Folder of cached statistics."""
+    metric: str = "nullspace"
+    """Metric M of the objective: identity (no null space), nullspace or covariance."""
+    nullspace_threshold: float = 0.02
+    """Eigenvalues up to this span the null space, >= 0. Papers: 0.02, absolute."""
+    nullspace_relative: bool = False
+    """Read the threshold as a share of each expert's largest eigenvalue. Ours."""
+    covariance_ridge: float = 1e-3
+    """Share of the mean variance added to each covariance's diagonal, >= 0. Ours."""
+    low_coverage: str = "keep"
+    """What becomes of experts with fewer than ``min_coverage`` tokens: keep, identity, pooled or frozen. Ours."""
+    min_coverage: int = 1
+    """Tokens an expert needs for its own statistics to count, >= 0. Ours."""
+    lambda_reg: float = 1.0
+    """Ridge lambda, >= 0. MoTE: 0.1 / 1 / 0.01 for Qwen3-30B / GPT-OSS / Qwen3.6; MoEEdit: 1."""
+    spread: str = "residual"
+    """residual: re-collect keys per layer, residual over layers left. update: solve at the last layer, spread."""
+    remember_edits: bool = False
+    """Keep the keys of earlier sequential batches as columns with zero residual."""
+
+    def _check_ranges(self) -> None:
+        super()._check_ranges()
+        self._require_at_least(
+            {
+                "v_num_grad_steps": 1, "target_batch_size": 1, "capture_batch_size": 1, "mom2_n_samples": 1,
+                "min_coverage": 0, "v_weight_decay": 0, "kl_factor": 0, "early_stop_loss": 0,
+                "nullspace_threshold": 0, "covariance_ridge": 0, "lambda_reg": 0,
+            }
+        )  # fmt: skip
+        for name in ("v_lr", "clamp_norm_factor"):
+            self._require(name, getattr(self, name) > 0, "greater than 0")
+        fine = self.coverage_target is None or self.coverage_target > 0
+        self._require("coverage_target", fine, "None or greater than 0")
+        self._require_one_of(
+            {
+                "fact_token": FACT_TOKENS, "metric": METRICS, "spread": SPREADS, "low_coverage": LOW_COVERAGE,
+                "mom2_dtype": ("float32", "float64"),
+            }
+        )  # fmt: skip
+        if self.nullspace_relative:
+            self._require("nullspace_threshold", self.nullspace_threshold <= 1, "at most 1 where it is relative")
+
+
+@dataclass(kw_only=True)
+class MoTEHyperParams(SolverHyperParams):
+    """MoTE: ridge on a Tucker core. The paper does not state its ranks; ours are explicit."""
+
+    methods: ClassVar[tuple[str, ...]] = ("MoTE",)
+
+    rank_expert: int | float = 1.0
+    """Rank of the expert mode: an int, or a fraction of E. Ours."""
+    rank_out: int | float = 1.0
+    """Rank of the output mode: an int, or a fraction of d. Ours."""
+    rank_in: int | float = 0.5
+    """Rank of the input mode: an int, or a fraction of h. Ours."""
+    whitening: str = "in"
+    """none, in, out or both. Paper: in."""
+    whitening_eps: float = 1e-5
+    """Added to the second moment before its Cholesky factor, > 0. Paper: 1e-5 / 1e-2 / 1e-5."""
+    hooi_sweeps: int = 0
+    """Sweeps of higher-order orthogonal iteration after HOSVD, >= 0. Ours."""
+
+    def _check_ranges(self) -> None:
+        super()._check_ranges()
+        for name in ("rank_expert", "rank_out", "rank_in"):
+            rank = getattr(self, name)
+            fine = 0 < rank <= 1 if isinstance(rank, float) else rank >= 1
+            self._require(name, fine, "a whole number from 1, or a fraction in (0, 1]")
+        self._require("whitening", self.whitening in WHITENING, f"one of {', '.join(WHITENING)}")
+        self._require("whitening_eps", self.whitening_eps > 0, "greater than 0")
+        self._require("hooi_sweeps", self.hooi_sweeps >= 0, "at least 0")
+        self._require("metric", self.metric != "covariance", "identity or nullspace for MoTE")
+
+
+@dataclass(kw_only=True)
+class MoEEditHyperParams(SolverHyperParams):
+    """MoEEdit: randomised block coordinate descent over experts."""
+
+    methods: ClassVar[tuple[str, ...]] = ("MoEEdit-BCD", "BCD+speedup")
+
+    num_passes: int = 4
+    """Passes over all experts, >= 1. Papers: 4 / 10 / 2 for Qwen3-30B / GPT-OSS / Qwen3.6."""
+    seed: int = 42
+    """Seed of the orders in which experts are visited. Published code: 42."""
+
+    def _check_ranges(self) -> None:
+        super()._check_ranges()
+        self._require("num_passes", self.num_passes >= 1, "at least 1")
+
+
+@dataclass(kw_only=True)
+class GlobalHyperParams(SolverHyperParams):
+    """The exact solver, and MEMIT, AlphaEdit and ROME lifted to experts as settings of it."""
+
+    methods: ClassVar[tuple[str, ...]] = ("Global", "Global+speedup", "MoE-MEMIT", "MoE-AlphaEdit", "MoE-ROME")
+
+    edits_per_solve: int | None = None
+    """Requests solved together; None: all of the batch. MoE-ROME: 1."""
+    max_layers: int | None = None
+    """Bound on the number of layers. MoE-ROME: 1."""
+
+    def _check_ranges(self) -> None:
+        super()._check_ranges()
+        for name in ("edits_per_solve", "max_layers"):
+            self._require(name, getattr(self, name) is None or getattr(self, name) >= 1, "None or at least 1")
+        if self.max_layers is not None:
+            self._require(
+                "layers", len(self.layers) <= self.max_layers, f"at most {self.max_layers} for {self.alg_name}"
+            )
