@@ -191,7 +191,8 @@ def _write_back(shape: ModelShape, view: MoELayerView, options: Options) -> list
     """One write of a batch of 50 edits, originals kept, against one copy of the same layer's down-projections."""
     tokens = 6 if options.quick else 50
     keys, residual = random_keys(shape, tokens, options.device), random_residual(shape, tokens, options.device)
-    update = solve_exact(keys, residual * 1e-3, LAMBDA, IdentityMetric()).to(dtype=torch.float32)
+    # A residual that makes the update about half a percent of the weights, as an edit's is.
+    update = solve_exact(keys, residual * 0.1, LAMBDA, IdentityMetric()).to(dtype=torch.float32)
     weights = next(iter(view.layers[0].experts.parameters()))[1].data
     writer: list[PatchWriter] = []
 

@@ -155,7 +155,7 @@ def test_both_protocols_stand_in_the_rows_and_are_measured_after_all_edits(
     assert "| Global | easyedit_moe | experts |" in text
     assert "protocol of" not in report.markdown(plain)
     first, second = report.tables(result)
-    assert "comparison of probabilities" in first.title
+    assert "probability comparison" in first.title
     assert "teacher-forced token accuracy" in second.title
     assert second.row_count == 3
     assert len(report.tables(plain)) == 1

@@ -97,7 +97,7 @@ def _peft() -> Any:
         import peft
     except ImportError as error:
         raise DependencyError(
-            "MoE-LoRA and AdaLoRA need peft, which is not installed: pip install 'easyedit-moe[peft]'."
+            "MoE-LoRA and AdaLoRA need peft, which is not installed: pip install peft."
         ) from error
     return peft
 
