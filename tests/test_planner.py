@@ -72,7 +72,7 @@ def test_shapes_on_the_meta_device_are_those_of_the_model(family: str) -> None:
     layout = MoELayerView(real).layers[1].experts.layout
     assert (found.experts, found.d_model, found.d_hidden) == (layout.num_experts, layout.d_model, layout.d_hidden)
     with pytest.raises(LayoutError, match="meta device"):
-        MoELayerView(empty)
+        MoELayerView(empty).require([1, 2])
 
 
 def test_layers_are_checked(qwen: Shapes) -> None:
