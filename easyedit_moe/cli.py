@@ -30,7 +30,9 @@ def compare(
     ] = "factworld",
     methods: Annotated[
         list[str] | None,
-        typer.Option(help="Methods, ours and EasyEdit's, separated by spaces or commas. Default: the papers'."),
+        typer.Option(
+            help="Methods, ours and EasyEdit's, separated by spaces or commas; all: every one of ours. Default: five."
+        ),
     ] = None,
     edits: Annotated[int, typer.Option(help="Number of records to edit.")] = 100,
     skip: Annotated[int, typer.Option(help="Number of records to leave out at the start.")] = 0,
@@ -57,6 +59,8 @@ def compare(
     wide = Console(width=max(console.width, TABLE_WIDTH))
     try:
         names = _split([*(methods or []), *(more or [])]) or list(comparing.DEFAULT_METHODS)
+        if names == ["all"]:
+            names = list(comparing.ALL_METHODS)
         overrides = {"device": device, "dtype": dtype, "stats_dir": stats_dir}
         overrides = {name: value for name, value in overrides.items() if value}
         settings = [

@@ -32,6 +32,11 @@ from easyedit_moe.targets import TargetVectors
 logger = logging.getLogger(__name__)
 
 PRE_EDIT = "pre-edit"
+ALL_METHODS = (
+    "MoE-FT", "MoE-FT-L", "MoE-LoRA", "AdaLoRA", "UnKE", "MEMoE", "MoE-ROME", "MoE-MEMIT", "MoE-AlphaEdit",
+    "MoEEdit-BCD", "BCD+speedup", "Global+speedup", "Global", "MoTE",
+)  # fmt: skip
+"""Every method of ours, in the order of the papers' tables."""
 DEFAULT_METHODS = ("MoTE", "MoEEdit-BCD", "BCD+speedup", "Global", "Global+speedup")
 
 

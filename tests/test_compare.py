@@ -13,7 +13,7 @@ from easyedit_moe import compare as comparing
 from easyedit_moe import report
 from easyedit_moe.cli import app
 from easyedit_moe.compare import Task, compare, load_task, resolve_hparams
-from easyedit_moe.editors import solving
+from easyedit_moe.editors import method_names, solving
 from easyedit_moe.editors.global_ import GlobalEditor
 from easyedit_moe.errors import DataError, HyperParamsError, MethodError, NumericalError
 from easyedit_moe.hparams import hyperparams_class
@@ -220,3 +220,7 @@ def test_rows_without_neighbours_show_a_dash(task: Task) -> None:
     result = compare(Task(task.model, task.tok, records, "counterfact", 2, task.provenance), [])
     assert report.cells(result.rows[0])[report.COLUMNS.index("generalisation")] != "-"
     assert report.cells(result.rows[0])[report.COLUMNS.index("specificity")] == "-"
+
+
+def test_all_means_every_method_of_ours() -> None:
+    assert sorted(comparing.ALL_METHODS) == sorted(method_names())

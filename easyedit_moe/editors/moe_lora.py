@@ -96,9 +96,7 @@ def _peft() -> Any:
     try:
         import peft
     except ImportError as error:
-        raise DependencyError(
-            "MoE-LoRA and AdaLoRA need peft, which is not installed: pip install peft."
-        ) from error
+        raise DependencyError("MoE-LoRA and AdaLoRA need peft, which is not installed: pip install peft.") from error
     return peft
 
 
