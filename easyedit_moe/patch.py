@@ -224,8 +224,8 @@ class PatchWriter:
         saved = self.originals.setdefault(layer, {})
         lost = total = 0.0
         with torch.no_grad():
+            saved.update(_originals(moe, [expert for expert in update.experts if expert not in saved]))
             for group in _groups(moe, update):
-                group.save(saved)
                 lost, total = lost + group.add(moe), total + group.squared_norm()
         self.steps.append((layer, update))
         loss = (lost / total) ** 0.5 if total else 0.0
@@ -312,14 +312,6 @@ class _Group:
     right: Tensor
     transposed: bool
 
-    def save(self, originals: dict[int, Tensor]) -> None:
-        """Keep what the experts hold, where ``originals`` has it not yet."""
-        missing = [i for i, expert in enumerate(self.experts) if expert not in originals]
-        whole = self.weights.clone() if len(missing) == len(self.experts) else None
-        for i in missing:
-            kept = self.weights[i].clone() if whole is None else whole[i]
-            originals[self.experts[i]] = kept.T if self.transposed else kept
-
     def add(self, moe: MoELayer) -> float:
         """Write the sum; squared norm of what rounding lost."""
         dtype = torch.float64 if self.weights.dtype == torch.float64 else torch.float32
@@ -369,6 +361,24 @@ class _Group:
         """``||left @ right||^2`` from r x r Gram matrices."""
         left, right = self.left.to(torch.float64), self.right.to(torch.float64)
         return float(((left.mT @ left) * (right @ right.mT)).sum().clamp_min(0))
+
+
+def _originals(moe: MoELayer, experts: list[int]) -> dict[int, Tensor]:
+    """Copies of some experts' down-projections ``[d, h]``, in the orientation of the storage underneath.
+
+    One allocation holds them all: the memory of many small ones is paged in 4 KiB at a time, which takes longer than
+    the copying.
+    """
+    weights = [moe.experts.read(expert).detach() for expert in experts]
+    if moe.experts.layout.transposed:
+        weights = [weight.mT for weight in weights]
+    if len({weight.device for weight in weights}) > 1:
+        kept = [weight.clone() for weight in weights]
+    else:
+        kept = list(torch.stack(weights)) if weights else []
+    if moe.experts.layout.transposed:
+        kept = [weight.mT for weight in kept]
+    return dict(zip(experts, kept, strict=True))
 
 
 def _groups(moe: MoELayer, update: FactoredUpdate) -> Iterator[_Group]:
