@@ -201,8 +201,11 @@ def _write_back(shape: ModelShape, view: MoELayerView, options: Options) -> list
         writer[:] = [PatchWriter(view)]
         writer[0].write(0, update)
 
+    again = PatchWriter(view)
+    again.write(0, update)
     contenders = {
         "copy": lambda: weights.clone(),
+        "write, originals kept before": lambda: again.write(0, update),
         "write": write,
         "write and checksums": lambda: (write(), writer[0].checksums()),
     }

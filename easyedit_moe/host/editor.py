@@ -80,11 +80,10 @@ class HostEditor(BaseEditor):
         requests = kwargs.pop("requests", None)
         if requests is not None:  # EasyEdit's own takes the argument, and then hands it on twice
             return self.edit_requests(requests, sequential_edit, verbose, **kwargs)
-        columns = [_listed(c) for c in (prompts, target_new, ground_truth, target_neg, rephrase_prompts)]
-        inputs = [_copied(i) for i in (locality_inputs, portability_inputs)]
-        kwargs["subject"] = _listed(kwargs.get("subject"))
-        checked_batches([[request] for request in requests_from_columns(*columns, *inputs, kwargs["subject"])])
-        return super().edit(*columns, *inputs, sequential_edit, verbose, **kwargs)
+        columns = (prompts, target_new, ground_truth, target_neg, rephrase_prompts)
+        given, requests = _arguments(columns, (locality_inputs, portability_inputs), kwargs)
+        checked_batches([[request] for request in requests])
+        return super().edit(*given, sequential_edit, verbose, **kwargs)
 
     def batch_edit(
         self,
@@ -100,14 +99,12 @@ class HostEditor(BaseEditor):
         **kwargs: Any,
     ) -> Any:
         """EasyEdit's ``batch_edit``, ``hparams.batch_size`` requests at a time. Raises as :meth:`edit` does."""
-        columns = [_listed(c) for c in (prompts, target_new, ground_truth, target_neg, rephrase_prompts)]
-        inputs = [_copied(i) for i in (locality_inputs, portability_inputs)]
-        kwargs["subject"] = _listed(kwargs.get("subject"))
-        requests = requests_from_columns(*columns, *inputs, kwargs["subject"])
+        columns = (prompts, target_new, ground_truth, target_neg, rephrase_prompts)
+        given, requests = _arguments(columns, (locality_inputs, portability_inputs), kwargs)
         size = replace(self.hparams).batch_size  # checked anew, since it can be set after reading
         checked_batches([requests[start : start + size] for start in range(0, len(requests), size)])
         with self._session(sequential_edit):
-            return super().batch_edit(*columns, *inputs, sequential_edit, verbose, **kwargs)
+            return super().batch_edit(*given, sequential_edit, verbose, **kwargs)
 
     def edit_requests(
         self,
@@ -164,13 +161,11 @@ class HostEditor(BaseEditor):
         **kwargs: Any,
     ) -> Any:
         """EasyEdit's ``generate_edit``: answers by free generation. Raises as :meth:`edit` does."""
-        columns = [_listed(c) for c in (prompts, target_new, ground_truth, target_neg, rephrase_prompts)]
-        inputs = [_copied(i) for i in (locality_inputs, portability_inputs)]
-        kwargs["subject"] = _listed(kwargs.get("subject"))
-        requests = kwargs.get("requests") or requests_from_columns(*columns, *inputs, kwargs["subject"])
-        checked_batches([[request] for request in requests])
+        columns = (prompts, target_new, ground_truth, target_neg, rephrase_prompts)
+        given, listed = _arguments(columns, (locality_inputs, portability_inputs), kwargs)
+        checked_batches([[request] for request in kwargs.get("requests") or listed])
         with self._session(sequential_edit), self._one_at_a_time():
-            return super().generate_edit(*columns, *inputs, sequential_edit, verbose, **kwargs)
+            return super().generate_edit(*given, sequential_edit, verbose, **kwargs)
 
     def forget_edits(self) -> None:
         """Drop the keys of earlier sequential edits, after their weights were restored by hand."""
@@ -232,6 +227,15 @@ class _Unscored:
     model: nn.Module
     patch: Patch
     memory: Any
+
+
+def _arguments(
+    columns: Sequence[Any], inputs: Sequence[Any], kwargs: dict[str, Any]
+) -> tuple[list[Any], list[dict[str, Any]]]:
+    """Positional arguments as EasyEdit insists on them, likewise ``kwargs["subject"]``, and the requests they make."""
+    kwargs["subject"] = _listed(kwargs.get("subject"))
+    given = [*map(_listed, columns), *map(_copied, inputs)]
+    return given, [] if kwargs.get("requests") else requests_from_columns(*given, kwargs["subject"])
 
 
 def _listed(values: Any) -> Any:
