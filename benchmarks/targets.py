@@ -38,7 +38,7 @@ class Options:
     """
 
     requests: int = 100
-    one_at_a_time: int = 100
+    one_at_a_time: int = 16
     shape: str = "factworld"
     decoder_layers: int = 48
     hparams: str = "MoTE/factworld"
