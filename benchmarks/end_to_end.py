@@ -186,5 +186,5 @@ def _edit(
         "layers": f"{hparams.layers[0]}-{hparams.layers[-1]}", "statistics": prepare, **seconds,
         "total without statistics": sum(seconds.values()),
         "published, real shape, H200": PUBLISHED[options.model].get(hparams.alg_name) if ready else None,
-        "peak bytes while editing": peak - held, "planned": planned.editing_peak,
+        "peak bytes beyond before": max(0, peak - held), "planned": planned.editing_peak,
     }  # fmt: skip

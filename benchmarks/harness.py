@@ -59,7 +59,7 @@ def peak_of(run: Callable[[], Any]) -> tuple[float, int, Any]:
     reset_peak_memory()
     before = peak_memory_bytes()
     seconds, result = timed(run)
-    return seconds, peak_memory_bytes() - before, result
+    return seconds, max(0, peak_memory_bytes() - before), result
 
 
 def machine() -> dict[str, Any]:

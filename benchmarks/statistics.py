@@ -26,7 +26,7 @@ class Options:
 
     shape: str = "middle"
     layers: int = 4
-    texts: int = 512
+    texts: int = 96
     repeats: int = 3
     dtype: str = "float32"
     device: str = "cpu"

@@ -223,10 +223,11 @@ class PatchWriter:
             raise NumericalError(f"The update of layer {layer} holds NaN or infinity; nothing was kept of this edit.")
         saved = self.originals.setdefault(layer, {})
         lost = total = 0.0
+        scratch = _Scratch()
         with torch.no_grad():
             saved.update(_originals(moe, [expert for expert in update.experts if expert not in saved]))
             for group in _groups(moe, update):
-                lost, total = lost + group.add(moe), total + group.squared_norm()
+                lost, total = lost + group.add(moe, scratch), total + group.squared_norm()
         self.steps.append((layer, update))
         loss = (lost / total) ** 0.5 if total else 0.0
         self.reports.append(WriteReport(layer, loss, total**0.5, len(update.experts)))
@@ -295,6 +296,21 @@ def tile_size(device: torch.device) -> int:
     return _TILE.get(device.type, _LARGE_TILE)
 
 
+class _Scratch:
+    """Working memory of a write, used again for each group: new memory is paged in more slowly than it is used."""
+
+    def __init__(self) -> None:
+        self._memory: Tensor | None = None
+        self._kind: Any = None
+
+    def take(self, like: Tensor, number: int, size: int) -> Tensor:
+        """``[number, size]`` of the dtype and device of ``like``, with any content."""
+        kind = (like.device, like.dtype)
+        if self._memory is None or self._memory.numel() < number * size or self._kind != kind:
+            self._memory, self._kind = like.new_empty(number * size), kind
+        return self._memory[: number * size].view(number, size)
+
+
 @dataclass(frozen=True)
 class _Group:
     """Neighbouring experts whose update is one batched product ``left @ right`` in the orientation of the storage.
@@ -312,14 +328,14 @@ class _Group:
     right: Tensor
     transposed: bool
 
-    def add(self, moe: MoELayer) -> float:
+    def add(self, moe: MoELayer, scratch: _Scratch) -> float:
         """Write the sum; squared norm of what rounding lost."""
         dtype = torch.float64 if self.weights.dtype == torch.float64 else torch.float32
         left, right = self.left.to(dtype), self.right.to(dtype)
         count, rows, columns = self.weights.shape
         step = max(1, tile_size(left.device) // (count * columns))
         native = self.weights.dtype == dtype
-        buffers = left.new_empty(2 if native else 3, count * min(step, rows) * columns)
+        buffers = scratch.take(left, 2 if native else 3, count * min(step, rows) * columns)
         quick = not native and self._sum_is_exact()
         lost = torch.zeros((), dtype=torch.float64, device=left.device)
         for start in range(0, rows, step):
