@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from easyedit_moe.cache import SCHEMA, read_safetensors, statistics_folder, write_safetensors
+from easyedit_moe.cache import SCHEMA, check_key, digest, read_safetensors, statistics_folder, write_safetensors
 from easyedit_moe.errors import CacheError
 from easyedit_moe.hparams import MoTEHyperParams
 from easyedit_moe.layers import MoELayer
@@ -41,18 +40,17 @@ class BasisKey:
 
     def file_name(self) -> str:
         """``basis-layer3-<hash of the key>.safetensors``."""
-        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
-        return f"basis-layer{self.layer}-{digest[:16]}.safetensors"
+        return f"basis-layer{self.layer}-{digest(asdict(self))[:16]}.safetensors"
 
 
 def content_hash(tensors: Iterable[Tensor]) -> str:
     """SHA-256 over dtype, shape and every bit of the tensors, one after the other."""
-    digest = hashlib.sha256()
+    state = hashlib.sha256()
     for tensor in tensors:
-        digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
+        state.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
         data = tensor.detach().contiguous().cpu()
-        digest.update(data.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+        state.update(data.reshape(-1).view(torch.uint8).numpy())
+    return state.hexdigest()
 
 
 def basis_key(
@@ -112,16 +110,7 @@ def load_basis(path: Path, key: BasisKey, device: torch.device | str = "cpu") ->
         CacheError: truncated or corrupt file, or one whose key is not ``key`` (another model, statistics or setting).
     """
     tensors, metadata = read_safetensors(path, CacheError, _ADVICE)
-    found = metadata.get("key")
-    if metadata.get("kind") != "basis" or metadata.get("schema") != SCHEMA or not isinstance(found, dict):
-        raise CacheError(f"{path} is not a Tucker basis of schema {SCHEMA}; {_ADVICE}.")
-    wanted = json.loads(json.dumps(asdict(key)))
-    differing = [f"{k}: expected {v!r}, found {found.get(k)!r}" for k, v in wanted.items() if found.get(k) != v]
-    if differing:
-        raise CacheError(
-            f"{path} was made for another model or setting ({'; '.join(differing)}). Delete it, or use another "
-            "stats_dir."
-        )
+    check_key(path, metadata, "basis", "Tucker basis", asdict(key), _ADVICE)
     if set(tensors) != _PARTS or not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
         raise CacheError(f"{path} holds an incomplete or non-finite basis; {_ADVICE}.")
     parts = {name: tensor.to(device) for name, tensor in tensors.items()}

@@ -82,19 +82,31 @@ def load_moments(path: Path, key: StatisticsKey) -> LayerMoments:
         CacheError: truncated or corrupt file, or one whose key is not ``key`` (another model, corpus or setting).
     """
     tensors, metadata = read_safetensors(path, CacheError, "delete it, and it is collected anew")
+    check_key(path, metadata, "moments", "file of statistics", asdict(key), "delete it, and it is collected anew")
+    complete = set(tensors) == {"keys", "counts", "output"} and "num_tokens" in metadata
+    if not complete or not all(torch.isfinite(tensors[name]).all() for name in ("keys", "output")):
+        raise CacheError(f"{path} holds incomplete or non-finite statistics; delete it, and it is collected anew.")
+    return LayerMoments(tensors["keys"], tensors["counts"], tensors["output"], int(metadata["num_tokens"]))
+
+
+def check_key(
+    path: Path, metadata: Mapping[str, Any], kind: str, name: str, key: Mapping[str, Any], advice: str
+) -> None:
+    """Refuse a file of another kind, or one whose key is not ``key``; ``name`` is what people call the kind.
+
+    Raises:
+        CacheError: it is not a file of this kind and schema, or was made for another model or setting.
+    """
     found = metadata.get("key")
-    if metadata.get("kind") != "moments" or metadata.get("schema") != SCHEMA or not isinstance(found, dict):
-        raise CacheError(f"{path} is not a file of statistics of schema {SCHEMA}; delete it, and it is collected anew.")
-    differing = [f"{k}: expected {v!r}, found {found.get(k)!r}" for k, v in asdict(key).items() if found.get(k) != v]
+    if metadata.get("kind") != kind or metadata.get("schema") != SCHEMA or not isinstance(found, dict):
+        raise CacheError(f"{path} is not a {name} of schema {SCHEMA}; {advice}.")
+    wanted = json.loads(json.dumps(key))  # as the file has it: lists for tuples
+    differing = [f"{k}: expected {v!r}, found {found.get(k)!r}" for k, v in wanted.items() if found.get(k) != v]
     if differing:
         raise CacheError(
             f"{path} was made for another model or setting ({'; '.join(differing)}). Delete it, or use another "
             "stats_dir."
         )
-    complete = set(tensors) == {"keys", "counts", "output"} and "num_tokens" in metadata
-    if not complete or not all(torch.isfinite(tensors[name]).all() for name in ("keys", "output")):
-        raise CacheError(f"{path} holds incomplete or non-finite statistics; delete it, and it is collected anew.")
-    return LayerMoments(tensors["keys"], tensors["counts"], tensors["output"], int(metadata["num_tokens"]))
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
