@@ -16,8 +16,8 @@ import torch
 import transformers
 
 from easyedit_moe import __version__
-from easyedit_moe.files import replacing
 from easyedit_moe.measure import peak_memory_bytes, reset_peak_memory, synchronise
+from easyedit_moe.storage.files import replacing
 
 RESULTS = Path(__file__).parent / "results"
 SCHEMA = 1

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from easyedit_moe.anchors import SubjectMatcher
-from easyedit_moe.cache import read_safetensors, write_safetensors
 from easyedit_moe.errors import AdapterError
-from easyedit_moe.files import replacing
 from easyedit_moe.hparams.memoe import WITHOUT_ANCHOR
+from easyedit_moe.storage.files import replacing
+from easyedit_moe.storage.tensors import read_safetensors, write_safetensors
 
 SCHEMA = 1
 WEIGHTS_FILE = "adapter.safetensors"

@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from easyedit_moe.cache import SCHEMA, check_key, digest, read_safetensors, statistics_folder, write_safetensors
+from easyedit_moe.cache import statistics_folder
 from easyedit_moe.errors import CacheError
 from easyedit_moe.hparams import MoTEHyperParams
 from easyedit_moe.layers import MoELayer
 from easyedit_moe.moments import LayerMoments
+from easyedit_moe.storage.tensors import SCHEMA, check_key, digest, read_safetensors, write_safetensors
 from easyedit_moe.tucker import TuckerBasis, resolve_rank, tucker_basis
 
 _ADVICE = "delete it, and it is computed anew"

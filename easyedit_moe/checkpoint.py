@@ -8,9 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from easyedit_moe.cache import SCHEMA, StatisticsKey, digest, read_safetensors, write_safetensors
+from easyedit_moe.cache import StatisticsKey
 from easyedit_moe.distributed import from_first_process, least_over_processes, rank_and_size
 from easyedit_moe.errors import CacheError
+from easyedit_moe.storage.tensors import SCHEMA, digest, read_safetensors, write_safetensors
 
 if TYPE_CHECKING:
     from easyedit_moe.moments import Sums

@@ -12,10 +12,10 @@ from rich.table import Table
 
 from easyedit_moe.compare import Comparison, Row
 from easyedit_moe.errors import DataError
-from easyedit_moe.files import replacing
 from easyedit_moe.host.baseline_hparams import PROTOCOL
 from easyedit_moe.metrics import Score
 from easyedit_moe.records import PROTOCOLS
+from easyedit_moe.storage.files import replacing
 
 COLUMNS = (
     "method", "code", "edits", "efficacy", "generalisation", "specificity", "utility", "routing (kept)",

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from easyedit_moe.cache import model_fingerprint, read_safetensors, write_safetensors
-from easyedit_moe.checksums import checksum
+from easyedit_moe.cache import model_fingerprint
 from easyedit_moe.errors import NumericalError, PatchError
 from easyedit_moe.layers import MoELayerView
 from easyedit_moe.patch import versions
+from easyedit_moe.storage.checksums import checksum
+from easyedit_moe.storage.tensors import read_safetensors, write_safetensors
 
 SCHEMA = 1
 

@@ -12,21 +12,16 @@ from safetensors.torch import load_file, save_file
 from tiny import TEXTS, tiny_model, tiny_tokenizer
 from torch import nn
 
-from easyedit_moe import cache, files, statistics
-from easyedit_moe.cache import (
-    StatisticsKey,
-    load_moments,
-    model_fingerprint,
-    read_safetensors,
-    save_moments,
-    statistics_folder,
-    write_safetensors,
-)
+from easyedit_moe import statistics
+from easyedit_moe.cache import StatisticsKey, load_moments, model_fingerprint, save_moments, statistics_folder
 from easyedit_moe.errors import CacheError, CoverageWarning, DataError
 from easyedit_moe.hparams import GlobalHyperParams
 from easyedit_moe.layers import MoELayerView
 from easyedit_moe.moments import LayerMoments, collect_moments
 from easyedit_moe.statistics import layer_statistics
+from easyedit_moe.storage import files
+from easyedit_moe.storage import tensors as stored_tensors
+from easyedit_moe.storage.tensors import read_safetensors, write_safetensors
 
 KEY = StatisticsKey("f" * 64, 3, "c" * 64, "t" * 64, 100, 64, "float32", 8.0)
 
@@ -155,7 +150,7 @@ def test_writing_is_atomic(when: str, stored: Path, monkeypatch: pytest.MonkeyPa
     def refuse(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cache, "save_file", half)
+    monkeypatch.setattr(stored_tensors, "save_file", half)
     if when == "before renaming":
         monkeypatch.setattr(files.os, "replace", refuse)
     with pytest.raises((OSError, KeyboardInterrupt)):

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.capture import hooks, inference_mode_of, run
 from easyedit_moe.errors import LayerError, NumericalError, not_finite
-from easyedit_moe.files import replacing
+from easyedit_moe.storage.files import replacing
 from easyedit_moe.tokens import collate, encode_text, pad_id
 
 
