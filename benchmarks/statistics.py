@@ -15,9 +15,9 @@ import torch
 from benchmarks.random_model import random_model
 from easyedit_moe import capture, moments
 from easyedit_moe.corpus import load_texts
+from easyedit_moe.facts.tokens import collate, pad_id
 from easyedit_moe.layers import MoELayerView
 from easyedit_moe.loading import load_model
-from easyedit_moe.tokens import collate, pad_id
 
 
 @dataclass(frozen=True)

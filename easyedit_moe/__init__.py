@@ -20,7 +20,7 @@ _LOCATIONS = {
     "MEMoEHyperParams": "hparams",
     "load_hyperparams": "hparams",
     "MoEEditor": "editor",
-    "EditRequest": "requests",
+    "EditRequest": "facts.requests",
     "MoELayerView": "layers",
     "WeightPatch": "patch",
     "TensorPatch": "tensor_patch",

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from easyedit_moe.anchors import SubjectMatcher
 from easyedit_moe.errors import AdapterError
+from easyedit_moe.facts.anchors import SubjectMatcher
 from easyedit_moe.hparams.memoe import WITHOUT_ANCHOR
 from easyedit_moe.storage.files import replacing
 from easyedit_moe.storage.tensors import read_safetensors, write_safetensors

@@ -11,12 +11,12 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from easyedit_moe.easyedit_requests import checked_batches, prompts_of, requests_from_columns
 from easyedit_moe.editors import EditResult, Patch, make_editor
 from easyedit_moe.errors import RequestError
+from easyedit_moe.facts.easyedit_requests import checked_batches, prompts_of, requests_from_columns
+from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.hparams import MoEHyperParams, load_hyperparams
 from easyedit_moe.loading import load_model
-from easyedit_moe.requests import EditRequest
 from easyedit_moe.scoring import TargetScore, score_targets
 
 logger = logging.getLogger(__name__)

@@ -17,10 +17,10 @@ from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.capture import Routing, hooks, inference_mode_of, read_routing, run
 from easyedit_moe.errors import DataError
+from easyedit_moe.facts.records import PROTOCOLS, EvaluationRecord
+from easyedit_moe.facts.tokens import collate, encode_text, pad_id
 from easyedit_moe.layers import MoELayerView
-from easyedit_moe.records import PROTOCOLS, EvaluationRecord
 from easyedit_moe.scoring import TargetScore, score_targets
-from easyedit_moe.tokens import collate, encode_text, pad_id
 
 
 @dataclass(frozen=True)

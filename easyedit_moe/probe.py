@@ -24,8 +24,8 @@ from easyedit_moe.capture import (
 )
 from easyedit_moe.errors import LayoutError, not_finite
 from easyedit_moe.experts import ModuleListExperts
+from easyedit_moe.facts.tokens import collate
 from easyedit_moe.layers import MoELayer, MoELayerView
-from easyedit_moe.tokens import collate
 
 _KEY_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.capture import hooks, inference_mode_of, model_device
-from easyedit_moe.tokens import collate, encode_target, encode_text, pad_id
+from easyedit_moe.facts.tokens import collate, encode_target, encode_text, pad_id
 
 
 @dataclass(frozen=True)

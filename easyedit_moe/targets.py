@@ -20,9 +20,9 @@ from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.capture import frozen_parameters, inference_mode_of
 from easyedit_moe.errors import EditingWarning, RequestError, TargetNotReachedWarning, not_finite
+from easyedit_moe.facts.requests import EditRequest
+from easyedit_moe.facts.tokens import encode_prompt, encode_target, pad_id
 from easyedit_moe.layers import MoELayerView
-from easyedit_moe.requests import EditRequest
-from easyedit_moe.tokens import encode_prompt, encode_target, pad_id
 from easyedit_moe.upper_layers import ShiftedSequence, UpperLayers
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class TargetSettings:
         clamp_norm_factor: bound on ``||delta|| / ||h||``.
         early_stop_loss: a request whose loss falls below leaves the batch.
         batch_size: token sequences in one forward.
-        fact_token: see :func:`easyedit_moe.tokens.encode_prompt`.
+        fact_token: see :func:`easyedit_moe.facts.tokens.encode_prompt`.
     """
 
     steps: int

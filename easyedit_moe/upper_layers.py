@@ -33,8 +33,8 @@ from easyedit_moe.capture import (
     skipping_layers,
     stop_after,
 )
+from easyedit_moe.facts.tokens import collate
 from easyedit_moe.layers import MoELayerView
-from easyedit_moe.tokens import collate
 
 logger = logging.getLogger(__name__)
 

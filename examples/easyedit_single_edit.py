@@ -7,7 +7,7 @@ Run: EASYEDIT_HOME=/path/to/EasyEdit python examples/easyedit_single_edit.py
 from __future__ import annotations
 
 from easyedit_moe import host, load_hyperparams
-from easyedit_moe.records import load_records
+from easyedit_moe.facts.records import load_records
 
 host.load()  # absent packages that text editing never uses do not matter
 

@@ -33,9 +33,9 @@ from easyedit_moe.capture import (
     stop_after,
 )
 from easyedit_moe.errors import LayoutError, NumericalError, RequestError
+from easyedit_moe.facts.tokens import collate
 from easyedit_moe.layers import MoELayerView
 from easyedit_moe.routing import RoutedKeys
-from easyedit_moe.tokens import collate
 
 LENGTHS = (7, 3, 12, 7, 1, 9, 5)
 SEQUENCES = [token_ids(length, seed) for seed, length in enumerate(LENGTHS)]

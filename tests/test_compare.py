@@ -16,8 +16,8 @@ from easyedit_moe.compare import Task, compare, load_task, resolve_hparams
 from easyedit_moe.editors import method_names, solving
 from easyedit_moe.editors.global_ import GlobalEditor
 from easyedit_moe.errors import DataError, HyperParamsError, MethodError, NumericalError
+from easyedit_moe.facts.records import parse_records
 from easyedit_moe.hparams import hyperparams_class
-from easyedit_moe.records import parse_records
 
 METHODS = ("MoTE", "MoEEdit-BCD", "Global+speedup")
 

@@ -15,7 +15,7 @@ from torch import nn
 from easyedit_moe import editor as editor_module
 from easyedit_moe.editor import MoEEditor
 from easyedit_moe.errors import DataError, EditingWarning, HyperParamsError, PatchError, RequestError
-from easyedit_moe.requests import EditRequest
+from easyedit_moe.facts.requests import EditRequest
 
 TOK = tiny_tokenizer()
 FACTS = requests(4)

@@ -43,10 +43,10 @@ from easyedit_moe.errors import (
     NumericalError,
     RequestError,
 )
+from easyedit_moe.facts.requests import parse_requests
 from easyedit_moe.hparams import MoEHyperParams, hyperparams_class
 from easyedit_moe.layers import MoELayerView
 from easyedit_moe.patch import WeightPatch
-from easyedit_moe.requests import parse_requests
 from easyedit_moe.solvers import expand_core, expert_orders, solve_bcd, solve_core
 from easyedit_moe.targets import fact_contexts
 

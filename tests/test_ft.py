@@ -269,8 +269,8 @@ def test_registry_and_table() -> None:
 
 def test_compare_names_the_site(tmp_path: Path) -> None:
     from easyedit_moe.compare import Task
-    from easyedit_moe.records import EvaluationRecord
-    from easyedit_moe.requests import parse_requests
+    from easyedit_moe.facts.records import EvaluationRecord
+    from easyedit_moe.facts.requests import parse_requests
 
     records = tuple(EvaluationRecord(fact, (), ()) for fact in parse_requests(requests(4)))
     model = tiny_model()

@@ -28,11 +28,11 @@ from easyedit_moe.errors import (
     NumericalError,
     RequestError,
 )
+from easyedit_moe.facts.records import parse_records
 from easyedit_moe.host.baseline_hparams import CLASSES, HOST_METHODS, BaselineHyperParams
 from easyedit_moe.host.baselines import BaselineEditor
 from easyedit_moe.host.dense_statistics import input_moments, write_projectors
 from easyedit_moe.hparams import hparams_folder, read_yaml
-from easyedit_moe.records import parse_records
 
 FACTS = requests(4)
 O_PROJ = "model.layers.{}.self_attn.o_proj"

@@ -24,8 +24,8 @@ from test_records import (
 )
 
 from easyedit_moe.errors import DataError
+from easyedit_moe.facts.records import RecordSet, load_records, parse_records
 from easyedit_moe.host.datasets import easyedit_requests, records_from
-from easyedit_moe.records import RecordSet, load_records, parse_records
 
 ZSRE_FILE = [
     ZSRE,

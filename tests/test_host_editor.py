@@ -20,9 +20,9 @@ from torch import nn
 from easyedit_moe import factworld
 from easyedit_moe.editor import MoEEditor
 from easyedit_moe.errors import EditingWarning, HyperParamsError, RequestError
+from easyedit_moe.facts.records import load_records
+from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.hparams import MoEHyperParams, MoTEHyperParams
-from easyedit_moe.records import load_records
-from easyedit_moe.requests import EditRequest
 
 FAMILIES = ("qwen3_moe", "gpt_oss", "qwen3_5_moe", "mixtral")
 FACTS = requests(4)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from easyedit_moe import moments
 from easyedit_moe.capture import layer_output
 from easyedit_moe.errors import DataError, LayerError, NumericalError
+from easyedit_moe.facts.tokens import encode_text
 from easyedit_moe.layers import MoELayerView
 from easyedit_moe.moments import LayerMoments, collect_moments
-from easyedit_moe.tokens import encode_text
 
 TOK = tiny_tokenizer()
 

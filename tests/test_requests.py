@@ -7,7 +7,7 @@ import pytest
 from tiny import requests
 
 from easyedit_moe.errors import EditingWarning, RequestError
-from easyedit_moe.requests import EditRequest, parse_request, parse_requests
+from easyedit_moe.facts.requests import EditRequest, parse_request, parse_requests
 
 EDIT = {"prompt": "Angola is in", "subject": "Angola", "target_new": "Russia", "ground_truth": "Africa"}
 PARSED = EditRequest("Angola is in", "Angola", "Russia", "Africa")

@@ -11,8 +11,8 @@ from tiny import assert_same_state, requests, shared_model, state_of, tiny_model
 from torch import Tensor, nn
 
 from easyedit_moe.errors import EditingWarning, NumericalError, RequestError, TargetNotReachedWarning
+from easyedit_moe.facts.requests import EditRequest, parse_requests
 from easyedit_moe.layers import MoELayerView
-from easyedit_moe.requests import EditRequest, parse_requests
 from easyedit_moe.targets import (
     TargetSettings,
     TargetVectors,

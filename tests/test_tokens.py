@@ -11,7 +11,7 @@ from tiny import TEXTS, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 
 from easyedit_moe.errors import HyperParamsError, RequestError
-from easyedit_moe.tokens import (
+from easyedit_moe.facts.tokens import (
     FACT_TOKENS,
     collate,
     encode_prompt,

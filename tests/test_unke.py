@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from easyedit_moe.editors import UnKEEditor, editor_class, make_editor
 from easyedit_moe.errors import DataError, HyperParamsError, LayerError, RequestError
+from easyedit_moe.facts.requests import parse_requests
 from easyedit_moe.layers import MoELayerView
-from easyedit_moe.requests import parse_requests
 from easyedit_moe.targets import TargetVectors, compute_targets
 
 LAYER = 2

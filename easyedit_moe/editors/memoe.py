@@ -16,9 +16,9 @@ from easyedit_moe.attachment import add_subjects, attach, detach, find_adapter, 
 from easyedit_moe.editors.base import Editor, EditResult
 from easyedit_moe.editors.registry import register_editor
 from easyedit_moe.errors import AdapterError, HyperParamsError
+from easyedit_moe.facts.requests import parse_requests
 from easyedit_moe.hparams import MEMoEHyperParams
 from easyedit_moe.measure import Stopwatch
-from easyedit_moe.requests import parse_requests
 
 
 class Undo(dict[str, Tensor]):

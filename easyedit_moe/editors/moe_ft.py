@@ -20,10 +20,10 @@ from easyedit_moe.editors.training import (
     trainable,
 )
 from easyedit_moe.experts import ModuleListExperts
+from easyedit_moe.facts.requests import EditRequest
+from easyedit_moe.facts.tokens import encode_prompt, pad_id
 from easyedit_moe.hparams import FTHyperParams
 from easyedit_moe.layers import MoELayerView
-from easyedit_moe.requests import EditRequest
-from easyedit_moe.tokens import encode_prompt, pad_id
 
 
 @register_editor

@@ -23,9 +23,9 @@ from easyedit_moe.editors.training import (
     trainable,
 )
 from easyedit_moe.errors import DependencyError, LayoutError
+from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.hparams import LoRAHyperParams
 from easyedit_moe.layers import MoELayerView
-from easyedit_moe.requests import EditRequest
 
 ADAPTER = "default"
 

@@ -21,6 +21,8 @@ from easyedit_moe.cache import model_fingerprint
 from easyedit_moe.capture import FactStates, LayerInputs, capture_facts
 from easyedit_moe.editors.base import Editor, EditResult
 from easyedit_moe.errors import LayerError, LayoutError, RequestError
+from easyedit_moe.facts.requests import EditRequest, parse_requests
+from easyedit_moe.facts.tokens import encode_text, pad_id
 from easyedit_moe.hparams import SolverHyperParams
 from easyedit_moe.layers import MoELayerView
 from easyedit_moe.measure import Stopwatch
@@ -29,13 +31,11 @@ from easyedit_moe.nullspace import null_space
 from easyedit_moe.patch import PatchWriter, writing
 from easyedit_moe.planner import plan, shapes_of
 from easyedit_moe.probe import check_keys, residual_gain, starts_anywhere
-from easyedit_moe.requests import EditRequest, parse_requests
 from easyedit_moe.routing import FactoredUpdate, RoutedKeys
 from easyedit_moe.solvers import IdentityMetric, Metric, covariance_metric
 from easyedit_moe.statistics import layer_statistics
 from easyedit_moe.target_cache import cached_targets
 from easyedit_moe.targets import TargetSettings, TargetVectors, compute_targets, fact_contexts
-from easyedit_moe.tokens import encode_text, pad_id
 from easyedit_moe.tucker import TuckerBasis
 
 logger = logging.getLogger(__name__)

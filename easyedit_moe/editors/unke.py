@@ -24,13 +24,13 @@ from easyedit_moe.editors.training import (
     trainable,
 )
 from easyedit_moe.errors import RequestError
+from easyedit_moe.facts.requests import EditRequest, parse_requests
+from easyedit_moe.facts.tokens import collate, encode_text, pad_id
 from easyedit_moe.hparams import UnKEHyperParams
 from easyedit_moe.layers import MoELayerView
 from easyedit_moe.measure import Stopwatch
-from easyedit_moe.requests import EditRequest, parse_requests
 from easyedit_moe.targets import TargetSettings, TargetVectors, check_lengths, compute_targets, fact_contexts
 from easyedit_moe.tensor_patch import writing_tensors
-from easyedit_moe.tokens import collate, encode_text, pad_id
 
 
 @register_editor

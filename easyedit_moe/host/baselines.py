@@ -21,6 +21,8 @@ from easyedit_moe.cache import model_fingerprint, statistics_folder
 from easyedit_moe.corpus import corpus_hash, load_texts
 from easyedit_moe.editors.base import EditResult
 from easyedit_moe.errors import HostError, HyperParamsError, LayerError, PatchError
+from easyedit_moe.facts.requests import EditRequest, parse_requests
+from easyedit_moe.facts.tokens import encode_text
 from easyedit_moe.host.baseline_hparams import CLASSES, BaselineHyperParams
 from easyedit_moe.host.caches import HostCaches
 from easyedit_moe.host.dense_statistics import (
@@ -33,8 +35,6 @@ from easyedit_moe.host.importing import load
 from easyedit_moe.host.quality import name_for_host, padded
 from easyedit_moe.layers import MoELayerView
 from easyedit_moe.measure import Stopwatch
-from easyedit_moe.requests import EditRequest, parse_requests
-from easyedit_moe.tokens import encode_text
 
 logger = logging.getLogger(__name__)
 

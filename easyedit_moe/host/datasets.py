@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from easyedit_moe.errors import DataError
-from easyedit_moe.records import EvaluationRecord, ProbeGroup, RecordSet, parse_records, read_json
-from easyedit_moe.records.record import Probe
+from easyedit_moe.facts.records import EvaluationRecord, ProbeGroup, RecordSet, parse_records, read_json
+from easyedit_moe.facts.records.record import Probe
 
 Item = Mapping[str, Any]
 
@@ -42,7 +42,7 @@ UNGROUPED = "neighborhood"
 def records_from(dataset: Any, path: str | Path | None = None) -> RecordSet:
     """Records of an instance of EasyEdit's CounterFactDataset, ZsreDataset, KnowEditDataset or WikiBigEditDataset.
 
-    The result is that of :func:`easyedit_moe.records.load_records` on the dataset's file, as far as the dataset goes:
+    The result is that of :func:`easyedit_moe.facts.records.load_records` on the dataset's file, as far as the dataset goes:
     one that was given a ``size`` yields the records of the first ``size``.
 
     ZsreDataset drops the subject, which is therefore read back from the file; KnowEditDataset drops
@@ -152,7 +152,7 @@ def _kind(dataset: Any, items: Sequence[Item]) -> str:
     if kind != "CounterFactDataset" and (missing := {key for item in items for key in _KEYS[kind] - item.keys()}):
         raise DataError(
             f"The items of this {kind} lack {', '.join(sorted(missing))}, so EasyEdit has changed; read its file with "
-            "easyedit_moe.records.load_records instead."
+            "easyedit_moe.facts.records.load_records instead."
         )
     return kind
 

@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.capture import hooks, inference_mode_of, run
 from easyedit_moe.errors import LayerError, NumericalError, not_finite
+from easyedit_moe.facts.tokens import collate, encode_text, pad_id
 from easyedit_moe.storage.files import replacing
-from easyedit_moe.tokens import collate, encode_text, pad_id
 
 
 def module_of(model: nn.Module, name: str) -> nn.Module:

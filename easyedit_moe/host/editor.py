@@ -12,13 +12,13 @@ from easyeditor.editors.editor import LOG, BaseEditor, make_logs
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from easyedit_moe.easyedit_requests import checked_batches, requests_from_columns
 from easyedit_moe.editors import Editor, Patch, make_editor
 from easyedit_moe.errors import HyperParamsError
+from easyedit_moe.facts.easyedit_requests import checked_batches, requests_from_columns
+from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.host.quality import name_for_host, padded
 from easyedit_moe.hparams import MoEHyperParams
 from easyedit_moe.loading import load_model
-from easyedit_moe.requests import EditRequest
 
 
 class HostEditor(BaseEditor):

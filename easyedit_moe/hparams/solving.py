@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from easyedit_moe.facts.tokens import FACT_TOKENS
 from easyedit_moe.hparams.base import MoEHyperParams
 from easyedit_moe.nullspace import LOW_COVERAGE
-from easyedit_moe.tokens import FACT_TOKENS
 from easyedit_moe.tucker import WHITENING
 
 METRICS = ("identity", "nullspace", "covariance")

@@ -9,11 +9,11 @@ from typing import Any
 
 from easyedit_moe import factworld
 from easyedit_moe.errors import DataError, RequestError
-from easyedit_moe.records.counterfact import parse_easyedit_counterfact, parse_rome_counterfact
-from easyedit_moe.records.knowedit import is_sanitation, parse_knowedit, parse_sanitation, sanitation_items
-from easyedit_moe.records.record import Parsed, RecordSet
-from easyedit_moe.records.wikibigedit import parse_wikibigedit
-from easyedit_moe.records.zsre import parse_zsre
+from easyedit_moe.facts.records.counterfact import parse_easyedit_counterfact, parse_rome_counterfact
+from easyedit_moe.facts.records.knowedit import is_sanitation, parse_knowedit, parse_sanitation, sanitation_items
+from easyedit_moe.facts.records.record import Parsed, RecordSet
+from easyedit_moe.facts.records.wikibigedit import parse_wikibigedit
+from easyedit_moe.facts.records.zsre import parse_zsre
 
 Layout = tuple[str, Callable[[Mapping[str, Any]], Parsed]]
 

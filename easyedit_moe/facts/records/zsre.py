@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from easyedit_moe.errors import RequestError
-from easyedit_moe.records.record import EvaluationRecord, Parsed, ProbeGroup, absent, probe_groups, texts
-from easyedit_moe.requests import parse_request
+from easyedit_moe.facts.records.record import EvaluationRecord, Parsed, ProbeGroup, absent, probe_groups, texts
+from easyedit_moe.facts.requests import parse_request
 
 
 def parse_zsre(item: Mapping[str, Any]) -> Parsed:

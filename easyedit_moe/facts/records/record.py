@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from easyedit_moe.errors import RequestError
-from easyedit_moe.requests import EditRequest
+from easyedit_moe.facts.requests import EditRequest
 
 PROTOCOLS: Mapping[str, str] = {
     "counterfact": "probability comparison of the new and the true answer",

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from easyedit_moe.errors import RequestError
-from easyedit_moe.records.record import EvaluationRecord, Parsed, texts
-from easyedit_moe.records.zsre import one_hop
-from easyedit_moe.requests import EditRequest, parse_request
+from easyedit_moe.facts.records.record import EvaluationRecord, Parsed, texts
+from easyedit_moe.facts.records.zsre import one_hop
+from easyedit_moe.facts.requests import EditRequest, parse_request
 
 
 def parse_rome_counterfact(item: Mapping[str, Any]) -> Parsed:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from easyedit_moe.errors import DataError, RequestError
-from easyedit_moe.records.record import Parsed, absent, first_answer, grouped_record, texts
-from easyedit_moe.requests import parse_request
+from easyedit_moe.facts.records.record import Parsed, absent, first_answer, grouped_record, texts
+from easyedit_moe.facts.requests import parse_request
 
 PORTABILITY = ("Reasoning", "Subject_Aliasing", "Logical_Generalization")
 LOCALITY = ("Relation_Specificity", "Forgetfulness")

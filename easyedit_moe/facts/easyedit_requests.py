@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from easyedit_moe.errors import EditingWarning, RequestError
-from easyedit_moe.requests import EditRequest, parse_request, parse_requests
+from easyedit_moe.facts.requests import EditRequest, parse_request, parse_requests
 
 
 def requests_from_columns(

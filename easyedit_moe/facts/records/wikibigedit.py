@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from easyedit_moe.records.record import Parsed, absent, first_answer, grouped_record, texts
-from easyedit_moe.requests import parse_request
+from easyedit_moe.facts.records.record import Parsed, absent, first_answer, grouped_record, texts
+from easyedit_moe.facts.requests import parse_request
 
 
 def parse_wikibigedit(item: Mapping[str, Any]) -> Parsed:

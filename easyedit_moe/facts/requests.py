@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from easyedit_moe.errors import EditingWarning, RequestError
-from easyedit_moe.tokens import subject_span
+from easyedit_moe.facts.tokens import subject_span
 
 
 @dataclass(frozen=True)
