@@ -17,16 +17,19 @@ from benchmarks.end_to_end import random_model, requests
 from benchmarks.harness import interleaved, peak_of
 from benchmarks.shapes import MODELS, QUICK, ModelShape, one_layer_model, random_keys, random_residual
 from easyedit_moe import factworld
+from easyedit_moe.algebra.bcd import expert_orders, solve_bcd
+from easyedit_moe.algebra.core import expand_core, solve_mote
+from easyedit_moe.algebra.exact import solve_exact
+from easyedit_moe.algebra.metric import IdentityMetric
+from easyedit_moe.algebra.routed_keys import FactoredUpdate
+from easyedit_moe.algebra.tucker import TuckerBasis
 from easyedit_moe.editors import make_editor
 from easyedit_moe.errors import EditingWarning
 from easyedit_moe.hparams import load_hyperparams
 from easyedit_moe.layers import MoELayerView
 from easyedit_moe.patch import PatchWriter
 from easyedit_moe.planner import bcd_bytes, exact_bytes, mote_bytes
-from easyedit_moe.routing import FactoredUpdate
-from easyedit_moe.solvers import IdentityMetric, expand_core, expert_orders, solve_bcd, solve_exact, solve_mote
 from easyedit_moe.targets import TargetVectors
-from easyedit_moe.tucker import TuckerBasis
 
 HALF = ModelShape("half of qwen3-30b-a3b", 64, 8, 1024, 384, (32, 256, 96), (3, 4, 5), 4)
 LAMBDA = 1.0

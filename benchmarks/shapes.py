@@ -8,8 +8,8 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
+from easyedit_moe.algebra.routed_keys import RoutedKeys
 from easyedit_moe.planner import Shapes
-from easyedit_moe.routing import RoutedKeys
 
 
 @dataclass(frozen=True)

@@ -11,19 +11,14 @@ from torch import Tensor
 
 from benchmarks.harness import interleaved, peak_of
 from benchmarks.shapes import MODELS, QUICK, ModelShape, one_layer_model, random_keys, random_residual
+from easyedit_moe.algebra.bcd import expert_orders, solve_bcd
+from easyedit_moe.algebra.core import expand_core, solve_mote
+from easyedit_moe.algebra.exact import solve_exact
+from easyedit_moe.algebra.metric import IdentityMetric, objective
+from easyedit_moe.algebra.routed_keys import FactoredUpdate, RoutedKeys
+from easyedit_moe.algebra.tucker import TuckerBasis, tucker_basis
 from easyedit_moe.layers import MoELayerView
 from easyedit_moe.patch import PatchWriter
-from easyedit_moe.routing import FactoredUpdate, RoutedKeys
-from easyedit_moe.solvers import (
-    IdentityMetric,
-    expand_core,
-    expert_orders,
-    objective,
-    solve_bcd,
-    solve_exact,
-    solve_mote,
-)
-from easyedit_moe.tucker import TuckerBasis, tucker_basis
 
 LAMBDA = 1.0
 PASSES = 4

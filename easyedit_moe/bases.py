@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from easyedit_moe.algebra.tucker import TuckerBasis, resolve_rank, tucker_basis
 from easyedit_moe.cache import statistics_folder
 from easyedit_moe.errors import CacheError
 from easyedit_moe.hparams import MoTEHyperParams
 from easyedit_moe.layers import MoELayer
 from easyedit_moe.moments import LayerMoments
 from easyedit_moe.storage.tensors import SCHEMA, check_key, digest, read_safetensors, write_safetensors
-from easyedit_moe.tucker import TuckerBasis, resolve_rank, tucker_basis
 
 _ADVICE = "delete it, and it is computed anew"
 _PARTS = {"u_expert", "u_out", "u_in"}
@@ -79,7 +79,7 @@ def layer_basis(moe: MoELayer, hparams: MoTEHyperParams, moments: LayerMoments |
 
     Raises:
         CacheError: a cached file is corrupt or of another model. HyperParamsError, NumericalError: see
-        :func:`~easyedit_moe.tucker.tucker_basis`.
+        :func:`~easyedit_moe.algebra.tucker.tucker_basis`.
     """
     hp = hparams
     sigma_in = moments.pooled() if moments and hp.whitening in ("in", "both") else None

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from easyedit_moe.algebra.routed_keys import RoutedKeys
 from easyedit_moe.errors import LayoutError, RequestError, not_finite
 from easyedit_moe.experts import ModuleListExperts
 from easyedit_moe.facts.tokens import Batch, collate
 from easyedit_moe.layers import MoELayer, MoELayerView
-from easyedit_moe.routing import RoutedKeys
 
 
 class _StopForward(Exception):

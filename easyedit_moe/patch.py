@@ -14,10 +14,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from easyedit_moe.algebra.routed_keys import FactoredUpdate
 from easyedit_moe.cache import model_fingerprint
 from easyedit_moe.errors import NumericalError, PatchError
 from easyedit_moe.layers import MoELayer, MoELayerView
-from easyedit_moe.routing import FactoredUpdate
 from easyedit_moe.storage.checksums import checksum
 from easyedit_moe.storage.tensors import read_safetensors, write_safetensors
 

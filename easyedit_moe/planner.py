@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from easyedit_moe.algebra.tucker import CHUNK_NUMBERS, resolve_rank
 from easyedit_moe.errors import HyperParamsError, LayoutError
 from easyedit_moe.hparams import MoTEHyperParams, SolverHyperParams
 from easyedit_moe.layers import MoELayerView
 from easyedit_moe.patch import tile_size
-from easyedit_moe.tucker import CHUNK_NUMBERS, resolve_rank
 
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k", "moe_top_k")
 
@@ -261,7 +261,7 @@ def capture_stage(
 
 
 def solve_stage(shapes: Shapes, hparams: SolverHyperParams, tokens: int) -> Stage:
-    """One layer's system and its solution, by the form that :mod:`~easyedit_moe.solvers` chooses; float64."""
+    """One layer's system and its solution, by the form that :mod:`~easyedit_moe.algebra.metric` chooses; float64."""
     if isinstance(hparams, MoTEHyperParams):
         re, ro, ri = _ranks(shapes, hparams)
         working, form = mote_bytes(shapes, tokens, re, ro, ri, hparams.metric)
@@ -283,7 +283,7 @@ def _accumulated(tokens: int, width: int) -> int:
 
 
 def exact_bytes(shapes: Shapes, tokens: int, metric: str) -> tuple[int, str]:
-    """Working memory of :func:`~easyedit_moe.solvers.solve_exact`, and the form it takes."""
+    """Working memory of :func:`~easyedit_moe.algebra.exact.solve_exact`, and the form it takes."""
     keys, d = _keys_bytes(shapes, tokens, metric), shapes.d_model
     unknowns = min(shapes.experts, tokens * shapes.active) * shapes.d_hidden
     if unknowns < tokens:
@@ -294,7 +294,7 @@ def exact_bytes(shapes: Shapes, tokens: int, metric: str) -> tuple[int, str]:
 
 
 def bcd_bytes(shapes: Shapes, tokens: int, metric: str) -> tuple[int, str]:
-    """Working memory of :func:`~easyedit_moe.solvers.solve_bcd` for evenly spread tokens, and the form it takes."""
+    """Working memory of :func:`~easyedit_moe.algebra.bcd.solve_bcd` for evenly spread tokens, and the form it takes."""
     hit = min(shapes.experts, tokens * shapes.active)
     per_expert = -(-tokens * shapes.active // hit)
     side = min(per_expert, shapes.d_hidden)
@@ -307,7 +307,7 @@ def bcd_bytes(shapes: Shapes, tokens: int, metric: str) -> tuple[int, str]:
 
 
 def mote_bytes(shapes: Shapes, tokens: int, re: int, ro: int, ri: int, metric: str) -> tuple[int, str]:
-    """Working memory of :func:`~easyedit_moe.solvers.solve_mote` and of placing its core, and the form it takes."""
+    """Working memory of :func:`~easyedit_moe.algebra.core.solve_mote`, its core placed, and the form it takes."""
     d, h, e = shapes.d_model, shapes.d_hidden, shapes.experts
     inner = 8 * tokens * shapes.active * ri
     keys = 8 * tokens * shapes.active * h

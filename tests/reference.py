@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from easyedit_moe.routing import RoutedKeys
+from easyedit_moe.algebra.routed_keys import RoutedKeys
 
 
 def loop_psi(keys: RoutedKeys, experts: int) -> Tensor:

@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # the package benchmarks 
 
 from benchmarks import end_to_end, growth, harness, registry, shapes, solvers
 from benchmarks.__main__ import main
-from easyedit_moe.solvers import IdentityMetric, expert_orders, solve_bcd
+from easyedit_moe.algebra.bcd import expert_orders, solve_bcd
+from easyedit_moe.algebra.metric import IdentityMetric
 
 app = Typer()
 app.command()(main)

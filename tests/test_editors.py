@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import easyedit_moe
 from easyedit_moe import editors, presets
+from easyedit_moe.algebra.bcd import expert_orders, solve_bcd
+from easyedit_moe.algebra.core import expand_core, solve_core
 from easyedit_moe.capture import capture_facts
 from easyedit_moe.editors import (
     BCDSpeedupEditor,
@@ -47,7 +49,6 @@ from easyedit_moe.facts.requests import parse_requests
 from easyedit_moe.hparams import MoEHyperParams, hyperparams_class
 from easyedit_moe.layers import MoELayerView
 from easyedit_moe.patch import WeightPatch
-from easyedit_moe.solvers import expand_core, expert_orders, solve_bcd, solve_core
 from easyedit_moe.targets import fact_contexts
 
 METHODS = {

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from easyedit_moe.algebra.nullspace import LOW_COVERAGE, ExpertProjector, null_space, pooled_moment, resolve_coverage
 from easyedit_moe.errors import HyperParamsError, NumericalError
-from easyedit_moe.nullspace import LOW_COVERAGE, ExpertProjector, null_space, pooled_moment, resolve_coverage
 
 COUNTS = torch.tensor([500])
 

@@ -7,7 +7,7 @@ import torch
 from reference import loop_psi
 from torch import Tensor
 
-from easyedit_moe.routing import FactoredUpdate, RoutedKeys
+from easyedit_moe.algebra.routed_keys import FactoredUpdate, RoutedKeys
 
 # (T, E, K, h): experts never hit; an expert hit by several tokens; T_j > h; every expert hit by every token; one token.
 SHAPES = [(3, 9, 2, 5), (6, 4, 2, 5), (12, 3, 2, 4), (4, 3, 3, 6), (1, 4, 1, 3)]

@@ -11,26 +11,17 @@ import torch
 from reference import loop_psi
 from torch import Tensor
 
-from easyedit_moe import solvers as solving
+from easyedit_moe.algebra import core as cores
+from easyedit_moe.algebra import exact
+from easyedit_moe.algebra.bcd import expert_orders, solve_bcd
+from easyedit_moe.algebra.core import FactoredCore, core_features, expand_core, solve_core, solve_mote
+from easyedit_moe.algebra.exact import solve_exact
+from easyedit_moe.algebra.metric import IdentityMetric, Metric, covariance_metric, objective
+from easyedit_moe.algebra.nullspace import null_space
+from easyedit_moe.algebra.routed_keys import FactoredUpdate, RoutedKeys
+from easyedit_moe.algebra.systems import factor_ridge
+from easyedit_moe.algebra.tucker import TuckerBasis, tucker_basis
 from easyedit_moe.errors import HyperParamsError, NumericalError
-from easyedit_moe.nullspace import null_space
-from easyedit_moe.routing import FactoredUpdate, RoutedKeys
-from easyedit_moe.solvers import (
-    FactoredCore,
-    IdentityMetric,
-    Metric,
-    core_features,
-    covariance_metric,
-    expand_core,
-    expert_orders,
-    factor_ridge,
-    objective,
-    solve_bcd,
-    solve_core,
-    solve_exact,
-    solve_mote,
-)
-from easyedit_moe.tucker import TuckerBasis, tucker_basis
 
 METRICS = ["identity", "nullspace", "covariance"]
 RIDGE = 0.02
@@ -660,7 +651,8 @@ def test_no_requests_give_no_update() -> None:
 @metrics
 @pytest.mark.parametrize("chunk", [1, 2**23])
 def test_exact_primal_and_dual_agree(shape: tuple, metric: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(solving, "_CHUNK", chunk)
+    for module in (cores, exact):
+        monkeypatch.setattr(module, "CHUNK", chunk)
     p = problem(shape, metric, seed=8)
     wanted = dense_minimiser(p, 0.2)
     for form in ("dual", "primal"):
@@ -729,7 +721,8 @@ def test_bcd_with_remembered_edits_equals_the_naive_implementation(metric: str, 
 def test_a_factored_core_is_the_dense_one(
     shape: tuple, metric: str, ranks: tuple, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(solving, "_CHUNK", chunk)
+    for module in (cores, exact):
+        monkeypatch.setattr(module, "CHUNK", chunk)
     p = problem(shape, metric, seed=10)
     basis = random_basis(shape, fit(ranks, shape), "both")
     other = random_basis(shape, fit(ranks, shape), "in", seed=5)

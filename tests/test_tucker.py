@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from easyedit_moe.algebra.tucker import WHITENING, TuckerBasis, resolve_rank, tucker_basis, whitening_factor
 from easyedit_moe.errors import HyperParamsError, NumericalError
-from easyedit_moe.tucker import WHITENING, TuckerBasis, resolve_rank, tucker_basis, whitening_factor
 
 E, D, H = 5, 6, 7
 EPS = 0.05

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
+from easyedit_moe.algebra.exact import solve_exact
+from easyedit_moe.algebra.routed_keys import RoutedKeys
 from easyedit_moe.editors.registry import register_editor
 from easyedit_moe.editors.solving import Prepared, SolvingEditor
 from easyedit_moe.hparams import GlobalHyperParams
-from easyedit_moe.routing import RoutedKeys
-from easyedit_moe.solvers import solve_exact
 
 
 @register_editor

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
+from easyedit_moe.algebra.bcd import expert_orders, solve_bcd
+from easyedit_moe.algebra.routed_keys import RoutedKeys
 from easyedit_moe.editors.registry import register_editor
 from easyedit_moe.editors.solving import Prepared, SolvingEditor
 from easyedit_moe.hparams import MoEEditHyperParams
-from easyedit_moe.routing import RoutedKeys
-from easyedit_moe.solvers import expert_orders, solve_bcd
 
 
 @register_editor

@@ -17,6 +17,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from easyedit_moe.algebra.metric import IdentityMetric, Metric, covariance_metric
+from easyedit_moe.algebra.nullspace import null_space
+from easyedit_moe.algebra.routed_keys import FactoredUpdate, RoutedKeys
+from easyedit_moe.algebra.tucker import TuckerBasis
 from easyedit_moe.cache import model_fingerprint
 from easyedit_moe.capture import FactStates, LayerInputs, capture_facts
 from easyedit_moe.editors.base import Editor, EditResult
@@ -27,16 +31,12 @@ from easyedit_moe.hparams import SolverHyperParams
 from easyedit_moe.layers import MoELayerView
 from easyedit_moe.measure import Stopwatch
 from easyedit_moe.moments import LayerMoments
-from easyedit_moe.nullspace import null_space
 from easyedit_moe.patch import PatchWriter, writing
 from easyedit_moe.planner import plan, shapes_of
 from easyedit_moe.probe import check_keys, residual_gain, starts_anywhere
-from easyedit_moe.routing import FactoredUpdate, RoutedKeys
-from easyedit_moe.solvers import IdentityMetric, Metric, covariance_metric
 from easyedit_moe.statistics import layer_statistics
 from easyedit_moe.target_cache import cached_targets
 from easyedit_moe.targets import TargetSettings, TargetVectors, compute_targets, fact_contexts
-from easyedit_moe.tucker import TuckerBasis
 
 logger = logging.getLogger(__name__)
 

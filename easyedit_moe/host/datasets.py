@@ -42,8 +42,8 @@ UNGROUPED = "neighborhood"
 def records_from(dataset: Any, path: str | Path | None = None) -> RecordSet:
     """Records of an instance of EasyEdit's CounterFactDataset, ZsreDataset, KnowEditDataset or WikiBigEditDataset.
 
-    The result is that of :func:`easyedit_moe.facts.records.load_records` on the dataset's file, as far as the dataset goes:
-    one that was given a ``size`` yields the records of the first ``size``.
+    The result is that of :func:`easyedit_moe.facts.records.load_records` on the dataset's file, as far as the dataset
+    goes: one that was given a ``size`` yields the records of the first ``size``.
 
     ZsreDataset drops the subject, which is therefore read back from the file; KnowEditDataset drops
     ``rephrase_prompt``, which is read back where ``path`` is given and missing from the records otherwise. The other

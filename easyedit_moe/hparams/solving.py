@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from easyedit_moe.algebra.nullspace import LOW_COVERAGE
+from easyedit_moe.algebra.tucker import WHITENING
 from easyedit_moe.facts.tokens import FACT_TOKENS
 from easyedit_moe.hparams.base import MoEHyperParams
-from easyedit_moe.nullspace import LOW_COVERAGE
-from easyedit_moe.tucker import WHITENING
 
 METRICS = ("identity", "nullspace", "covariance")
 

@@ -1,0 +1,117 @@
+"""Randomised block coordinate descent over experts (pure, torch only)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from easyedit_moe.algebra.metric import ExpertBlock, Metric, expert_blocks, transposed_root
+from easyedit_moe.algebra.routed_keys import FactoredUpdate, RoutedKeys
+from easyedit_moe.algebra.systems import check_dual_ridge, check_lambda, factor_ridge_, finite_residual, solve_factored
+from easyedit_moe.errors import HyperParamsError
+
+SMALL_PASS = 2e9
+"""Operations of a BCD pass below which a GPU would mostly wait for launches, so that it runs on the CPU."""
+
+
+@dataclass(frozen=True)
+class BCDReport:
+    """Objective before the first pass and after each one; never increasing."""
+
+    objective: tuple[float, ...]
+
+
+def expert_orders(num_experts: int, num_passes: int, seed: int = 42) -> list[Tensor]:
+    """One random order of the experts per pass, from ``torch.randperm`` with a CPU generator."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randperm(num_experts, generator=generator) for _ in range(num_passes)]
+
+
+class _Coordinate:
+    """One expert's block of a BCD solution: T_j x r by push-through, or n_j x r where that is smaller."""
+
+    def __init__(self, block: ExpertBlock, lambda_reg: float, width: int, device: torch.device) -> None:
+        root = block.root
+        self.primal = lambda_reg > 0 and root.shape[0] < root.shape[1]
+        if self.primal:
+            check_dual_ridge((root**2).sum(0), root.shape[0], lambda_reg)
+        self.operator = (root.T if self.primal else root.T @ root).to(device)
+        system = root @ root.T if self.primal else self.operator
+        self.factor = factor_ridge_(system.to(device, copy=True).contiguous(), lambda_reg)
+        self.rows = block.rows.to(device)
+        self.solution = torch.zeros(self.operator.shape[1], width, dtype=root.dtype, device=device)
+
+    def visit(self, running: Tensor) -> None:
+        """Give the running residual this block's part back, solve for the block anew, and take the new part away."""
+        local = running[self.rows].addmm_(self.operator, self.solution)
+        self.solution = solve_factored(self.factor, self.operator.T @ local if self.primal else local)
+        running[self.rows] = local.addmm_(self.operator, self.solution, alpha=-1)
+
+    def penalty(self) -> Tensor:
+        """``tr(Delta_j M_j^{-1} Delta_j^T)``."""
+        return (self.solution * (self.solution if self.primal else self.operator @ self.solution)).sum()
+
+
+def _row_space(wanted: Tensor) -> tuple[Tensor, Tensor | None]:
+    """``(C [T, r], Q [d, r])`` with ``wanted = C Q^T`` and orthonormal columns of Q; ``(wanted, None)`` where r would
+    not be well below d. Rows of zeros (remembered edits) cost nothing.
+    """
+    rows = torch.nonzero(wanted.any(1)).squeeze(1)
+    if 2 * len(rows) > wanted.shape[1]:
+        return wanted.clone(), None
+    q, r = torch.linalg.qr(wanted[rows].T)
+    compact = wanted.new_zeros(len(wanted), len(rows))
+    compact[rows] = r.T
+    return compact, q
+
+
+def solve_bcd(
+    keys: RoutedKeys, residual: Tensor, lambda_reg: float, metric: Metric, orders: list[Tensor]
+) -> tuple[FactoredUpdate, BCDReport]:
+    """Randomised block coordinate descent over experts (MoEEdit, arXiv 2602.10965) with a running residual.
+
+    With ``Delta_j = B_j^T (M_j Z_j)^T`` and ``K_j = Z_j^T M_j Z_j``, a visit to expert j gives the running residual S
+    back ``K_j B_j``, solves ``B_j = (K_j + lambda I)^{-1} S`` and takes the new ``K_j B_j`` away: O(T_j^2 r), whatever
+    E and h are. An expert whose T_j exceeds n_j is solved on that side: ``Delta_j = D_j^T N_j`` with
+    ``D_j = (F_j F_j^T + lambda I)^{-1} F_j S``. All passes run in the row space of R, of dimension r <= min(T, d); on a
+    GPU, small problems are iterated on the CPU.
+
+    Args:
+        keys, residual, lambda_reg, metric: as in :func:`solve_exact`.
+        orders: the order of experts of each pass, see :func:`expert_orders`.
+
+    Raises:
+        NumericalError, HyperParamsError: as in :func:`solve_exact`; HyperParamsError for an empty ``orders``.
+    """
+    if not orders:
+        raise HyperParamsError("num_passes must be at least 1.")
+    check_lambda(lambda_reg)
+    wanted, blocks = finite_residual(residual), expert_blocks(keys, metric)
+    running, basis = _row_space(wanted)
+    work = 4 * running.shape[1] * sum(min(b.root.shape) * b.root.shape[1] for b in blocks)
+    device = running.device if work > SMALL_PASS else torch.device("cpu")
+    running = running.to(device)
+    coordinates = {b.expert: _Coordinate(b, lambda_reg, running.shape[1], device) for b in blocks}
+
+    def objective() -> float:
+        return float((running**2).sum()) + lambda_reg * sum(float(c.penalty()) for c in coordinates.values())
+
+    history = [objective()]
+    for order in orders:
+        for expert in order.tolist():
+            if expert in coordinates:
+                coordinates[expert].visit(running)
+        history.append(objective())
+    solution = torch.cat([running[:0], *(c.solution for c in coordinates.values())]).to(wanted.device)
+    left = solution.T.contiguous() if basis is None else basis @ solution.T
+    columns = torch.arange(left.shape[1], device=left.device).split([len(c.solution) for c in coordinates.values()])
+    right = [
+        transposed_root(metric, b.expert, b.root, keys.d_hidden)
+        if coordinates[b.expert].primal
+        else metric.lift(b.expert, b.root)
+        for b in blocks
+    ]
+    update = FactoredUpdate(left, tuple(coordinates), tuple(columns) if blocks else (), tuple(right))
+    return update, BCDReport(tuple(history))

@@ -1,0 +1,204 @@
+"""Ridge on a Tucker core: MoTE (pure, torch only)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from easyedit_moe.algebra.metric import Metric
+from easyedit_moe.algebra.routed_keys import FactoredUpdate, RoutedKeys
+from easyedit_moe.algebra.systems import (
+    CHUNK,
+    SYSTEM_DTYPE,
+    check_lambda,
+    factor_ridge_,
+    finite_residual,
+    keys_not_finite,
+    resolve_form,
+    solve_factored,
+)
+from easyedit_moe.algebra.tucker import TuckerBasis
+
+
+@dataclass(frozen=True)
+class FactoredCore:
+    """A Tucker core ``G = sum_t a_t (x) phi_t [re, ro, ri]`` by its factors: at MoTE's ranks a dense one may be half as
+    large as the weights.
+
+    Attributes:
+        left: ``[ro, T]``, the a_t.
+        expert: ``[T, K]``, the experts of each token.
+        inner: ``[T, K, ri]``, ``g_tj U_in^T M_j k_tj``; zero in padded slots.
+        u_expert: ``[E, re]``, expert factor of the basis it was solved in.
+    """
+
+    left: Tensor
+    expert: Tensor
+    inner: Tensor
+    u_expert: Tensor
+
+    def features(self, tokens: slice = slice(None), inner: slice = slice(None)) -> Tensor:
+        """``phi`` of some tokens as ``[t, re, i]``: ``sum_j U_e[j] (x) g_tj U_in^T M_j k_tj``."""
+        return self.u_expert[self.expert[tokens]].mT @ self.inner[tokens, :, inner]
+
+    def to(self, device: torch.device | str) -> FactoredCore:
+        """The same core on another device."""
+        return FactoredCore(*(part.to(device) for part in (self.left, self.expert, self.inner, self.u_expert)))
+
+    def dense(self) -> Tensor:
+        """``G [re, ro, ri]``, in chunks of tokens."""
+        tokens, _, width = self.inner.shape
+        re = self.u_expert.shape[1]
+        core = self.left.new_zeros(len(self.left), re * width)
+        step = max(1, CHUNK // (re * width))
+        for start in range(0, tokens, step):
+            chosen = slice(start, start + step)
+            core.addmm_(self.left[:, chosen], self.features(chosen).flatten(1))
+        return core.reshape(-1, re, width).transpose(0, 1).contiguous()
+
+
+def _core_without_left(keys: RoutedKeys, basis: TuckerBasis, metric: Metric) -> FactoredCore:
+    if not (torch.isfinite(keys.key).all() and torch.isfinite(keys.gate).all()):
+        raise keys_not_finite()
+    u_in = basis.u_in.to(SYSTEM_DTYPE)
+    inner = torch.zeros(*keys.expert.shape, u_in.shape[1], dtype=SYSTEM_DTYPE, device=u_in.device)
+    for part in keys.design(SYSTEM_DTYPE):
+        inner.view(-1, u_in.shape[1])[part.slots] = metric.apply(part.expert, part.z).T @ u_in
+    return FactoredCore(inner.new_zeros(0, keys.num_tokens), keys.expert, inner, basis.u_expert.to(SYSTEM_DTYPE))
+
+
+def core_features(keys: RoutedKeys, basis: TuckerBasis, metric: Metric) -> Tensor:
+    """``phi_t = sum_j g_tj U_e[j] (x) (U_in^T M_j k_tj)`` as ``[T, re * ri]`` float64 (MoTE paper section 3.2)."""
+    return _core_without_left(keys, basis, metric).features().flatten(1)
+
+
+def _is_orthogonal(matrix: Tensor) -> bool:
+    """Whether a square matrix times its transpose is the identity."""
+    eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    return matrix.shape[0] == matrix.shape[1] and bool(((matrix @ matrix.T - eye).abs() < 1e-10).all())
+
+
+def _core_gram(core: FactoredCore, keys: RoutedKeys) -> Tensor:
+    """``Phi Phi^T [T, T]``. With all expert directions kept, different experts do not mix and it is a sum of T_j x T_j
+    kernels; else it is summed over chunks of the input rank.
+    """
+    tokens, width = len(core.inner), core.inner.shape[2]
+    gram = core.inner.new_zeros(tokens, tokens)
+    if _is_orthogonal(core.u_expert):
+        flat, slots = core.inner.reshape(-1, width), core.expert.shape[1]
+        for positions in _slots_by_expert(keys):
+            rows, x = positions // slots, flat[positions]
+            gram[rows[:, None], rows[None, :]] += x @ x.T
+        return gram
+    step = max(1, CHUNK // max(1, tokens * core.u_expert.shape[1]))
+    for start in range(0, width, step):
+        phi = core.features(inner=slice(start, start + step)).flatten(1)
+        gram.addmm_(phi, phi.T)
+    return gram
+
+
+def _slots_by_expert(keys: RoutedKeys) -> list[Tensor]:
+    """Per expert that is hit, its positions among the T * K slots, padded ones left out."""
+    flat = keys.expert.reshape(-1)
+    order = torch.argsort(flat, stable=True)
+    order = order[keys.gate.reshape(-1)[order] != 0]
+    counts = torch.unique_consecutive(flat[order], return_counts=True)[1].tolist()
+    return list(order.split(counts))
+
+
+def solve_mote(
+    keys: RoutedKeys,
+    residual: Tensor,
+    lambda_reg: float,
+    metric: Metric,
+    basis: TuckerBasis,
+    form: str = "auto",
+) -> FactoredCore | Tensor:
+    """Ridge on the Tucker core (MoTE, arXiv 2605.16686), float64: factored from the dual, ``[re, ro, ri]`` from the
+    primal form.
+
+    ``G = argmin sum_t ||r_t - U_out G phi_t||^2 + lambda ||U_out G||^2``. ``form`` is "dual" (T x T), "primal"
+    ((re ri) x (re ri)) or "auto", which takes the smaller. Neither form holds all of Phi ``[T, re ri]``.
+
+    Raises:
+        NumericalError, HyperParamsError: as in :func:`solve_exact`.
+    """
+    check_lambda(lambda_reg)
+    wanted, core = finite_residual(residual), _core_without_left(keys, basis, metric)
+    re, ri = basis.u_expert.shape[1], basis.u_in.shape[1]
+    reduced = basis.coordinates(wanted.T).T
+    if resolve_form(form, keys.num_tokens, re * ri, lambda_reg) == "dual":
+        left = solve_factored(factor_ridge_(_core_gram(core, keys), lambda_reg), reduced).T.contiguous()
+        return replace(core, left=left)
+    gram, moved = wanted.new_zeros(re * ri, re * ri), wanted.new_zeros(re * ri, reduced.shape[1])
+    step = max(1, CHUNK // (re * ri))
+    for start in range(0, keys.num_tokens, step):
+        phi = core.features(slice(start, start + step)).flatten(1)
+        gram.addmm_(phi.T, phi)
+        moved.addmm_(phi.T, reduced[start : start + step])
+    dense = solve_factored(factor_ridge_(gram, lambda_reg), moved).T
+    return dense.reshape(-1, re, ri).transpose(0, 1).contiguous()
+
+
+def solve_core(
+    keys: RoutedKeys,
+    residual: Tensor,
+    lambda_reg: float,
+    metric: Metric,
+    basis: TuckerBasis,
+    form: str = "auto",
+) -> Tensor:
+    """The core of :func:`solve_mote` as a dense ``[re, ro, ri]``: for tests and small problems only."""
+    core = solve_mote(keys, residual, lambda_reg, metric, basis, form)
+    return core if isinstance(core, Tensor) else core.dense()
+
+
+def expand_core(core: FactoredCore | Tensor, basis: TuckerBasis, metric: Metric) -> FactoredUpdate:
+    """``Delta_j = U_out (sum_a U_e[j,a] G_a) U_in^T M_j`` for one layer's basis and metric.
+
+    A factored core of T tokens gives ``left = U_out a [d, T]`` and, per expert, ``right = M_j U_in y_j`` with
+    ``y_j [ri, T] = sum_k (U_e U_e'^T)[j, j_tk] x_tk``; in the basis that it was solved in, and with all expert
+    directions kept, only the T_j tokens of an expert have a part in it. Else ``left = U_out``.
+    """
+    u_e, u_in, u_out = (u.to(SYSTEM_DTYPE) for u in (basis.u_expert, basis.u_in, basis.u_out))
+    core = core.to(u_e.device)  # it may come from a layer on another device
+    if isinstance(core, FactoredCore):
+        mix = u_e @ core.u_expert.T
+        same = mix.shape[0] == mix.shape[1] and torch.allclose(mix, torch.eye(len(mix)).to(mix), rtol=0, atol=1e-10)
+        if same:
+            return _expand_own_tokens(core, u_in, u_out, metric)
+        if len(core.inner) <= u_out.shape[1]:
+            return _expand_all_tokens(core, mix, u_in, u_out, metric)
+        core = core.dense()
+    columns = torch.arange(core.shape[1], device=core.device)
+    right = []
+    for expert in range(u_e.shape[0]):
+        mixed = torch.einsum("a,aoi->oi", u_e[expert], core)
+        right.append(metric.apply(expert, u_in @ mixed.T))
+    experts = tuple(range(u_e.shape[0]))
+    return FactoredUpdate(u_out, experts, (columns,) * len(experts), tuple(right))
+
+
+def _expand_own_tokens(core: FactoredCore, u_in: Tensor, u_out: Tensor, metric: Metric) -> FactoredUpdate:
+    _, slots, width = core.inner.shape
+    used = core.inner.any(2)
+    experts, columns, right = [], [], []
+    for positions in _slots_by_expert(RoutedKeys(core.expert, used, core.inner)):
+        expert = int(core.expert.reshape(-1)[positions[0]])
+        experts.append(expert)
+        columns.append(positions // slots)
+        right.append(metric.apply(expert, u_in @ core.inner.reshape(-1, width)[positions].T))
+    return FactoredUpdate(u_out @ core.left, tuple(experts), tuple(columns), tuple(right))
+
+
+def _expand_all_tokens(core: FactoredCore, mix: Tensor, u_in: Tensor, u_out: Tensor, metric: Metric) -> FactoredUpdate:
+    tokens, _, width = core.inner.shape
+    columns = torch.arange(tokens, device=mix.device)
+    step, right = max(1, CHUNK // max(1, tokens * width)), []
+    for start in range(0, len(mix), step):
+        weights = mix[start : start + step][:, core.expert].movedim(0, 1)  # [T, experts, K]
+        for offset, y in enumerate((weights @ core.inner).unbind(1)):
+            right.append(metric.apply(start + offset, u_in @ y.T))
+    return FactoredUpdate(u_out @ core.left, tuple(range(len(mix))), (columns,) * len(mix), tuple(right))
