@@ -17,7 +17,7 @@ from easyedit_moe.algebra.exact import solve_exact
 from easyedit_moe.algebra.metric import IdentityMetric, objective
 from easyedit_moe.algebra.routed_keys import FactoredUpdate, RoutedKeys
 from easyedit_moe.algebra.tucker import TuckerBasis, tucker_basis
-from easyedit_moe.layers import MoELayerView
+from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.patch import PatchWriter
 
 LAMBDA = 1.0

@@ -17,14 +17,14 @@ from transformers import PreTrainedTokenizerBase
 
 from benchmarks.random_model import random_model
 from easyedit_moe import factworld
-from easyedit_moe.capture import hooks, layer_output, replace_layer_output
 from easyedit_moe.editors import make_editor
 from easyedit_moe.errors import EditingWarning
 from easyedit_moe.facts.requests import EditRequest, parse_requests
 from easyedit_moe.facts.tokens import collate, encode_prompt, encode_target, pad_id
 from easyedit_moe.hparams import load_hyperparams
-from easyedit_moe.layers import MoELayerView
-from easyedit_moe.loading import load_model
+from easyedit_moe.moe.capture import hooks, layer_output, replace_layer_output
+from easyedit_moe.moe.layers import MoELayerView
+from easyedit_moe.moe.loading import load_model
 from easyedit_moe.targets import KL_PROMPT, TargetSettings, compute_targets, fact_contexts
 
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.adapter import MoEAdapter, base_fingerprint
-from easyedit_moe.capture import layer_output, replace_layer_output
 from easyedit_moe.errors import AdapterError, LayerError
 from easyedit_moe.facts.anchors import NO_ANCHOR, SubjectMatcher
 from easyedit_moe.facts.tokens import encode_target
-from easyedit_moe.layers import decoder_stack
+from easyedit_moe.moe.capture import layer_output, replace_layer_output
+from easyedit_moe.moe.layers import decoder_stack
 
 SUBMODULE = "memoe_adapter"
 FFN_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe")

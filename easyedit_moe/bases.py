@@ -14,7 +14,7 @@ from easyedit_moe.algebra.tucker import TuckerBasis, resolve_rank, tucker_basis
 from easyedit_moe.cache import statistics_folder
 from easyedit_moe.errors import CacheError
 from easyedit_moe.hparams import MoTEHyperParams
-from easyedit_moe.layers import MoELayer
+from easyedit_moe.moe.layers import MoELayer
 from easyedit_moe.moments import LayerMoments
 from easyedit_moe.storage.tensors import SCHEMA, check_key, digest, read_safetensors, write_safetensors
 

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from easyedit_moe.errors import CacheError
-from easyedit_moe.layers import MoELayerView
 from easyedit_moe.moments import LayerMoments
 from easyedit_moe.storage.tensors import SCHEMA, check_key, digest, read_safetensors, write_safetensors
-
-_SAMPLES_PER_PARAMETER = 1024
 
 
 @dataclass(frozen=True)
@@ -36,24 +31,6 @@ class StatisticsKey:
     def file_name(self) -> str:
         """``layer3-<hash of the key>.safetensors``."""
         return f"layer{self.layer}-{digest(asdict(self))[:16]}.safetensors"
-
-
-def model_fingerprint(view: MoELayerView, without: Iterable[str] = ()) -> str:
-    """SHA-256 over class, shapes, dtypes and a strided sample of every parameter except the down-projections.
-
-    What an edit writes is left out, so that the fingerprint is that of the unedited model before and after it; where
-    that is more than down-projections, ``without`` names the other parameters.
-    """
-    skip = {name for moe in view.layers.values() for name in moe.parameter_names()} | set(without)
-    state = hashlib.sha256(type(view.model).__name__.encode())
-    for name, parameter in view.model.named_parameters():
-        state.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-        if name in skip or parameter.is_meta:
-            continue
-        flat = parameter.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // _SAMPLES_PER_PARAMETER)]
-        state.update(sample.float().cpu().numpy().tobytes())
-    return state.hexdigest()
 
 
 def statistics_folder(stats_dir: str | Path, model_name: str, fingerprint: str) -> Path:

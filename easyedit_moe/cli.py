@@ -107,7 +107,7 @@ def plan(
     from easyedit_moe import compare as comparing
     from easyedit_moe import planner
     from easyedit_moe.errors import EditingError
-    from easyedit_moe.loading import empty_model
+    from easyedit_moe.moe.loading import empty_model
 
     try:
         settings = comparing.resolve_hparams(method, model, hparams, {"dtype": dtype} if dtype else {})

@@ -16,7 +16,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from easyedit_moe.capture import (
+from easyedit_moe.distributed import rank_and_size, sum_over_processes
+from easyedit_moe.errors import DataError, not_finite
+from easyedit_moe.facts.tokens import collate, encode_text, pad_id
+from easyedit_moe.moe.capture import (
     Routing,
     experts_on_some,
     hooks,
@@ -26,11 +29,8 @@ from easyedit_moe.capture import (
     run,
     stop_after,
 )
-from easyedit_moe.distributed import rank_and_size, sum_over_processes
-from easyedit_moe.errors import DataError, not_finite
-from easyedit_moe.facts.tokens import collate, encode_text, pad_id
-from easyedit_moe.layers import MoELayer, MoELayerView
-from easyedit_moe.own_keys import are_sorted_by_expert, collecting_keys, own_keys, sorted_keys
+from easyedit_moe.moe.layers import MoELayer, MoELayerView
+from easyedit_moe.moe.own_keys import are_sorted_by_expert, collecting_keys, own_keys, sorted_keys
 
 SHARD_CHARACTERS = 32768
 """Size of a shard; about 8000 tokens of English."""

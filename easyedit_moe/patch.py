@@ -15,9 +15,9 @@ import transformers
 from torch import Tensor, nn
 
 from easyedit_moe.algebra.routed_keys import FactoredUpdate
-from easyedit_moe.cache import model_fingerprint
 from easyedit_moe.errors import NumericalError, PatchError
-from easyedit_moe.layers import MoELayer, MoELayerView
+from easyedit_moe.moe.fingerprint import model_fingerprint
+from easyedit_moe.moe.layers import MoELayer, MoELayerView
 from easyedit_moe.storage.checksums import checksum
 from easyedit_moe.storage.tensors import read_safetensors, write_safetensors
 

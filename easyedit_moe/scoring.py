@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from easyedit_moe.capture import hooks, inference_mode_of, model_device
 from easyedit_moe.facts.tokens import collate, encode_target, encode_text, pad_id
+from easyedit_moe.moe.capture import hooks, inference_mode_of, model_device
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,16 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from easyedit_moe.cache import StatisticsKey, load_moments, model_fingerprint, save_moments, statistics_folder
+from easyedit_moe.cache import StatisticsKey, load_moments, save_moments, statistics_folder
 from easyedit_moe.checkpoint import MomentsCheckpoint
 from easyedit_moe.corpus import corpus_hash, load_texts
 from easyedit_moe.distributed import least_over_processes, process_group, rank_and_size
 from easyedit_moe.errors import CoverageWarning, HyperParamsError
 from easyedit_moe.facts.tokens import encode_text
 from easyedit_moe.hparams import SolverHyperParams, load_hyperparams
-from easyedit_moe.layers import MoELayer, MoELayerView
-from easyedit_moe.loading import load_model
+from easyedit_moe.moe.fingerprint import model_fingerprint
+from easyedit_moe.moe.layers import MoELayer, MoELayerView
+from easyedit_moe.moe.loading import load_model
 from easyedit_moe.moments import LayerMoments, collect_moments
 
 logger = logging.getLogger(__name__)

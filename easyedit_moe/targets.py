@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from easyedit_moe.capture import frozen_parameters, inference_mode_of
 from easyedit_moe.errors import EditingWarning, RequestError, TargetNotReachedWarning, not_finite
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.facts.tokens import encode_prompt, encode_target, pad_id
-from easyedit_moe.layers import MoELayerView
-from easyedit_moe.upper_layers import ShiftedSequence, UpperLayers
+from easyedit_moe.moe.capture import frozen_parameters, inference_mode_of
+from easyedit_moe.moe.layers import MoELayerView
+from easyedit_moe.moe.upper_layers import ShiftedSequence, UpperLayers
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,9 @@ from tiny import (
 from torch import Tensor, nn
 
 from easyedit_moe.algebra.routed_keys import RoutedKeys
-from easyedit_moe.capture import (
+from easyedit_moe.errors import LayoutError, NumericalError, RequestError
+from easyedit_moe.facts.tokens import collate
+from easyedit_moe.moe.capture import (
     FactStates,
     LayerInputs,
     Routing,
@@ -33,9 +35,7 @@ from easyedit_moe.capture import (
     run,
     stop_after,
 )
-from easyedit_moe.errors import LayoutError, NumericalError, RequestError
-from easyedit_moe.facts.tokens import collate
-from easyedit_moe.layers import MoELayerView
+from easyedit_moe.moe.layers import MoELayerView
 
 LENGTHS = (7, 3, 12, 7, 1, 9, 5)
 SEQUENCES = [token_ids(length, seed) for seed, length in enumerate(LENGTHS)]

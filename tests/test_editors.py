@@ -12,10 +12,9 @@ from tiny import FAMILIES, TEXTS, assert_same_state, requests, state_of, tiny_mo
 from torch import Tensor, nn
 
 import easyedit_moe
-from easyedit_moe import editors, presets
+from easyedit_moe import editors
 from easyedit_moe.algebra.bcd import expert_orders, solve_bcd
 from easyedit_moe.algebra.core import expand_core, solve_core
-from easyedit_moe.capture import capture_facts
 from easyedit_moe.editors import (
     BCDSpeedupEditor,
     EditMemory,
@@ -46,8 +45,9 @@ from easyedit_moe.errors import (
     RequestError,
 )
 from easyedit_moe.facts.requests import parse_requests
-from easyedit_moe.hparams import MoEHyperParams, hyperparams_class
-from easyedit_moe.layers import MoELayerView
+from easyedit_moe.hparams import MoEHyperParams, hyperparams_class, presets
+from easyedit_moe.moe.capture import capture_facts
+from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.patch import WeightPatch
 from easyedit_moe.targets import fact_contexts
 

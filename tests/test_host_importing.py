@@ -21,7 +21,7 @@ import torch
 from typer.testing import CliRunner
 
 import easyedit_moe
-from easyedit_moe import host, presets
+from easyedit_moe import host
 from easyedit_moe.cli import app
 from easyedit_moe.editors import method_names
 from easyedit_moe.errors import DataError, EditingWarning, HostError, HyperParamsError, MethodError
@@ -31,7 +31,7 @@ from easyedit_moe.host.importing import SYMBOLS, check_symbols
 from easyedit_moe.host.placeholders import MissingPackageError, placeholders
 from easyedit_moe.host.quality import EasyEditQuality
 from easyedit_moe.host.watch import watch
-from easyedit_moe.hparams import GlobalHyperParams
+from easyedit_moe.hparams import GlobalHyperParams, presets
 
 OURS = {*method_names(), *presets.ALIASES}
 FILES = {

@@ -25,8 +25,8 @@ from easyedit_moe.facts.records import EvaluationRecord, Probe, ProbeGroup, load
 from easyedit_moe.host.baseline_hparams import PROTOCOL, BaselineHyperParams
 from easyedit_moe.host.quality import EasyEditQuality
 from easyedit_moe.hparams import load_hyperparams, read_yaml
-from easyedit_moe.loading import load_model
 from easyedit_moe.metrics import Score
+from easyedit_moe.moe.loading import load_model
 from easyedit_moe.scoring import score_targets
 
 NAMES = ("rewrite_acc", "rephrase_acc", "locality_acc", "portability_acc")

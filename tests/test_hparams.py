@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import yaml
 
-from easyedit_moe import presets
 from easyedit_moe.errors import EditingError, HyperParamsError, MethodError, did_you_mean
 from easyedit_moe.host.baseline_hparams import HOST_METHODS
 from easyedit_moe.hparams import (
@@ -19,6 +18,7 @@ from easyedit_moe.hparams import (
     hparams_folder,
     hyperparams_class,
     load_hyperparams,
+    presets,
     read_yaml,
 )
 

@@ -7,9 +7,9 @@ import torch
 from tiny import FAMILIES, OldStyleBlock, OldStyleExpert, shared_model, tiny_model, tiny_multimodal, token_ids
 from torch import nn
 
-from easyedit_moe.capture import capture_facts
 from easyedit_moe.errors import DenseModelError, LayerError, LayoutError
-from easyedit_moe.layers import MoELayerView
+from easyedit_moe.moe.capture import capture_facts
+from easyedit_moe.moe.layers import MoELayerView
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -10,10 +10,10 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model, tiny_tokenizer
 
-from easyedit_moe import loading
 from easyedit_moe.errors import DataError, HyperParamsError
-from easyedit_moe.layers import MoELayerView
-from easyedit_moe.loading import load_model
+from easyedit_moe.moe import loading
+from easyedit_moe.moe.layers import MoELayerView
+from easyedit_moe.moe.loading import load_model
 
 FAMILIES = ("qwen3_moe", "mixtral", "gpt_oss")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from easyedit_moe import patch as patching
 from easyedit_moe.algebra.routed_keys import FactoredUpdate
-from easyedit_moe.cache import model_fingerprint
 from easyedit_moe.errors import NumericalError, PatchError
-from easyedit_moe.layers import MoELayerView
+from easyedit_moe.moe.fingerprint import model_fingerprint
+from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.patch import PatchWriter, WeightPatch, restore, writing
 from easyedit_moe.storage.checksums import checksum
 from easyedit_moe.storage.tensors import write_safetensors

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from easyedit_moe.editors import EditResult, make_editor
 from easyedit_moe.errors import EditingWarning, LayoutError
 from easyedit_moe.hparams import hyperparams_class
-from easyedit_moe.layers import MoELayerView
+from easyedit_moe.moe.layers import MoELayerView
 
 TOK = tiny_tokenizer()
 FAMILIES = ("qwen3_moe", "gpt_oss", "modulelist")

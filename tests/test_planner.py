@@ -29,9 +29,9 @@ from easyedit_moe.cli import app
 from easyedit_moe.editors import make_editor
 from easyedit_moe.errors import DataError, HyperParamsError, LayerError, LayoutError
 from easyedit_moe.hparams import GlobalHyperParams, MoEEditHyperParams, MoTEHyperParams, SolverHyperParams
-from easyedit_moe.layers import MoELayerView
-from easyedit_moe.loading import empty_model
 from easyedit_moe.measure import peak_memory_bytes, reset_peak_memory
+from easyedit_moe.moe.layers import MoELayerView
+from easyedit_moe.moe.loading import empty_model
 from easyedit_moe.planner import MemoryPlan, Shapes, plan, shapes_of
 
 QWEN = hf.Qwen3MoeConfig(

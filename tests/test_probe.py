@@ -9,10 +9,10 @@ import torch
 from tiny import CASES, FAMILIES, assert_same_state, shared_model, state_of, tiny_model, token_ids
 from torch import Tensor, nn
 
-from easyedit_moe.capture import capture_facts, layer_output, replace_layer_output
 from easyedit_moe.errors import LayoutError, NumericalError
-from easyedit_moe.layers import MoELayerView
-from easyedit_moe.probe import check_keys, residual_gain, starts_anywhere
+from easyedit_moe.moe.capture import capture_facts, layer_output, replace_layer_output
+from easyedit_moe.moe.layers import MoELayerView
+from easyedit_moe.moe.probe import check_keys, residual_gain, starts_anywhere
 
 IDS = token_ids(11)
 

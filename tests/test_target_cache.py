@@ -14,12 +14,12 @@ from tiny import requests, tiny_model, tiny_tokenizer
 from torch import nn
 
 from easyedit_moe import target_cache, targets
-from easyedit_moe.cache import model_fingerprint
 from easyedit_moe.editors import make_editor
 from easyedit_moe.errors import CacheError, EditingWarning, TargetNotReachedWarning
 from easyedit_moe.facts.requests import parse_requests
 from easyedit_moe.hparams import GlobalHyperParams
-from easyedit_moe.layers import MoELayerView
+from easyedit_moe.moe.fingerprint import model_fingerprint
+from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.target_cache import cached_targets, weights_hash
 from easyedit_moe.targets import TargetSettings, TargetVectors
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from easyedit_moe.errors import EditingWarning, NumericalError, RequestError, TargetNotReachedWarning
 from easyedit_moe.facts.requests import EditRequest, parse_requests
-from easyedit_moe.layers import MoELayerView
+from easyedit_moe.moe.layers import MoELayerView
+from easyedit_moe.moe.upper_layers import MODES, ShiftedSequence, UpperLayers
 from easyedit_moe.targets import (
     TargetSettings,
     TargetVectors,
@@ -22,7 +23,6 @@ from easyedit_moe.targets import (
     compute_targets,
     fact_contexts,
 )
-from easyedit_moe.upper_layers import MODES, ShiftedSequence, UpperLayers
 
 FAMILIES = ("qwen3_moe", "gpt_oss", "qwen3_5_moe", "modulelist")
 PREFIXES = ["A quiet harbour. ", "The fox: "]

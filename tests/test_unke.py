@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from easyedit_moe.editors import UnKEEditor, editor_class, make_editor
 from easyedit_moe.errors import DataError, HyperParamsError, LayerError, RequestError
 from easyedit_moe.facts.requests import parse_requests
-from easyedit_moe.layers import MoELayerView
+from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.targets import TargetVectors, compute_targets
 
 LAYER = 2

@@ -12,7 +12,7 @@ from easyedit_moe.editors.moe_lora import PeftEditor
 from easyedit_moe.editors.registry import register_editor
 from easyedit_moe.editors.training import Masters, Step, TrainingJob, check_writable
 from easyedit_moe.errors import LayerError
-from easyedit_moe.layers import MoELayer, MoELayerView
+from easyedit_moe.moe.layers import MoELayer, MoELayerView
 
 
 @register_editor

@@ -11,9 +11,8 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from easyedit_moe import presets
 from easyedit_moe.errors import HyperParamsError
-from easyedit_moe.hparams import MoEHyperParams
+from easyedit_moe.hparams import MoEHyperParams, presets
 
 
 class Patch(Protocol):

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from easyedit_moe.capture import capture_facts
 from easyedit_moe.editors.registry import register_editor
 from easyedit_moe.editors.training import (
     Masters,
@@ -19,11 +18,12 @@ from easyedit_moe.editors.training import (
     expert_parameters,
     trainable,
 )
-from easyedit_moe.experts import ModuleListExperts
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.facts.tokens import encode_prompt, pad_id
 from easyedit_moe.hparams import FTHyperParams
-from easyedit_moe.layers import MoELayerView
+from easyedit_moe.moe.capture import capture_facts
+from easyedit_moe.moe.experts import ModuleListExperts
+from easyedit_moe.moe.layers import MoELayerView
 
 
 @register_editor

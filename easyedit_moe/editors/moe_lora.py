@@ -25,7 +25,7 @@ from easyedit_moe.editors.training import (
 from easyedit_moe.errors import DependencyError, LayoutError
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.hparams import LoRAHyperParams
-from easyedit_moe.layers import MoELayerView
+from easyedit_moe.moe.layers import MoELayerView
 
 ADAPTER = "default"
 

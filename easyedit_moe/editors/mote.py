@@ -13,7 +13,7 @@ from easyedit_moe.bases import layer_basis
 from easyedit_moe.editors.registry import register_editor
 from easyedit_moe.editors.solving import Prepared, SolvingEditor
 from easyedit_moe.hparams import MoTEHyperParams
-from easyedit_moe.layers import MoELayerView
+from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.moments import LayerMoments
 
 

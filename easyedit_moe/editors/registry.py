@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from easyedit_moe import presets
 from easyedit_moe.editors.base import Editor
 from easyedit_moe.errors import MethodError
-from easyedit_moe.hparams import MoEHyperParams
+from easyedit_moe.hparams import MoEHyperParams, presets
 
 _EDITORS: dict[str, type[Editor]] = {}
 
@@ -14,7 +13,7 @@ def register_editor(cls: type[Editor]) -> type[Editor]:
     """Class decorator that makes an editor known by its ``method``.
 
     Raises:
-        MethodError: the name is taken, or has no entry in :mod:`easyedit_moe.presets`.
+        MethodError: the name is taken, or has no entry in :mod:`easyedit_moe.hparams.presets`.
     """
     if cls.method in _EDITORS:
         raise MethodError(f"The method {cls.method!r} is already registered, by {_EDITORS[cls.method].__name__}.")

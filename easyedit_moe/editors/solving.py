@@ -21,19 +21,19 @@ from easyedit_moe.algebra.metric import IdentityMetric, Metric, covariance_metri
 from easyedit_moe.algebra.nullspace import null_space
 from easyedit_moe.algebra.routed_keys import FactoredUpdate, RoutedKeys
 from easyedit_moe.algebra.tucker import TuckerBasis
-from easyedit_moe.cache import model_fingerprint
-from easyedit_moe.capture import FactStates, LayerInputs, capture_facts
 from easyedit_moe.editors.base import Editor, EditResult
 from easyedit_moe.errors import LayerError, LayoutError, RequestError
 from easyedit_moe.facts.requests import EditRequest, parse_requests
 from easyedit_moe.facts.tokens import encode_text, pad_id
 from easyedit_moe.hparams import SolverHyperParams
-from easyedit_moe.layers import MoELayerView
 from easyedit_moe.measure import Stopwatch
+from easyedit_moe.moe.capture import FactStates, LayerInputs, capture_facts
+from easyedit_moe.moe.fingerprint import model_fingerprint
+from easyedit_moe.moe.layers import MoELayerView
+from easyedit_moe.moe.probe import check_keys, residual_gain, starts_anywhere
 from easyedit_moe.moments import LayerMoments
 from easyedit_moe.patch import PatchWriter, writing
 from easyedit_moe.planner import plan, shapes_of
-from easyedit_moe.probe import check_keys, residual_gain, starts_anywhere
 from easyedit_moe.statistics import layer_statistics
 from easyedit_moe.target_cache import cached_targets
 from easyedit_moe.targets import TargetSettings, TargetVectors, compute_targets, fact_contexts
@@ -52,7 +52,7 @@ class Prepared:
         metrics: per layer, the metric M.
         bases: per layer, the Tucker basis (MoTE only).
         moments: per layer, the statistics (empty for the identity metric without whitening).
-        resumable: whether a forward may start at any of the layers; see :func:`easyedit_moe.probe.starts_anywhere`.
+        resumable: whether a forward may start at any of the layers; see :func:`easyedit_moe.moe.probe.starts_anywhere`.
         seconds: time that preparing took.
     """
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from easyedit_moe.cache import model_fingerprint, statistics_folder
+from easyedit_moe.cache import statistics_folder
 from easyedit_moe.corpus import corpus_hash, load_texts
 from easyedit_moe.editors.base import EditResult
 from easyedit_moe.errors import HostError, HyperParamsError, LayerError, PatchError
@@ -33,8 +33,9 @@ from easyedit_moe.host.dense_statistics import (
 )
 from easyedit_moe.host.importing import load
 from easyedit_moe.host.quality import name_for_host, padded
-from easyedit_moe.layers import MoELayerView
 from easyedit_moe.measure import Stopwatch
+from easyedit_moe.moe.fingerprint import model_fingerprint
+from easyedit_moe.moe.layers import MoELayerView
 
 logger = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from easyedit_moe.capture import hooks, inference_mode_of, run
 from easyedit_moe.errors import LayerError, NumericalError, not_finite
 from easyedit_moe.facts.tokens import collate, encode_text, pad_id
+from easyedit_moe.moe.capture import hooks, inference_mode_of, run
 from easyedit_moe.storage.files import replacing
 
 

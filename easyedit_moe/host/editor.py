@@ -18,13 +18,13 @@ from easyedit_moe.facts.easyedit_requests import checked_batches, requests_from_
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.host.quality import name_for_host, padded
 from easyedit_moe.hparams import MoEHyperParams
-from easyedit_moe.loading import load_model
+from easyedit_moe.moe.loading import load_model
 
 
 class HostEditor(BaseEditor):
     """EasyEdit's BaseEditor with one of our methods: its edit loops, metrics and results, on any MoE model.
 
-    What differs from a BaseEditor: the model is loaded by :func:`easyedit_moe.loading.load_model` (dtype of the
+    What differs from a BaseEditor: the model is loaded by :func:`easyedit_moe.moe.loading.load_model` (dtype of the
     hparams, the model's own tokenizer, MXFP4 dequantised) whatever its name contains; ``hparams.model_name`` may be a
     ``(model, tok)`` pair; ``edit`` works whatever ``batch_size`` says; all requests are checked before the first is
     edited; statistics and eigendecompositions are kept between calls; and if scoring fails after an edit, the edit that

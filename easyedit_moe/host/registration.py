@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from easyedit_moe import presets
 from easyedit_moe.editors import editor_class, method_names
 from easyedit_moe.errors import HyperParamsError, MethodError
 from easyedit_moe.host.importing import check_symbols
-from easyedit_moe.hparams import MoEHyperParams, hyperparams_class
+from easyedit_moe.hparams import MoEHyperParams, hyperparams_class, presets
 
 _MARK = "_easyedit_moe"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from easyedit_moe import presets
 from easyedit_moe.errors import HyperParamsError
+from easyedit_moe.hparams import presets
 from easyedit_moe.hparams.base import DTYPES, MoEHyperParams
 from easyedit_moe.hparams.files import hparams_folder, read_yaml
 from easyedit_moe.hparams.memoe import MEMoEHyperParams

@@ -1,7 +1,7 @@
 """What all hyper-parameters share: closed dataclasses, read from and written to YAML.
 
 Names are EasyEdit's where EasyEdit has one. An unknown key, a wrong type or a value out of range is an error; so is a
-value that contradicts the method named by ``alg_name`` (see :mod:`easyedit_moe.presets`).
+value that contradicts the method named by ``alg_name`` (see :mod:`easyedit_moe.hparams.presets`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 
 import yaml
 
-from easyedit_moe import presets
 from easyedit_moe.errors import HyperParamsError, did_you_mean
+from easyedit_moe.hparams import presets
 from easyedit_moe.hparams.files import read_yaml
 
 DTYPES = ("float32", "bfloat16", "float16")

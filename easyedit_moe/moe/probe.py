@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from easyedit_moe.capture import (
+from easyedit_moe.errors import LayoutError, not_finite
+from easyedit_moe.facts.tokens import collate
+from easyedit_moe.moe.capture import (
     LayerInputs,
     Routing,
     block_output,
@@ -22,10 +24,8 @@ from easyedit_moe.capture import (
     run,
     stop_after,
 )
-from easyedit_moe.errors import LayoutError, not_finite
-from easyedit_moe.experts import ModuleListExperts
-from easyedit_moe.facts.tokens import collate
-from easyedit_moe.layers import MoELayer, MoELayerView
+from easyedit_moe.moe.experts import ModuleListExperts
+from easyedit_moe.moe.layers import MoELayer, MoELayerView
 
 _KEY_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 

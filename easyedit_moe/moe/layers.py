@@ -9,7 +9,7 @@ from itertools import pairwise
 from torch import nn
 
 from easyedit_moe.errors import DenseModelError, LayerError, LayoutError, offloaded
-from easyedit_moe.experts import Experts, ModuleListExperts, find_experts
+from easyedit_moe.moe.experts import Experts, ModuleListExperts, find_experts
 
 
 @dataclass(frozen=True)

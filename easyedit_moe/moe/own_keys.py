@@ -15,9 +15,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from easyedit_moe.capture import Routing, hooks
-from easyedit_moe.experts import PackedExperts
-from easyedit_moe.layers import MoELayer
+from easyedit_moe.moe.capture import Routing, hooks
+from easyedit_moe.moe.experts import PackedExperts
+from easyedit_moe.moe.layers import MoELayer
 
 
 @contextmanager

@@ -20,7 +20,7 @@ _QUANTIZED_MARKS = ("down_proj_blocks", "down_proj_scales", "down_proj_scale_inv
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _QUANTIZED_ADVICE = (
     "Editing needs float weights: load the model dequantised (for MXFP4 pass "
-    "quantization_config=Mxfp4Config(dequantize=True), which easyedit_moe.loading does by itself) or in bf16."
+    "quantization_config=Mxfp4Config(dequantize=True), which easyedit_moe.moe.loading does by itself) or in bf16."
 )
 
 

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from easyedit_moe.capture import (
+from easyedit_moe.facts.tokens import collate
+from easyedit_moe.moe.capture import (
     experts_on_some,
     hooks,
     layer_output,
@@ -33,8 +34,7 @@ from easyedit_moe.capture import (
     skipping_layers,
     stop_after,
 )
-from easyedit_moe.facts.tokens import collate
-from easyedit_moe.layers import MoELayerView
+from easyedit_moe.moe.layers import MoELayerView
 
 logger = logging.getLogger(__name__)
 

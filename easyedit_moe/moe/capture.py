@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from easyedit_moe.algebra.routed_keys import RoutedKeys
 from easyedit_moe.errors import LayoutError, RequestError, not_finite
-from easyedit_moe.experts import ModuleListExperts
 from easyedit_moe.facts.tokens import Batch, collate
-from easyedit_moe.layers import MoELayer, MoELayerView
+from easyedit_moe.moe.experts import ModuleListExperts
+from easyedit_moe.moe.layers import MoELayer, MoELayerView
 
 
 class _StopForward(Exception):
@@ -267,7 +267,7 @@ def skipping_layers(view: MoELayerView, layer: int, hidden: Tensor, as_tuple: bo
 class LayerInputs:
     """Inputs of some decoder layers for every batch of a capture, so that a later capture can start there.
 
-    Exact where layers hand on nothing but hidden states; see :func:`easyedit_moe.probe.starts_anywhere`.
+    Exact where layers hand on nothing but hidden states; see :func:`easyedit_moe.moe.probe.starts_anywhere`.
     """
 
     def __init__(self, layers: Sequence[int]) -> None:
