@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from benchmarks.random_model import random_model
-from easyedit_moe import moments
-from easyedit_moe.corpus import load_texts
 from easyedit_moe.facts.tokens import collate, pad_id
 from easyedit_moe.moe import capture
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.moe.loading import load_model
+from easyedit_moe.statistics import moments
+from easyedit_moe.statistics.corpus import load_texts
 
 
 @dataclass(frozen=True)

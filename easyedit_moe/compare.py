@@ -13,7 +13,6 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from easyedit_moe.corpus import corpus_hash
 from easyedit_moe.editors import Editor, EditResult, Patch, make_editor
 from easyedit_moe.errors import DataError, EditingWarning, HyperParamsError, MethodError
 from easyedit_moe.facts.records import PROTOCOLS, EvaluationRecord, load_records
@@ -26,6 +25,7 @@ from easyedit_moe.moe.fingerprint import model_fingerprint
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.moe.loading import load_model
 from easyedit_moe.patch import versions
+from easyedit_moe.statistics.corpus import corpus_hash
 from easyedit_moe.targets import TargetVectors
 
 logger = logging.getLogger(__name__)

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from easyedit_moe.cache import statistics_folder
 from easyedit_moe.errors import CacheError
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.facts.tokens import encode_target
 from easyedit_moe.moe.layers import MoELayerView
+from easyedit_moe.statistics.cache import statistics_folder
 from easyedit_moe.storage.checksums import checksum
 from easyedit_moe.storage.tensors import digest, read_safetensors, write_safetensors
 from easyedit_moe.targets import TargetSettings, TargetVectors, fact_contexts, find_targets, warn_missed

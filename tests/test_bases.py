@@ -10,13 +10,13 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from easyedit_moe import bases
 from easyedit_moe.algebra.tucker import TuckerBasis, tucker_basis
-from easyedit_moe.bases import BasisKey, basis_key, content_hash, layer_basis, load_basis, save_basis
 from easyedit_moe.errors import CacheError
 from easyedit_moe.hparams import MoTEHyperParams
 from easyedit_moe.moe.layers import MoELayerView
-from easyedit_moe.moments import LayerMoments
+from easyedit_moe.statistics import bases
+from easyedit_moe.statistics.bases import BasisKey, basis_key, content_hash, layer_basis, load_basis, save_basis
+from easyedit_moe.statistics.moments import LayerMoments
 from easyedit_moe.storage.tensors import write_safetensors
 
 FINGERPRINT = "f" * 64

@@ -12,14 +12,14 @@ from safetensors.torch import load_file, save_file
 from tiny import TEXTS, tiny_model, tiny_tokenizer
 from torch import nn
 
-from easyedit_moe import statistics
-from easyedit_moe.cache import StatisticsKey, load_moments, save_moments, statistics_folder
 from easyedit_moe.errors import CacheError, CoverageWarning, DataError
 from easyedit_moe.hparams import GlobalHyperParams
 from easyedit_moe.moe.fingerprint import model_fingerprint
 from easyedit_moe.moe.layers import MoELayerView
-from easyedit_moe.moments import LayerMoments, collect_moments
-from easyedit_moe.statistics import layer_statistics
+from easyedit_moe.statistics import gather as statistics
+from easyedit_moe.statistics.cache import StatisticsKey, load_moments, save_moments, statistics_folder
+from easyedit_moe.statistics.gather import layer_statistics
+from easyedit_moe.statistics.moments import LayerMoments, collect_moments
 from easyedit_moe.storage import files
 from easyedit_moe.storage import tensors as stored_tensors
 from easyedit_moe.storage.tensors import read_safetensors, write_safetensors

@@ -14,12 +14,13 @@ import torch
 import yaml
 from tiny import TEXTS, assert_same_state, state_of, tiny_model, tiny_tokenizer
 
-from easyedit_moe import checkpoint, moments, statistics
 from easyedit_moe.errors import CacheError, CoverageWarning
 from easyedit_moe.hparams import GlobalHyperParams
 from easyedit_moe.moe.fingerprint import model_fingerprint
 from easyedit_moe.moe.layers import MoELayerView
-from easyedit_moe.moments import LayerMoments
+from easyedit_moe.statistics import checkpoint, moments
+from easyedit_moe.statistics import gather as statistics
+from easyedit_moe.statistics.moments import LayerMoments
 
 
 class Run:

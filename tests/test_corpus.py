@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from easyedit_moe.corpus import corpus_hash, load_texts
 from easyedit_moe.errors import DataError
+from easyedit_moe.statistics.corpus import corpus_hash, load_texts
 
 TEXTS = ["Angola is in Africa.", "Zoë lives in 東京.", "The fox jumps."]
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from easyedit_moe import factworld
-from easyedit_moe.corpus import load_texts
 from easyedit_moe.editors import EditMemory, make_editor, method_names
 from easyedit_moe.facts.records import load_records
 from easyedit_moe.facts.tokens import collate
@@ -20,6 +19,7 @@ from easyedit_moe.moe.capture import Routing, hooks, inference_mode_of, read_rou
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.moe.loading import load_model
 from easyedit_moe.scoring import score_targets
+from easyedit_moe.statistics.corpus import load_texts
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,12 @@ import torch
 from tiny import CASES, TEXTS, assert_same_state, reference_key, shared_model, state_of, tiny_model, tiny_tokenizer
 from torch import Tensor, nn
 
-from easyedit_moe import moments
 from easyedit_moe.errors import DataError, LayerError, NumericalError
 from easyedit_moe.facts.tokens import encode_text
 from easyedit_moe.moe.capture import layer_output
 from easyedit_moe.moe.layers import MoELayerView
-from easyedit_moe.moments import LayerMoments, collect_moments
+from easyedit_moe.statistics import moments
+from easyedit_moe.statistics.moments import LayerMoments, collect_moments
 
 TOK = tiny_tokenizer()
 

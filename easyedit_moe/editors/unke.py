@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from easyedit_moe.corpus import load_texts
 from easyedit_moe.editors.base import Editor, EditResult
 from easyedit_moe.editors.registry import register_editor
 from easyedit_moe.editors.training import (
@@ -29,6 +28,7 @@ from easyedit_moe.hparams import UnKEHyperParams
 from easyedit_moe.measure import Stopwatch
 from easyedit_moe.moe.capture import hooks, layer_output, run, stop_after
 from easyedit_moe.moe.layers import MoELayerView
+from easyedit_moe.statistics.corpus import load_texts
 from easyedit_moe.targets import TargetSettings, TargetVectors, check_lengths, compute_targets, fact_contexts
 from easyedit_moe.tensor_patch import writing_tensors
 

@@ -17,8 +17,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from easyedit_moe.cache import statistics_folder
-from easyedit_moe.corpus import corpus_hash, load_texts
 from easyedit_moe.editors.base import EditResult
 from easyedit_moe.errors import HostError, HyperParamsError, LayerError, PatchError
 from easyedit_moe.facts.requests import EditRequest, parse_requests
@@ -36,6 +34,8 @@ from easyedit_moe.host.quality import name_for_host, padded
 from easyedit_moe.measure import Stopwatch
 from easyedit_moe.moe.fingerprint import model_fingerprint
 from easyedit_moe.moe.layers import MoELayerView
+from easyedit_moe.statistics.cache import statistics_folder
+from easyedit_moe.statistics.corpus import corpus_hash, load_texts
 
 logger = logging.getLogger(__name__)
 

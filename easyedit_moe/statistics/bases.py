@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from easyedit_moe.algebra.tucker import TuckerBasis, resolve_rank, tucker_basis
-from easyedit_moe.cache import statistics_folder
 from easyedit_moe.errors import CacheError
 from easyedit_moe.hparams import MoTEHyperParams
 from easyedit_moe.moe.layers import MoELayer
-from easyedit_moe.moments import LayerMoments
+from easyedit_moe.statistics.cache import statistics_folder
+from easyedit_moe.statistics.moments import LayerMoments
 from easyedit_moe.storage.tensors import SCHEMA, check_key, digest, read_safetensors, write_safetensors
 
 _ADVICE = "delete it, and it is computed anew"

@@ -8,13 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from easyedit_moe.cache import StatisticsKey
-from easyedit_moe.distributed import from_first_process, least_over_processes, rank_and_size
 from easyedit_moe.errors import CacheError
+from easyedit_moe.statistics.cache import StatisticsKey
+from easyedit_moe.statistics.distributed import from_first_process, least_over_processes, rank_and_size
 from easyedit_moe.storage.tensors import SCHEMA, digest, read_safetensors, write_safetensors
 
 if TYPE_CHECKING:
-    from easyedit_moe.moments import Sums
+    from easyedit_moe.statistics.moments import Sums
 
 _ADVICE = "delete it, and collecting starts anew"
 

@@ -1,12 +1,10 @@
 """Statistics of the critical layers: from the cache where they are there, collected in one pass where not.
 
-An interrupted run goes on where it was. On several GPUs, or processes, the texts are shared between them:
-``torchrun --nproc-per-node 8 -m easyedit_moe.statistics Global/qwen3-30b-a3b`` fills the cache for later edits.
+An interrupted run goes on where it was.
 """
 
 from __future__ import annotations
 
-import argparse
 import logging
 import warnings
 from collections.abc import Sequence
@@ -14,17 +12,15 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from easyedit_moe.cache import StatisticsKey, load_moments, save_moments, statistics_folder
-from easyedit_moe.checkpoint import MomentsCheckpoint
-from easyedit_moe.corpus import corpus_hash, load_texts
-from easyedit_moe.distributed import least_over_processes, process_group, rank_and_size
-from easyedit_moe.errors import CoverageWarning, HyperParamsError
+from easyedit_moe.errors import CoverageWarning
 from easyedit_moe.facts.tokens import encode_text
-from easyedit_moe.hparams import SolverHyperParams, load_hyperparams
-from easyedit_moe.moe.fingerprint import model_fingerprint
+from easyedit_moe.hparams import SolverHyperParams
 from easyedit_moe.moe.layers import MoELayer, MoELayerView
-from easyedit_moe.moe.loading import load_model
-from easyedit_moe.moments import LayerMoments, collect_moments
+from easyedit_moe.statistics.cache import StatisticsKey, load_moments, save_moments, statistics_folder
+from easyedit_moe.statistics.checkpoint import MomentsCheckpoint
+from easyedit_moe.statistics.corpus import corpus_hash, load_texts
+from easyedit_moe.statistics.distributed import least_over_processes, rank_and_size
+from easyedit_moe.statistics.moments import LayerMoments, collect_moments
 
 logger = logging.getLogger(__name__)
 
@@ -120,25 +116,3 @@ def _report_coverage(moments: dict[int, LayerMoments], hparams: SolverHyperParam
                 CoverageWarning,
                 stacklevel=3,
             )
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Collect the statistics of an hparams file, alone or as one process of ``torchrun``."""
-    parser = argparse.ArgumentParser(prog="python -m easyedit_moe.statistics", description=__doc__)
-    parser.add_argument("hparams", help="YAML file, or a name that ships with the package such as MoTE/factworld")
-    parser.add_argument("--stats-dir", help="folder of cached statistics, instead of the file's")
-    options = parser.parse_args(arguments)
-    hparams = load_hyperparams(options.hparams, **({"stats_dir": options.stats_dir} if options.stats_dir else {}))
-    if not isinstance(hparams, SolverHyperParams):
-        raise HyperParamsError(f"{hparams.alg_name} needs no statistics.")
-    with process_group() as local_rank:
-        on_gpus = torch.device(hparams.device).type == "cuda" if isinstance(hparams.device, str) else True
-        device = f"cuda:{local_rank}" if on_gpus and local_rank is not None else hparams.device
-        model, tok = load_model(hparams.model_name, hparams.dtype, device, hparams.model_parallel)
-        view = MoELayerView(model)
-        view.require(hparams.layers)
-        layer_statistics(view, tok, hparams, hparams.layers, model_fingerprint(view))
-
-
-if __name__ == "__main__":
-    main()

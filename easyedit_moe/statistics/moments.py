@@ -16,7 +16,6 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from easyedit_moe.distributed import rank_and_size, sum_over_processes
 from easyedit_moe.errors import DataError, not_finite
 from easyedit_moe.facts.tokens import collate, encode_text, pad_id
 from easyedit_moe.moe.capture import (
@@ -31,6 +30,7 @@ from easyedit_moe.moe.capture import (
 )
 from easyedit_moe.moe.layers import MoELayer, MoELayerView
 from easyedit_moe.moe.own_keys import are_sorted_by_expert, collecting_keys, own_keys, sorted_keys
+from easyedit_moe.statistics.distributed import rank_and_size, sum_over_processes
 
 SHARD_CHARACTERS = 32768
 """Size of a shard; about 8000 tokens of English."""
@@ -193,7 +193,7 @@ def _tensor_cores(wanted: bool) -> Iterator[None]:
 
 
 class Progress(Protocol):
-    """Where sums are kept between rounds; see :class:`easyedit_moe.checkpoint.MomentsCheckpoint`."""
+    """Where sums are kept between rounds; see :class:`easyedit_moe.statistics.gather.checkpoint.MomentsCheckpoint`."""
 
     def resume(self, sums: dict[int, Sums]) -> tuple[int, list[int]]:
         """Fill ``sums`` from what was kept; the next round, and the layers that are done."""

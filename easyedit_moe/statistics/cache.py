@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from easyedit_moe.errors import CacheError
-from easyedit_moe.moments import LayerMoments
+from easyedit_moe.statistics.moments import LayerMoments
 from easyedit_moe.storage.tensors import SCHEMA, check_key, digest, read_safetensors, write_safetensors
 
 
