@@ -27,7 +27,7 @@ from easyedit_moe.editors import make_editor
 from easyedit_moe.errors import EditingWarning
 from easyedit_moe.hparams import load_hyperparams
 from easyedit_moe.moe.layers import MoELayerView
-from easyedit_moe.patch import PatchWriter
+from easyedit_moe.patches.weights import PatchWriter
 from easyedit_moe.planner import bcd_bytes, exact_bytes, mote_bytes
 from easyedit_moe.targets import TargetVectors
 

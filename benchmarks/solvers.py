@@ -18,7 +18,7 @@ from easyedit_moe.algebra.metric import IdentityMetric, objective
 from easyedit_moe.algebra.routed_keys import FactoredUpdate, RoutedKeys
 from easyedit_moe.algebra.tucker import TuckerBasis, tucker_basis
 from easyedit_moe.moe.layers import MoELayerView
-from easyedit_moe.patch import PatchWriter
+from easyedit_moe.patches.weights import PatchWriter
 
 LAMBDA = 1.0
 PASSES = 4

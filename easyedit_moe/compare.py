@@ -24,7 +24,7 @@ from easyedit_moe.metrics import EvaluationResult, Score, evaluate, routing_simi
 from easyedit_moe.moe.fingerprint import model_fingerprint
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.moe.loading import load_model
-from easyedit_moe.patch import versions
+from easyedit_moe.patches.weights import versions
 from easyedit_moe.statistics.corpus import corpus_hash
 from easyedit_moe.targets import TargetVectors
 

@@ -18,7 +18,7 @@ from easyedit_moe.algebra.tucker import CHUNK_NUMBERS, resolve_rank
 from easyedit_moe.errors import HyperParamsError, LayoutError
 from easyedit_moe.hparams import MoTEHyperParams, SolverHyperParams
 from easyedit_moe.moe.layers import MoELayerView
-from easyedit_moe.patch import tile_size
+from easyedit_moe.patches.weights import tile_size
 
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k", "moe_top_k")
 

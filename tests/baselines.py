@@ -17,7 +17,7 @@ from easyedit_moe.editors import EditResult, make_editor
 from easyedit_moe.editors.training import Masters
 from easyedit_moe.errors import DenseModelError, EditingWarning, LayerError, NumericalError, RequestError
 from easyedit_moe.hparams import MoEHyperParams, hyperparams_class
-from easyedit_moe.tensor_patch import TensorWriter
+from easyedit_moe.patches.tensors import TensorWriter
 
 TOK = tiny_tokenizer()
 

@@ -48,7 +48,7 @@ from easyedit_moe.facts.requests import parse_requests
 from easyedit_moe.hparams import MoEHyperParams, hyperparams_class, presets
 from easyedit_moe.moe.capture import capture_facts
 from easyedit_moe.moe.layers import MoELayerView
-from easyedit_moe.patch import WeightPatch
+from easyedit_moe.patches.weights import WeightPatch
 from easyedit_moe.targets import fact_contexts
 
 METHODS = {

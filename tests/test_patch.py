@@ -11,12 +11,12 @@ from safetensors.torch import save_file
 from tiny import FAMILIES, assert_same_state, state_of, tiny_model
 from torch import Tensor, nn
 
-from easyedit_moe import patch as patching
 from easyedit_moe.algebra.routed_keys import FactoredUpdate
 from easyedit_moe.errors import NumericalError, PatchError
 from easyedit_moe.moe.fingerprint import model_fingerprint
 from easyedit_moe.moe.layers import MoELayerView
-from easyedit_moe.patch import PatchWriter, WeightPatch, restore, writing
+from easyedit_moe.patches import weights as patching
+from easyedit_moe.patches.weights import PatchWriter, WeightPatch, restore, writing
 from easyedit_moe.storage.checksums import checksum
 from easyedit_moe.storage.tensors import write_safetensors
 

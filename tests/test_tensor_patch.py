@@ -9,11 +9,11 @@ from safetensors.torch import save_file
 from tiny import FAMILIES, assert_same_state, state_of, tiny_model
 from torch import Tensor, nn
 
-from easyedit_moe import tensor_patch as tensors
 from easyedit_moe.errors import NumericalError, PatchError
-from easyedit_moe.patch import WeightPatch
+from easyedit_moe.patches import tensors
+from easyedit_moe.patches.tensors import TensorPatch, writing_tensors
+from easyedit_moe.patches.weights import WeightPatch
 from easyedit_moe.storage.tensors import write_safetensors
-from easyedit_moe.tensor_patch import TensorPatch, writing_tensors
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -31,7 +31,7 @@ from easyedit_moe.moe.capture import FactStates, LayerInputs, capture_facts
 from easyedit_moe.moe.fingerprint import model_fingerprint
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.moe.probe import check_keys, residual_gain, starts_anywhere
-from easyedit_moe.patch import PatchWriter, writing
+from easyedit_moe.patches.weights import PatchWriter, writing
 from easyedit_moe.planner import plan, shapes_of
 from easyedit_moe.statistics.gather import layer_statistics
 from easyedit_moe.statistics.moments import LayerMoments

@@ -28,9 +28,9 @@ from easyedit_moe.hparams import UnKEHyperParams
 from easyedit_moe.measure import Stopwatch
 from easyedit_moe.moe.capture import hooks, layer_output, run, stop_after
 from easyedit_moe.moe.layers import MoELayerView
+from easyedit_moe.patches.tensors import writing_tensors
 from easyedit_moe.statistics.corpus import load_texts
 from easyedit_moe.targets import TargetSettings, TargetVectors, check_lengths, compute_targets, fact_contexts
-from easyedit_moe.tensor_patch import writing_tensors
 
 
 @register_editor

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from easyedit_moe.errors import NumericalError, PatchError
 from easyedit_moe.moe.fingerprint import model_fingerprint
 from easyedit_moe.moe.layers import MoELayerView
-from easyedit_moe.patch import versions
+from easyedit_moe.patches.weights import versions
 from easyedit_moe.storage.checksums import checksum
 from easyedit_moe.storage.tensors import read_safetensors, write_safetensors
 
