@@ -13,11 +13,11 @@ from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.adapter import AdapterRouting, Fact, MoEAdapter, balance_loss, recorded_routing, switched_off
 from easyedit_moe.errors import RequestError, not_finite
+from easyedit_moe.evaluation.scoring import score_only
 from easyedit_moe.facts.anchors import NO_ANCHOR
 from easyedit_moe.facts.tokens import collate, encode_target, encode_text, pad_id, subject_span
 from easyedit_moe.hparams import MEMoEHyperParams
 from easyedit_moe.moe.capture import hooks, model_device
-from easyedit_moe.scoring import score_only
 from easyedit_moe.statistics.corpus import load_texts
 
 

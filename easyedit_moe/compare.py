@@ -15,12 +15,12 @@ from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.editors import Editor, EditResult, Patch, make_editor
 from easyedit_moe.errors import DataError, EditingWarning, HyperParamsError, MethodError
+from easyedit_moe.evaluation.metrics import EvaluationResult, Score, evaluate, routing_similarity, routing_snapshot
 from easyedit_moe.facts.records import PROTOCOLS, EvaluationRecord, load_records
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.host.baseline_hparams import HOST_METHODS, PROTOCOL, BaselineHyperParams
 from easyedit_moe.hparams import MoEHyperParams, hparams_folder, load_hyperparams, presets
 from easyedit_moe.measure import Stopwatch, peak_memory_bytes, reset_peak_memory
-from easyedit_moe.metrics import EvaluationResult, Score, evaluate, routing_similarity, routing_snapshot
 from easyedit_moe.moe.fingerprint import model_fingerprint
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.moe.loading import load_model

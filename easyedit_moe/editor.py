@@ -13,11 +13,11 @@ from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.editors import EditResult, Patch, make_editor
 from easyedit_moe.errors import RequestError
+from easyedit_moe.evaluation.scoring import TargetScore, score_targets
 from easyedit_moe.facts.easyedit_requests import checked_batches, prompts_of, requests_from_columns
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.hparams import MoEHyperParams, load_hyperparams
 from easyedit_moe.moe.loading import load_model
-from easyedit_moe.scoring import TargetScore, score_targets
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from rich.table import Table
 
 from easyedit_moe.compare import Comparison, Row
 from easyedit_moe.errors import DataError
+from easyedit_moe.evaluation.metrics import Score
 from easyedit_moe.facts.records import PROTOCOLS
 from easyedit_moe.host.baseline_hparams import PROTOCOL
-from easyedit_moe.metrics import Score
 from easyedit_moe.storage.files import replacing
 
 COLUMNS = (

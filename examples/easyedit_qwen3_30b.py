@@ -10,9 +10,9 @@ import sys
 from dataclasses import replace
 
 from easyedit_moe import MoTEHyperParams, host
+from easyedit_moe.evaluation.metrics import evaluate
 from easyedit_moe.facts.records import load_records
 from easyedit_moe.host.quality import EasyEditQuality
-from easyedit_moe.metrics import evaluate
 
 host.load()
 

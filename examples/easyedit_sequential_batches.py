@@ -12,9 +12,9 @@ from __future__ import annotations
 from statistics import mean
 
 from easyedit_moe import MoTEHyperParams, host
+from easyedit_moe.evaluation.metrics import evaluate
 from easyedit_moe.facts.records import load_records
 from easyedit_moe.host.quality import EasyEditQuality
-from easyedit_moe.metrics import evaluate
 
 host.load()
 

@@ -15,10 +15,10 @@ from rich.table import Table
 from easyedit_moe import MoEAdapter, attach, detach, load_hyperparams, load_model, make_editor
 from easyedit_moe.adapter import recorded_routing
 from easyedit_moe.attachment import find_adapter
+from easyedit_moe.evaluation.metrics import evaluate
 from easyedit_moe.facts.anchors import SubjectMatcher
 from easyedit_moe.facts.records import load_records
 from easyedit_moe.facts.tokens import encode_text
-from easyedit_moe.metrics import evaluate
 
 VARIANTS: dict[str, dict[str, object]] = {
     "as shipped": {},

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from easyedit_moe import WeightPatch, load_hyperparams, load_model, make_editor
+from easyedit_moe.evaluation.metrics import evaluate
 from easyedit_moe.facts.records import load_records
-from easyedit_moe.metrics import evaluate
 
 
 def main() -> None:

@@ -22,10 +22,10 @@ from easyedit_moe.adapter import (
 )
 from easyedit_moe.attachment import add_subjects, attach, detach, find_adapter, find_ffn
 from easyedit_moe.errors import AdapterError, LayerError
+from easyedit_moe.evaluation.metrics import routing_snapshot
+from easyedit_moe.evaluation.scoring import score_targets
 from easyedit_moe.facts.anchors import NO_ANCHOR, SubjectMatcher
 from easyedit_moe.facts.tokens import encode_text
-from easyedit_moe.metrics import routing_snapshot
-from easyedit_moe.scoring import score_targets
 
 TOK = tiny_tokenizer()
 SUBJECTS = [r["subject"] for r in requests(6)]

@@ -10,15 +10,15 @@ import torch
 
 from easyedit_moe import factworld
 from easyedit_moe.editors import EditMemory, make_editor, method_names
+from easyedit_moe.evaluation.metrics import evaluate
+from easyedit_moe.evaluation.scoring import score_targets
 from easyedit_moe.facts.records import load_records
 from easyedit_moe.facts.tokens import collate
 from easyedit_moe.factworld import world as fw
 from easyedit_moe.hparams import load_hyperparams
-from easyedit_moe.metrics import evaluate
 from easyedit_moe.moe.capture import Routing, hooks, inference_mode_of, read_routing, run
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.moe.loading import load_model
-from easyedit_moe.scoring import score_targets
 from easyedit_moe.statistics.corpus import load_texts
 
 

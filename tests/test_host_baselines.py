@@ -432,7 +432,7 @@ def test_all_methods_side_by_side(family: str, host: ModuleType, data: Path, tas
     editor = BaselineEditor(chosen[2])
     for start in (0, 2):
         editor.edit(job.model, job.tok, [r.request for r in job.records[start : start + 2]])
-    from easyedit_moe.metrics import evaluate
+    from easyedit_moe.evaluation.metrics import evaluate
 
     assert evaluate(job.model, job.tok, job.records, job.protocol) == rows["AlphaEdit"].scores
 

@@ -21,13 +21,13 @@ from easyedit_moe.cli import app
 from easyedit_moe.compare import Task, compare
 from easyedit_moe.editors import make_editor
 from easyedit_moe.errors import EditingWarning
+from easyedit_moe.evaluation.metrics import Score
+from easyedit_moe.evaluation.scoring import score_targets
 from easyedit_moe.facts.records import EvaluationRecord, Probe, ProbeGroup, load_records, parse_records
 from easyedit_moe.host.baseline_hparams import PROTOCOL, BaselineHyperParams
 from easyedit_moe.host.quality import EasyEditQuality
 from easyedit_moe.hparams import load_hyperparams, read_yaml
-from easyedit_moe.metrics import Score
 from easyedit_moe.moe.loading import load_model
-from easyedit_moe.scoring import score_targets
 
 NAMES = ("rewrite_acc", "rephrase_acc", "locality_acc", "portability_acc")
 

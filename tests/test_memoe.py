@@ -25,11 +25,11 @@ from easyedit_moe.errors import (
     NumericalError,
     RequestError,
 )
+from easyedit_moe.evaluation.metrics import evaluate
+from easyedit_moe.evaluation.scoring import score_targets
 from easyedit_moe.facts.records import load_records, parse_records
 from easyedit_moe.facts.tokens import encode_text
 from easyedit_moe.hparams import MEMoEHyperParams, load_hyperparams
-from easyedit_moe.metrics import evaluate
-from easyedit_moe.scoring import score_targets
 
 TOK = tiny_tokenizer()
 UNTOUCHED = "The quick brown fox jumps over the lazy dog."

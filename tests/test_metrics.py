@@ -6,12 +6,12 @@ import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
 
-from easyedit_moe import metrics
 from easyedit_moe.errors import DataError
+from easyedit_moe.evaluation import metrics
+from easyedit_moe.evaluation.metrics import RoutingSnapshot, Score, evaluate, routing_similarity, routing_snapshot
+from easyedit_moe.evaluation.scoring import TargetScore, score_targets
 from easyedit_moe.facts.records import EvaluationRecord
 from easyedit_moe.facts.requests import EditRequest
-from easyedit_moe.metrics import RoutingSnapshot, Score, evaluate, routing_similarity, routing_snapshot
-from easyedit_moe.scoring import TargetScore, score_targets
 
 PAIRS = [
     ("Danielle Darrieux speaks", "French"),

@@ -8,9 +8,9 @@ import pytest
 from tiny import tiny_model, tiny_tokenizer
 
 from easyedit_moe.errors import DataError
+from easyedit_moe.evaluation.metrics import evaluate
 from easyedit_moe.facts.records import PROTOCOLS, Probe, ProbeGroup, RecordSet, load_records, parse_records
 from easyedit_moe.facts.requests import EditRequest
-from easyedit_moe.metrics import evaluate
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 NEED_SHARED = pytest.mark.skipif(not SHARED.is_dir(), reason="the folder of real records is not here")

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.editors.base import Editor, EditResult
 from easyedit_moe.errors import LayoutError, NumericalError, RequestError, not_finite
+from easyedit_moe.evaluation.scoring import answer_logits
 from easyedit_moe.facts.requests import EditRequest, parse_requests
 from easyedit_moe.facts.tokens import encode_target, pad_id
 from easyedit_moe.hparams import TrainingHyperParams
@@ -27,7 +28,6 @@ from easyedit_moe.measure import Stopwatch
 from easyedit_moe.moe.capture import frozen_parameters, inference_mode_of
 from easyedit_moe.moe.layers import MoELayer, MoELayerView
 from easyedit_moe.patches.tensors import TensorWriter, writing_tensors
-from easyedit_moe.scoring import answer_logits
 from easyedit_moe.targets import check_lengths, fact_contexts
 
 

@@ -12,10 +12,10 @@ import numpy as np
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from easyedit_moe.evaluation.metrics import Score
 from easyedit_moe.facts.records import EvaluationRecord
 from easyedit_moe.host.datasets import easyedit_requests
 from easyedit_moe.host.importing import check_symbols, load
-from easyedit_moe.metrics import Score
 from easyedit_moe.moe.capture import inference_mode_of, model_device
 
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.errors import DataError
+from easyedit_moe.evaluation.scoring import TargetScore, score_targets
 from easyedit_moe.facts.records import PROTOCOLS, EvaluationRecord
 from easyedit_moe.facts.tokens import collate, encode_text, pad_id
 from easyedit_moe.moe.capture import Routing, hooks, inference_mode_of, read_routing, run
 from easyedit_moe.moe.layers import MoELayerView
-from easyedit_moe.scoring import TargetScore, score_targets
 
 
 @dataclass(frozen=True)

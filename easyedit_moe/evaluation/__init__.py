@@ -1,0 +1,1 @@
+"""Scores of an edited model by the papers' protocol and by EasyEdit's, and routing similarity."""
