@@ -27,7 +27,7 @@ from easyedit_moe.measure import peak_memory_bytes, reset_peak_memory
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.patches.weights import WeightPatch
 from easyedit_moe.planner import plan, shapes_of
-from easyedit_moe.targets import TargetVectors
+from easyedit_moe.targets.search import TargetVectors
 
 PUBLISHED = {
     "qwen3-30b-a3b": {"MoEEdit-BCD": 477.0, "BCD+speedup": 104.6, "Global+speedup": 81.6, "MoTE": 76.8},

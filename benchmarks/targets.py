@@ -25,7 +25,7 @@ from easyedit_moe.hparams import load_hyperparams
 from easyedit_moe.moe.capture import hooks, layer_output, replace_layer_output
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.moe.loading import load_model
-from easyedit_moe.targets import KL_PROMPT, TargetSettings, compute_targets, fact_contexts
+from easyedit_moe.targets.search import KL_PROMPT, TargetSettings, compute_targets, fact_contexts
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def whole_model_target(
     """The shift ``[d]`` of one request: every step is a forward of the whole model over all of its sequences.
 
     This is how ROME (arXiv 2202.05262) and MEMIT (2210.07229) describe the search, written from the papers; the
-    objective and its settings are those of :func:`easyedit_moe.targets.compute_targets`.
+    objective and its settings are those of :func:`easyedit_moe.targets.search.compute_targets`.
     """
     model, answer = view.model, encode_target(tok, fact.target_new)
     contexts = fact_contexts(tok, fact, prefixes, settings.fact_token)

@@ -26,7 +26,7 @@ from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.moe.loading import load_model
 from easyedit_moe.patches.weights import versions
 from easyedit_moe.statistics.corpus import corpus_hash
-from easyedit_moe.targets import TargetVectors
+from easyedit_moe.targets.search import TargetVectors
 
 logger = logging.getLogger(__name__)
 

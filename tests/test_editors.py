@@ -49,7 +49,7 @@ from easyedit_moe.hparams import MoEHyperParams, hyperparams_class, presets
 from easyedit_moe.moe.capture import capture_facts
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.patches.weights import WeightPatch
-from easyedit_moe.targets import fact_contexts
+from easyedit_moe.targets.search import fact_contexts
 
 METHODS = {
     "MoTE": MoTEEditor, "MoEEdit-BCD": MoEEditEditor, "BCD+speedup": BCDSpeedupEditor, "Global": GlobalEditor,

@@ -13,15 +13,16 @@ import torch
 from tiny import requests, tiny_model, tiny_tokenizer
 from torch import nn
 
-from easyedit_moe import target_cache, targets
 from easyedit_moe.editors import make_editor
 from easyedit_moe.errors import CacheError, EditingWarning, TargetNotReachedWarning
 from easyedit_moe.facts.requests import parse_requests
 from easyedit_moe.hparams import GlobalHyperParams
 from easyedit_moe.moe.fingerprint import model_fingerprint
 from easyedit_moe.moe.layers import MoELayerView
-from easyedit_moe.target_cache import cached_targets, weights_hash
-from easyedit_moe.targets import TargetSettings, TargetVectors
+from easyedit_moe.targets import cache as target_cache
+from easyedit_moe.targets import search as targets
+from easyedit_moe.targets.cache import cached_targets, weights_hash
+from easyedit_moe.targets.search import TargetSettings, TargetVectors
 
 TOK = tiny_tokenizer()
 SETTINGS = TargetSettings(3, 0.1, 0.0625, 0.1, 4.0, 0.05, 256, "subject_last")

@@ -14,7 +14,7 @@ from easyedit_moe.errors import EditingWarning, NumericalError, RequestError, Ta
 from easyedit_moe.facts.requests import EditRequest, parse_requests
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.moe.upper_layers import MODES, ShiftedSequence, UpperLayers
-from easyedit_moe.targets import (
+from easyedit_moe.targets.search import (
     TargetSettings,
     TargetVectors,
     _next_chunk,

@@ -28,7 +28,7 @@ from easyedit_moe.editors import UnKEEditor, editor_class, make_editor
 from easyedit_moe.errors import DataError, HyperParamsError, LayerError, RequestError
 from easyedit_moe.facts.requests import parse_requests
 from easyedit_moe.moe.layers import MoELayerView
-from easyedit_moe.targets import TargetVectors, compute_targets
+from easyedit_moe.targets.search import TargetVectors, compute_targets
 
 LAYER = 2
 OTHERS = [TEXTS[i] for i in (1, 4, 5, 6, 7)]  # the rest of the corpus mentions subjects of requests(3)

@@ -35,8 +35,8 @@ from easyedit_moe.patches.weights import PatchWriter, writing
 from easyedit_moe.planner import plan, shapes_of
 from easyedit_moe.statistics.gather import layer_statistics
 from easyedit_moe.statistics.moments import LayerMoments
-from easyedit_moe.target_cache import cached_targets
-from easyedit_moe.targets import TargetSettings, TargetVectors, compute_targets, fact_contexts
+from easyedit_moe.targets.cache import cached_targets
+from easyedit_moe.targets.search import TargetSettings, TargetVectors, compute_targets, fact_contexts
 
 logger = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ from easyedit_moe.measure import Stopwatch
 from easyedit_moe.moe.capture import frozen_parameters, inference_mode_of
 from easyedit_moe.moe.layers import MoELayer, MoELayerView
 from easyedit_moe.patches.tensors import TensorWriter, writing_tensors
-from easyedit_moe.targets import check_lengths, fact_contexts
+from easyedit_moe.targets.search import check_lengths, fact_contexts
 
 
 @dataclass(frozen=True)

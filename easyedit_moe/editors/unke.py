@@ -30,7 +30,7 @@ from easyedit_moe.moe.capture import hooks, layer_output, run, stop_after
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.patches.tensors import writing_tensors
 from easyedit_moe.statistics.corpus import load_texts
-from easyedit_moe.targets import TargetSettings, TargetVectors, check_lengths, compute_targets, fact_contexts
+from easyedit_moe.targets.search import TargetSettings, TargetVectors, check_lengths, compute_targets, fact_contexts
 
 
 @register_editor

@@ -19,7 +19,7 @@ from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.statistics.cache import statistics_folder
 from easyedit_moe.storage.checksums import checksum
 from easyedit_moe.storage.tensors import digest, read_safetensors, write_safetensors
-from easyedit_moe.targets import TargetSettings, TargetVectors, fact_contexts, find_targets, warn_missed
+from easyedit_moe.targets.search import TargetSettings, TargetVectors, fact_contexts, find_targets, warn_missed
 
 SCHEMA = 1
 _FIELDS = ("delta", "initial_nll", "final_nll", "reached", "steps")
@@ -50,7 +50,7 @@ def cached_targets(
     settings: TargetSettings,
     progress: bool = True,
 ) -> TargetVectors:
-    """As :func:`easyedit_moe.targets.compute_targets`, but requests in ``folder`` are read instead of found anew.
+    """As :func:`easyedit_moe.targets.search.compute_targets`, but requests in ``folder`` are read instead of found anew.
 
     What is found is written as soon as its chunk is done, so that an interrupted search goes on.
 

@@ -1,0 +1,1 @@
+"""Target vectors: what the hidden state at a fact token should be."""
