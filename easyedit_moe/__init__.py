@@ -42,9 +42,9 @@ _LOCATIONS = {
     "apply_adalora_to_model": "editors",
     "apply_unke_to_model": "editors",
     "apply_memoe_to_model": "editors",
-    "MoEAdapter": "adapter",
-    "attach": "attachment",
-    "detach": "attachment",
+    "MoEAdapter": "adapters.moe_adapter",
+    "attach": "adapters.attachment",
+    "detach": "adapters.attachment",
 }
 
 __all__ = ["__version__", *_LOCATIONS]

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from easyedit_moe import MoEAdapter, attach, detach, load_hyperparams, load_model, make_editor
-from easyedit_moe.adapter import recorded_routing
-from easyedit_moe.attachment import find_adapter
+from easyedit_moe.adapters.attachment import find_adapter
+from easyedit_moe.adapters.moe_adapter import recorded_routing
 from easyedit_moe.evaluation.metrics import evaluate
 from easyedit_moe.facts.anchors import SubjectMatcher
 from easyedit_moe.facts.records import load_records

@@ -10,7 +10,8 @@ import torch
 from tiny import CONFIGS, FAMILIES, assert_same_state, requests, state_of, tiny_model, tiny_tokenizer, token_ids
 from torch import Tensor, nn
 
-from easyedit_moe.adapter import (
+from easyedit_moe.adapters.attachment import add_subjects, attach, detach, find_adapter, find_ffn
+from easyedit_moe.adapters.moe_adapter import (
     AdapterConfig,
     Fact,
     MoEAdapter,
@@ -20,7 +21,6 @@ from easyedit_moe.adapter import (
     recorded_routing,
     switched_off,
 )
-from easyedit_moe.attachment import add_subjects, attach, detach, find_adapter, find_ffn
 from easyedit_moe.errors import AdapterError, LayerError
 from easyedit_moe.evaluation.metrics import routing_snapshot
 from easyedit_moe.evaluation.scoring import score_targets

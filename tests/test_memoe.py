@@ -11,9 +11,10 @@ from tiny import TEXTS, assert_same_state, requests, state_of, tiny_model, tiny_
 from torch import Tensor, nn
 
 import easyedit_moe
-from easyedit_moe import MoEEditor, adapter_training, load_model
-from easyedit_moe.adapter import MoEAdapter, recorded_routing
-from easyedit_moe.attachment import attach, detach, find_adapter
+from easyedit_moe import MoEEditor, load_model
+from easyedit_moe.adapters import training as adapter_training
+from easyedit_moe.adapters.attachment import attach, detach, find_adapter
+from easyedit_moe.adapters.moe_adapter import MoEAdapter, recorded_routing
 from easyedit_moe.compare import Task, compare
 from easyedit_moe.editors import AdapterPatch, EditResult, MEMoEEditor, make_editor
 from easyedit_moe.errors import (
@@ -198,7 +199,7 @@ def test_a_new_gate_routes_by_the_anchor_alone() -> None:
     config = MEMoEEditor(load_hyperparams("MEMoE/factworld"))._config(model)
     values = {**vars(config), "d_model": 32, "layer": 1, "token_weight": 1.0, "top_k": 1}
     adapter = attach(model, TOK, MoEAdapter(type(config)(**values)).eval())
-    easyedit_moe.attachment.add_subjects(model, TOK, adapter, ["Danielle Darrieux"])
+    easyedit_moe.adapters.attachment.add_subjects(model, TOK, adapter, ["Danielle Darrieux"])
     picked = torch.cat([chosen(model, p) for p in [requests(1)[0]["prompt"], *PARAPHRASES]])
     assert (picked == picked[0]).all()
 

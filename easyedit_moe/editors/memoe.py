@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from easyedit_moe.adapter import AdapterConfig, Fact, MoEAdapter, base_fingerprint
-from easyedit_moe.adapter_training import check_facts, train_adapter
-from easyedit_moe.attachment import add_subjects, attach, detach, find_adapter, find_ffn
+from easyedit_moe.adapters.attachment import add_subjects, attach, detach, find_adapter, find_ffn
+from easyedit_moe.adapters.moe_adapter import AdapterConfig, Fact, MoEAdapter, base_fingerprint
+from easyedit_moe.adapters.training import check_facts, train_adapter
 from easyedit_moe.editors.base import Editor, EditResult
 from easyedit_moe.editors.registry import register_editor
 from easyedit_moe.errors import AdapterError, HyperParamsError

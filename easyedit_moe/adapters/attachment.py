@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from easyedit_moe.adapter import MoEAdapter, base_fingerprint
+from easyedit_moe.adapters.moe_adapter import MoEAdapter, base_fingerprint
 from easyedit_moe.errors import AdapterError, LayerError
 from easyedit_moe.facts.anchors import NO_ANCHOR, SubjectMatcher
 from easyedit_moe.facts.tokens import encode_target

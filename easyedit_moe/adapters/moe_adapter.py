@@ -2,7 +2,7 @@
 
 ``h_i = FFN(x_i) + lambda * sum_e G_e E_e(x_i)`` with the gate ``G = top_k(softmax(W_g R(x_i) + eps))`` and
 knowledge-anchor routing ``R(x_i) = concat(x_i, embed(anchor))``. Here is the arithmetic, and saving and loading;
-:mod:`easyedit_moe.attachment` hangs it into a model.
+:mod:`easyedit_moe.adapters.attachment` hangs it into a model.
 """
 
 from __future__ import annotations

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from easyedit_moe.adapter import AdapterRouting, Fact, MoEAdapter, balance_loss, recorded_routing, switched_off
+from easyedit_moe.adapters.moe_adapter import (
+    AdapterRouting,
+    Fact,
+    MoEAdapter,
+    balance_loss,
+    recorded_routing,
+    switched_off,
+)
 from easyedit_moe.errors import RequestError, not_finite
 from easyedit_moe.evaluation.scoring import score_only
 from easyedit_moe.facts.anchors import NO_ANCHOR
