@@ -24,11 +24,11 @@ from easyedit_moe.algebra.metric import IdentityMetric
 from easyedit_moe.algebra.routed_keys import FactoredUpdate
 from easyedit_moe.algebra.tucker import TuckerBasis
 from easyedit_moe.editors import make_editor
+from easyedit_moe.editors.planner import bcd_bytes, exact_bytes, mote_bytes
 from easyedit_moe.errors import EditingWarning
 from easyedit_moe.hparams import load_hyperparams
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.patches.weights import PatchWriter
-from easyedit_moe.planner import bcd_bytes, exact_bytes, mote_bytes
 from easyedit_moe.targets.search import TargetVectors
 
 HALF = ModelShape("half of qwen3-30b-a3b", 64, 8, 1024, 384, (32, 256, 96), (3, 4, 5), 4)

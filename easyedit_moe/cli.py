@@ -105,7 +105,7 @@ def plan(
     from rich.table import Table
 
     from easyedit_moe import compare as comparing
-    from easyedit_moe import planner
+    from easyedit_moe.editors import planner
     from easyedit_moe.errors import EditingError
     from easyedit_moe.moe.loading import empty_model
 

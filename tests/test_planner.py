@@ -18,7 +18,6 @@ import transformers as hf
 from tiny import CONFIGS, TEXTS, tiny_model, tiny_tokenizer
 from typer.testing import CliRunner
 
-from easyedit_moe import planner
 from easyedit_moe.algebra.bcd import expert_orders, solve_bcd
 from easyedit_moe.algebra.core import expand_core, solve_mote
 from easyedit_moe.algebra.exact import solve_exact
@@ -26,13 +25,13 @@ from easyedit_moe.algebra.metric import IdentityMetric
 from easyedit_moe.algebra.routed_keys import RoutedKeys
 from easyedit_moe.algebra.tucker import TuckerBasis, tucker_basis
 from easyedit_moe.cli import app
-from easyedit_moe.editors import make_editor
+from easyedit_moe.editors import make_editor, planner
+from easyedit_moe.editors.planner import MemoryPlan, Shapes, plan, shapes_of
 from easyedit_moe.errors import DataError, HyperParamsError, LayerError, LayoutError
 from easyedit_moe.hparams import GlobalHyperParams, MoEEditHyperParams, MoTEHyperParams, SolverHyperParams
 from easyedit_moe.measure import peak_memory_bytes, reset_peak_memory
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.moe.loading import empty_model
-from easyedit_moe.planner import MemoryPlan, Shapes, plan, shapes_of
 
 QWEN = hf.Qwen3MoeConfig(
     vocab_size=151936, hidden_size=2048, num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4,

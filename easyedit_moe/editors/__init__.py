@@ -14,8 +14,9 @@ from easyedit_moe.editors.moe_memit import MoEMEMITEditor, apply_moe_memit_to_mo
 from easyedit_moe.editors.moe_rome import MoEROMEEditor, apply_moe_rome_to_model
 from easyedit_moe.editors.moeedit import MoEEditEditor, apply_moeedit_to_model
 from easyedit_moe.editors.mote import MoTEEditor, apply_mote_to_model
+from easyedit_moe.editors.prepared import EditMemory, Prepared
 from easyedit_moe.editors.registry import editor_class, make_editor, method_names, register_editor
-from easyedit_moe.editors.solving import EditMemory, Prepared, SolvingEditor
+from easyedit_moe.editors.solving import SolvingEditor
 from easyedit_moe.editors.training import TrainingEditor
 from easyedit_moe.editors.unke import UnKEEditor, apply_unke_to_model
 

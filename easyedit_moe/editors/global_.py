@@ -8,8 +8,9 @@ from torch import Tensor
 
 from easyedit_moe.algebra.exact import solve_exact
 from easyedit_moe.algebra.routed_keys import RoutedKeys
+from easyedit_moe.editors.prepared import Prepared
 from easyedit_moe.editors.registry import register_editor
-from easyedit_moe.editors.solving import Prepared, SolvingEditor
+from easyedit_moe.editors.solving import SolvingEditor
 from easyedit_moe.hparams import GlobalHyperParams
 
 

@@ -9,8 +9,9 @@ from torch import Tensor
 from easyedit_moe.algebra.core import FactoredCore, expand_core, solve_mote
 from easyedit_moe.algebra.routed_keys import FactoredUpdate, RoutedKeys
 from easyedit_moe.algebra.tucker import TuckerBasis
+from easyedit_moe.editors.prepared import Prepared
 from easyedit_moe.editors.registry import register_editor
-from easyedit_moe.editors.solving import Prepared, SolvingEditor
+from easyedit_moe.editors.solving import SolvingEditor
 from easyedit_moe.hparams import MoTEHyperParams
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.statistics.bases import layer_basis

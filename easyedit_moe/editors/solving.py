@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from math import sqrt
 from typing import Any
 
@@ -22,6 +21,8 @@ from easyedit_moe.algebra.nullspace import null_space
 from easyedit_moe.algebra.routed_keys import FactoredUpdate, RoutedKeys
 from easyedit_moe.algebra.tucker import TuckerBasis
 from easyedit_moe.editors.base import Editor, EditResult
+from easyedit_moe.editors.planner import plan, shapes_of
+from easyedit_moe.editors.prepared import EditMemory, Prepared
 from easyedit_moe.errors import LayerError, LayoutError, RequestError
 from easyedit_moe.facts.requests import EditRequest, parse_requests
 from easyedit_moe.facts.tokens import encode_text, pad_id
@@ -32,52 +33,12 @@ from easyedit_moe.moe.fingerprint import model_fingerprint
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.moe.probe import check_keys, residual_gain, starts_anywhere
 from easyedit_moe.patches.weights import PatchWriter, writing
-from easyedit_moe.planner import plan, shapes_of
 from easyedit_moe.statistics.gather import layer_statistics
 from easyedit_moe.statistics.moments import LayerMoments
 from easyedit_moe.targets.cache import cached_targets
 from easyedit_moe.targets.search import TargetSettings, TargetVectors, compute_targets, fact_contexts
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What depends on the unedited model and the corpus only; made once and used for every batch.
-
-    Attributes:
-        fingerprint: of the model.
-        experts: per layer, the number of experts.
-        gains: per layer, how much the MoE block's output moves the layer's output.
-        metrics: per layer, the metric M.
-        bases: per layer, the Tucker basis (MoTE only).
-        moments: per layer, the statistics (empty for the identity metric without whitening).
-        resumable: whether a forward may start at any of the layers; see :func:`easyedit_moe.moe.probe.starts_anywhere`.
-        seconds: time that preparing took.
-    """
-
-    fingerprint: str
-    experts: dict[int, int]
-    gains: dict[int, float]
-    metrics: dict[int, Metric]
-    bases: dict[int, TuckerBasis]
-    moments: dict[int, LayerMoments]
-    resumable: bool
-    seconds: float
-
-
-@dataclass(frozen=True)
-class EditMemory:
-    """Keys of earlier batches per layer, for ``remember_edits``; a value: passed in, and returned extended."""
-
-    keys: dict[int, list[RoutedKeys]] = field(default_factory=dict)
-
-    def extended(self, new: dict[int, list[RoutedKeys]]) -> EditMemory:
-        """A memory that also holds ``new``."""
-        merged = {layer: list(parts) for layer, parts in self.keys.items()}
-        for layer, parts in new.items():
-            merged.setdefault(layer, []).extend(parts)
-        return EditMemory(merged)
 
 
 class SolvingEditor(Editor):

@@ -50,7 +50,7 @@ def cached_targets(
     settings: TargetSettings,
     progress: bool = True,
 ) -> TargetVectors:
-    """As :func:`easyedit_moe.targets.search.compute_targets`, but requests in ``folder`` are read instead of found anew.
+    """As :func:`~easyedit_moe.targets.search.compute_targets`, but what lies in ``folder`` is read, not found anew.
 
     What is found is written as soon as its chunk is done, so that an interrupted search goes on.
 
