@@ -29,8 +29,8 @@ from easyedit_moe.host.dense_statistics import (
     write_layer_statistics,
     write_projectors,
 )
-from easyedit_moe.host.importing import load
-from easyedit_moe.host.quality import name_for_host, padded
+from easyedit_moe.host.loading import load
+from easyedit_moe.host.padding import name_for_host, padded
 from easyedit_moe.measure import Stopwatch
 from easyedit_moe.moe.fingerprint import model_fingerprint
 from easyedit_moe.moe.layers import MoELayerView

@@ -16,7 +16,7 @@ from easyedit_moe.editors import Editor, Patch, make_editor
 from easyedit_moe.errors import HyperParamsError
 from easyedit_moe.facts.easyedit_requests import checked_batches, requests_from_columns
 from easyedit_moe.facts.requests import EditRequest
-from easyedit_moe.host.quality import name_for_host, padded
+from easyedit_moe.host.padding import name_for_host, padded
 from easyedit_moe.hparams import MoEHyperParams
 from easyedit_moe.moe.loading import load_model
 

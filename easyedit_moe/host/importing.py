@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from easyedit_moe.errors import HostError
@@ -54,31 +53,6 @@ def home() -> Path | None:
 def is_available() -> bool:
     """Whether :func:`load` would find EasyEdit; nothing is imported."""
     return HOST in sys.modules or home() is not None or importlib.util.find_spec(HOST) is not None
-
-
-def load() -> ModuleType:
-    """Import EasyEdit and register our editors in it; from ``EASYEDIT_HOME`` if set, else from the path.
-
-    Packages that text editing never uses (:data:`easyedit_moe.host.placeholders.OPTIONAL`) may be absent: EasyEdit
-    then gets placeholders for them, named in one log line, which raise when used. The random state and the root
-    logger, which importing EasyEdit changes, are put back; the editors' own logger keeps the level INFO.
-
-    Raises:
-        HostError: EasyEdit is not there, lacks a package that text editing needs, or is too old or too new (the
-            missing symbol is named).
-        MethodError: EasyEdit has a method of its own by one of our names.
-    """
-    from easyedit_moe.host.registration import register
-
-    if HOST not in sys.modules:
-        folder = home()
-        if folder is None and importlib.util.find_spec(HOST) is None:
-            raise HostError(f"EasyEdit is not installed: there is no '{HOST}' on the path. {GET_IT}")
-        with _on_path(folder), _process_state():
-            import_with_placeholders(lambda: importlib.import_module(HOST))
-        logging.getLogger(f"{HOST}.editors.editor").setLevel(logging.INFO)
-    register()
-    return sys.modules[HOST]
 
 
 def import_with_placeholders(run: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,29 +15,10 @@ from transformers import PreTrainedTokenizerBase
 from easyedit_moe.evaluation.metrics import Score
 from easyedit_moe.facts.records import EvaluationRecord
 from easyedit_moe.host.datasets import easyedit_requests
-from easyedit_moe.host.importing import check_symbols, load
+from easyedit_moe.host.importing import check_symbols
+from easyedit_moe.host.loading import load
+from easyedit_moe.host.padding import name_for_host, padded
 from easyedit_moe.moe.capture import inference_mode_of, model_device
-
-
-@contextlib.contextmanager
-def padded(tok: PreTrainedTokenizerBase) -> Iterator[None]:
-    """Within, ``tok`` has a padding token, which EasyEdit needs; its own settings are back afterwards."""
-    padding = tok.pad_token
-    if padding is None:
-        tok.pad_token = tok.eos_token
-    try:
-        yield
-    finally:
-        if padding is None:
-            tok.pad_token = None
-
-
-def name_for_host(model: nn.Module) -> str:
-    """What EasyEdit is told the model is called: its class.
-
-    It looks for "t5", "chatglm" and the like anywhere in a name or path, and would then take the model for another.
-    """
-    return type(model).__name__
 
 
 class EasyEditQuality:
