@@ -51,8 +51,9 @@ def compare(
     """Edit the same records by several methods and print a side-by-side table, scored after all edits."""
     from rich.console import Console
 
-    from easyedit_moe import compare as comparing
-    from easyedit_moe import host, report
+    from easyedit_moe import host
+    from easyedit_moe.comparison import compare as comparing
+    from easyedit_moe.comparison import report
     from easyedit_moe.errors import EditingError
 
     console = Console()
@@ -104,7 +105,7 @@ def plan(
     from rich.console import Console
     from rich.table import Table
 
-    from easyedit_moe import compare as comparing
+    from easyedit_moe.comparison import compare as comparing
     from easyedit_moe.editors import planner
     from easyedit_moe.errors import EditingError
     from easyedit_moe.moe.loading import empty_model

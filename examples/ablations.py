@@ -9,8 +9,10 @@ import argparse
 
 from rich.console import Console
 
-from easyedit_moe import load_hyperparams, report
-from easyedit_moe.compare import compare, load_task
+from easyedit_moe import load_hyperparams
+from easyedit_moe.comparison import report
+from easyedit_moe.comparison.compare import compare
+from easyedit_moe.comparison.task import load_task
 
 VARIANTS: list[tuple[str, str, dict[str, object]]] = [
     ("MoTE, update spread (paper)", "MoTE", {"spread": "update"}),

@@ -12,8 +12,10 @@ import sys
 
 from rich.console import Console
 
-from easyedit_moe import report
-from easyedit_moe.compare import compare, load_task, resolve_hparams
+from easyedit_moe.comparison import report
+from easyedit_moe.comparison.compare import compare
+from easyedit_moe.comparison.settings import resolve_hparams
+from easyedit_moe.comparison.task import load_task
 
 METHODS = ("MoTE", "MoEEdit-BCD", "Global+speedup", "ROME", "MEMIT", "AlphaEdit", "FT", "FT-L")
 

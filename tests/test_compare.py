@@ -9,10 +9,12 @@ import yaml
 from tiny import TEXTS, assert_same_state, requests, state_of, tiny_model, tiny_tokenizer
 from typer.testing import CliRunner
 
-from easyedit_moe import compare as comparing
-from easyedit_moe import report
 from easyedit_moe.cli import app
-from easyedit_moe.compare import Task, compare, load_task, resolve_hparams
+from easyedit_moe.comparison import compare as comparing
+from easyedit_moe.comparison import report
+from easyedit_moe.comparison.compare import compare
+from easyedit_moe.comparison.settings import resolve_hparams
+from easyedit_moe.comparison.task import Task, load_task
 from easyedit_moe.editors import method_names, solving
 from easyedit_moe.editors.global_ import GlobalEditor
 from easyedit_moe.errors import DataError, HyperParamsError, MethodError, NumericalError

@@ -23,7 +23,7 @@ from baselines import (
 from tiny import CASES, assert_same_state, requests, state_of, tiny_model
 from torch import Tensor, nn
 
-from easyedit_moe import compare as comparing
+from easyedit_moe.comparison import compare as comparing
 from easyedit_moe.editors import MoEFTEditor, MoEFTLEditor, apply_moe_ft_to_model, editor_class
 from easyedit_moe.editors.training import Masters, TrainingJob
 from easyedit_moe.errors import HyperParamsError, NumericalError
@@ -268,7 +268,7 @@ def test_registry_and_table() -> None:
 
 
 def test_compare_names_the_site(tmp_path: Path) -> None:
-    from easyedit_moe.compare import Task
+    from easyedit_moe.comparison.task import Task
     from easyedit_moe.facts.records import EvaluationRecord
     from easyedit_moe.facts.requests import parse_requests
 

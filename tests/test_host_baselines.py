@@ -18,7 +18,8 @@ import torch
 from tiny import TEXTS, assert_same_state, requests, state_of, tiny_model, tiny_tokenizer
 from torch import Tensor, nn
 
-from easyedit_moe.compare import Task, compare
+from easyedit_moe.comparison.compare import compare
+from easyedit_moe.comparison.task import Task
 from easyedit_moe.errors import (
     EditingWarning,
     HostError,

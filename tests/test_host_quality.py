@@ -16,9 +16,10 @@ from test_compare import _records as tiny_records
 from tiny import assert_same_state, state_of, tiny_model, tiny_tokenizer
 from typer.testing import CliRunner
 
-from easyedit_moe import report
 from easyedit_moe.cli import app
-from easyedit_moe.compare import Task, compare
+from easyedit_moe.comparison import report
+from easyedit_moe.comparison.compare import compare
+from easyedit_moe.comparison.task import Task
 from easyedit_moe.editors import make_editor
 from easyedit_moe.errors import EditingWarning
 from easyedit_moe.evaluation.metrics import Score

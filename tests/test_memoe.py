@@ -15,7 +15,8 @@ from easyedit_moe import MoEEditor, load_model
 from easyedit_moe.adapters import training as adapter_training
 from easyedit_moe.adapters.attachment import attach, detach, find_adapter
 from easyedit_moe.adapters.moe_adapter import MoEAdapter, recorded_routing
-from easyedit_moe.compare import Task, compare
+from easyedit_moe.comparison.compare import compare
+from easyedit_moe.comparison.task import Task
 from easyedit_moe.editors import AdapterPatch, EditResult, MEMoEEditor, make_editor
 from easyedit_moe.errors import (
     AdapterError,

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
-from easyedit_moe.compare import Comparison, Row
+from easyedit_moe.comparison.compare import Comparison, Row
 from easyedit_moe.errors import DataError
 from easyedit_moe.evaluation.metrics import Score
 from easyedit_moe.facts.records import PROTOCOLS

@@ -2,41 +2,26 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
+from easyedit_moe.comparison.task import Task
 from easyedit_moe.editors import Editor, EditResult, Patch, make_editor
-from easyedit_moe.errors import DataError, EditingWarning, HyperParamsError, MethodError
+from easyedit_moe.errors import EditingWarning
 from easyedit_moe.evaluation.metrics import EvaluationResult, Score, evaluate, routing_similarity, routing_snapshot
-from easyedit_moe.facts.records import PROTOCOLS, EvaluationRecord, load_records
+from easyedit_moe.facts.records import PROTOCOLS
 from easyedit_moe.facts.requests import EditRequest
-from easyedit_moe.host.baseline_hparams import HOST_METHODS, PROTOCOL, BaselineHyperParams
-from easyedit_moe.hparams import MoEHyperParams, hparams_folder, load_hyperparams, presets
+from easyedit_moe.host.baseline_hparams import PROTOCOL, BaselineHyperParams
+from easyedit_moe.hparams import MoEHyperParams
 from easyedit_moe.measure import Stopwatch, peak_memory_bytes, reset_peak_memory
-from easyedit_moe.moe.fingerprint import model_fingerprint
-from easyedit_moe.moe.layers import MoELayerView
-from easyedit_moe.moe.loading import load_model
-from easyedit_moe.patches.weights import versions
-from easyedit_moe.statistics.corpus import corpus_hash
 from easyedit_moe.targets.search import TargetVectors
 
-logger = logging.getLogger(__name__)
-
 PRE_EDIT = "pre-edit"
-ALL_METHODS = (
-    "MoE-FT", "MoE-FT-L", "MoE-LoRA", "AdaLoRA", "UnKE", "MEMoE", "MoE-ROME", "MoE-MEMIT", "MoE-AlphaEdit",
-    "MoEEdit-BCD", "BCD+speedup", "Global+speedup", "Global", "MoTE",
-)  # fmt: skip
-"""Every method of ours, in the order of the papers' tables."""
-DEFAULT_METHODS = ("MoTE", "MoEEdit-BCD", "BCD+speedup", "Global", "Global+speedup")
 
 
 @dataclass(frozen=True)
@@ -87,104 +72,6 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """Content of results.json (schema 1)."""
         return {"schema": 1, "rows": [row.to_dict() for row in self.rows], "provenance": self.provenance}
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a comparison runs on: a loaded model and the records to edit and judge."""
-
-    model: nn.Module
-    tok: PreTrainedTokenizerBase
-    records: tuple[EvaluationRecord, ...]
-    protocol: str
-    batch_size: int
-    provenance: dict[str, Any]
-
-
-def resolve_hparams(
-    method: str, model_name: str, path: str | Path | None, overrides: Mapping[str, Any]
-) -> MoEHyperParams | BaselineHyperParams:
-    """Hparams of one method: from ``path`` (a file, or a folder laid out like the shipped one), else the shipped ones.
-
-    EasyEdit's own methods (:data:`easyedit_moe.host.baseline_hparams.HOST_METHODS`) get its own kind of hparams.
-
-    Raises:
-        MethodError: neither we nor EasyEdit have the method. HyperParamsError: no file for this method and model; the
-            message lists what ships.
-    """
-    theirs = method in HOST_METHODS
-    name = method if theirs else _own_name(method)
-
-    def read(file: Path) -> MoEHyperParams | BaselineHyperParams:
-        return BaselineHyperParams.read(name, file, overrides) if theirs else load_hyperparams(file, **overrides)
-
-    if path is not None and Path(path).is_file():
-        return read(Path(path))
-    folder = Path(path) if path is not None else hparams_folder()
-    file = folder / name / f"{Path(model_name).name.lower()}.yaml"
-    if not file.is_file():
-        known = sorted(p.stem for p in (folder / name).glob("*.yaml"))
-        raise HyperParamsError(
-            f"There are no hparams for {name} on {model_name!r} ({file} does not exist). Known models: "
-            f"{', '.join(known) or 'none'}. Pass --hparams with a file, or with a folder of <METHOD>/<model>.yaml."
-        )
-    return read(file)
-
-
-def _own_name(method: str) -> str:
-    try:
-        return presets.canonical_name(method)
-    except MethodError as error:
-        raise MethodError(f"{error} EasyEdit's: {', '.join(HOST_METHODS)}.") from error
-
-
-def loading_settings(settings: Sequence[MoEHyperParams | BaselineHyperParams], model_name: str) -> MoEHyperParams:
-    """The hparams that say how the model is loaded: the first of ours, or, with EasyEdit's methods only, Global's.
-
-    Raises:
-        HyperParamsError: only methods of EasyEdit, and no file of Global for the model.
-    """
-    own = next((hp for hp in settings if isinstance(hp, MoEHyperParams)), None)
-    return own or resolve_hparams("Global", model_name, None, {"model_name": model_name})
-
-
-def load_task(
-    model_name: str, data: str, edits: int, skip: int, batch_size: int, dtype: str, device: int | str,
-    model_parallel: bool = False,
-) -> Task:  # fmt: skip
-    """Load model and records; record ``skip`` is the first to be edited.
-
-    Raises:
-        DataError: unusable data or model, or fewer records than asked for. HyperParamsError: bad dtype or device.
-    """
-    found = load_records(data)
-    if edits < 1 or skip < 0 or batch_size < 1:
-        raise DataError(f"edits and batch-size must be >= 1 and skip >= 0; found {edits}, {batch_size}, {skip}.")
-    records = found.records[skip : skip + edits]
-    if len(records) < edits:
-        raise DataError(f"{data} has {len(found.records)} usable records; {skip} + {edits} were asked for.")
-    for what, left_out in (("records", found.skipped), ("prompts of usable records", found.dropped)):
-        if left_out:
-            number, reason = left_out[0]
-            logger.warning(
-                "%d %s of %s are unusable; the first, record %d: %s", len(left_out), what, data, number, reason
-            )
-    model, tok = load_model(model_name, dtype, device, model_parallel)
-    provenance = {
-        "model": model_name,
-        "model_fingerprint": model_fingerprint(MoELayerView(model)),
-        "data": data,
-        "data_hash": corpus_hash([repr(record) for record in records]),
-        "protocol": found.protocol,
-        "edits": edits,
-        "skip": skip,
-        "batch_size": batch_size,
-        "skipped_records": len(found.skipped),
-        "dtype": dtype,
-        "device": str(device),
-        "versions": versions(),
-    }
-    return Task(model, tok, records, found.protocol, batch_size, provenance)
 
 
 def compare(

@@ -1,0 +1,1 @@
+"""Methods side by side: the same records, one restored model, one table."""

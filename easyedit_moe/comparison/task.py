@@ -1,0 +1,71 @@
+"""What a comparison runs on."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from easyedit_moe.errors import DataError
+from easyedit_moe.facts.records import EvaluationRecord, load_records
+from easyedit_moe.moe.fingerprint import model_fingerprint
+from easyedit_moe.moe.layers import MoELayerView
+from easyedit_moe.moe.loading import load_model
+from easyedit_moe.patches.weights import versions
+from easyedit_moe.statistics.corpus import corpus_hash
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a comparison runs on: a loaded model and the records to edit and judge."""
+
+    model: nn.Module
+    tok: PreTrainedTokenizerBase
+    records: tuple[EvaluationRecord, ...]
+    protocol: str
+    batch_size: int
+    provenance: dict[str, Any]
+
+
+def load_task(
+    model_name: str, data: str, edits: int, skip: int, batch_size: int, dtype: str, device: int | str,
+    model_parallel: bool = False,
+) -> Task:  # fmt: skip
+    """Load model and records; record ``skip`` is the first to be edited.
+
+    Raises:
+        DataError: unusable data or model, or fewer records than asked for. HyperParamsError: bad dtype or device.
+    """
+    found = load_records(data)
+    if edits < 1 or skip < 0 or batch_size < 1:
+        raise DataError(f"edits and batch-size must be >= 1 and skip >= 0; found {edits}, {batch_size}, {skip}.")
+    records = found.records[skip : skip + edits]
+    if len(records) < edits:
+        raise DataError(f"{data} has {len(found.records)} usable records; {skip} + {edits} were asked for.")
+    for what, left_out in (("records", found.skipped), ("prompts of usable records", found.dropped)):
+        if left_out:
+            number, reason = left_out[0]
+            logger.warning(
+                "%d %s of %s are unusable; the first, record %d: %s", len(left_out), what, data, number, reason
+            )
+    model, tok = load_model(model_name, dtype, device, model_parallel)
+    provenance = {
+        "model": model_name,
+        "model_fingerprint": model_fingerprint(MoELayerView(model)),
+        "data": data,
+        "data_hash": corpus_hash([repr(record) for record in records]),
+        "protocol": found.protocol,
+        "edits": edits,
+        "skip": skip,
+        "batch_size": batch_size,
+        "skipped_records": len(found.skipped),
+        "dtype": dtype,
+        "device": str(device),
+        "versions": versions(),
+    }
+    return Task(model, tok, records, found.protocol, batch_size, provenance)
