@@ -9,7 +9,7 @@ import yaml
 from tiny import TEXTS, assert_same_state, requests, state_of, tiny_model, tiny_tokenizer
 from typer.testing import CliRunner
 
-from easyedit_moe.cli import app
+from easyedit_moe.commands.app import app
 from easyedit_moe.comparison import compare as comparing
 from easyedit_moe.comparison import report
 from easyedit_moe.comparison.compare import compare

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 import easyedit_moe
 from easyedit_moe import host
-from easyedit_moe.cli import app
+from easyedit_moe.commands.app import app
 from easyedit_moe.editors import method_names
 from easyedit_moe.errors import DataError, EditingWarning, HostError, HyperParamsError, MethodError
 from easyedit_moe.host.baseline_hparams import BaselineHyperParams

@@ -16,7 +16,7 @@ from test_compare import _records as tiny_records
 from tiny import assert_same_state, state_of, tiny_model, tiny_tokenizer
 from typer.testing import CliRunner
 
-from easyedit_moe.cli import app
+from easyedit_moe.commands.app import app
 from easyedit_moe.comparison import report
 from easyedit_moe.comparison.compare import compare
 from easyedit_moe.comparison.task import Task

@@ -24,7 +24,7 @@ from easyedit_moe.algebra.exact import solve_exact
 from easyedit_moe.algebra.metric import IdentityMetric
 from easyedit_moe.algebra.routed_keys import RoutedKeys
 from easyedit_moe.algebra.tucker import TuckerBasis, tucker_basis
-from easyedit_moe.cli import app
+from easyedit_moe.commands.app import app
 from easyedit_moe.editors import make_editor, planner
 from easyedit_moe.editors.planner import MemoryPlan, Shapes, plan, shapes_of
 from easyedit_moe.errors import DataError, HyperParamsError, LayerError, LayoutError

@@ -1,0 +1,1 @@
+"""The command easyedit-moe, a file per subcommand."""

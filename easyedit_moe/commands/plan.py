@@ -1,0 +1,45 @@
+"""``easyedit-moe plan``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from easyedit_moe.commands.reporting import errors_reported
+
+
+def plan(
+    model: Annotated[str, typer.Option(help="Hub name or folder; only its config is read.")] = "factworld",
+    method: Annotated[str, typer.Option(help="Method whose shipped hparams are planned for.")] = "MoTE",
+    hparams: Annotated[str | None, typer.Option(help="A YAML file instead; or a folder of them.")] = None,
+    edits: Annotated[int, typer.Option(help="Edits per batch; 0: as in the hparams.")] = 0,
+    earlier: Annotated[int, typer.Option(help="Edits of earlier batches that are remembered.")] = 0,
+    budget: Annotated[float, typer.Option(help="Memory of all devices in GB, to fit chunk sizes to; 0: none.")] = 0,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; default: that of the hparams.")] = "",
+) -> None:
+    """Print what each stage of an edit will need of memory, before any weight is loaded."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from easyedit_moe.comparison.settings import resolve_hparams
+    from easyedit_moe.editors import planner
+    from easyedit_moe.moe.loading import empty_model
+
+    with errors_reported():
+        settings = resolve_hparams(method, model, hparams, {"dtype": dtype} if dtype else {})
+        shapes = planner.shapes_of(empty_model(model, settings.dtype), settings.layers)
+        limit = int(budget * 1e9) if budget else None
+        found = planner.plan(
+            shapes, settings, edits or None, earlier, budget=limit, device=str(settings.device).split(":")[0]
+        )
+    table = Table("stage", "kept", "while it runs", "peak", "", title=f"{settings.alg_name} on {model}, GB")
+    table.add_row("model", f"{shapes.parameters / 1e9:.3f}", "", f"{shapes.parameters / 1e9:.3f}", settings.dtype)
+    for stage, peak in zip(found.stages, found.peaks(), strict=True):
+        table.add_row(stage.name, *(f"{n / 1e9:.3f}" for n in (stage.kept, stage.working, peak)), stage.note)
+    console = Console()
+    console.print(table)
+    console.print(", ".join(f"{name} {value}" for name, value in found.settings.items()), highlight=False)
+    if not found.fits:
+        console.print(f"The peak of {found.peak / 1e9:.1f} GB does not fit {budget} GB.", highlight=False)
+        raise typer.Exit(1)

@@ -1,0 +1,22 @@
+"""How commands end: an error of ours is one red line and exit code 2, never a traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+from easyedit_moe.errors import EditingError
+
+
+@contextmanager
+def errors_reported() -> Iterator[None]:
+    """Within, an :class:`EditingError` is printed on standard error, and the command exits with code 2."""
+    try:
+        yield
+    except EditingError as error:
+        from rich.console import Console
+
+        Console(stderr=True).print(f"[bold red]error:[/] {type(error).__name__}: {error}", highlight=False)
+        raise typer.Exit(2) from error
