@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,6 @@ import pytest
 import torch
 from typer import Typer
 from typer.testing import CliRunner
-
-sys.path.insert(0, str(Path(__file__).parent.parent))  # the package benchmarks is not installed
 
 from benchmarks import end_to_end, growth, harness, registry, shapes, solvers
 from benchmarks.__main__ import main

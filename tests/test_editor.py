@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_editors import changed_parameters, down_projections, hparams
+from solving_editors import changed_parameters, down_projections, hparams
 from tiny import TEXTS, assert_same_state, requests, state_of, tiny_model, tiny_tokenizer
 from torch import nn
 

@@ -9,7 +9,7 @@ import importlib
 from typing import Any
 
 _LOCATIONS = {
-    "load": "importing",
+    "load": "loading",
     "is_available": "importing",
     "register": "registration",
 }

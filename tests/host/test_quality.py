@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 import yaml
-from test_compare import _hparams as tiny_hparams
-from test_compare import _records as tiny_records
 from tiny import assert_same_state, state_of, tiny_model, tiny_tokenizer
+from tiny_comparison import tiny_hparams, tiny_records
 from typer.testing import CliRunner
 
 from easyedit_moe.commands.app import app

@@ -202,8 +202,10 @@ def measure_all() -> dict[str, tuple[int, int]]:
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak can only be reset on Linux")
 def test_measured_peaks_stay_within_the_plan() -> None:
     """In a process of its own, whose allocator gives freed tensors back instead of reusing them unseen."""
+    here = Path(__file__).parent
+    folders = [str(here), str(here.parent)]
     code = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import torch; torch.set_num_threads(1)\n"
+        f"import sys; sys.path[:0] = {folders!r}; import torch; torch.set_num_threads(1)\n"
         "import json, test_planner\nprint(json.dumps(test_planner.measure_all()))"
     )
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}

@@ -20,6 +20,7 @@ from easyedit_moe.moe.fingerprint import model_fingerprint
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.statistics import checkpoint, moments
 from easyedit_moe.statistics import gather as statistics
+from easyedit_moe.statistics.__main__ import main
 from easyedit_moe.statistics.moments import LayerMoments
 
 
@@ -149,7 +150,7 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     }  # fmt: skip
     path = tmp_path / "hparams.yaml"
     path.write_text(yaml.safe_dump(hparams))
-    folder = Path(__file__).parent.parent
+    folder = Path(__file__).parents[2]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     finished = subprocess.run(
@@ -159,7 +160,7 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     assert finished.returncode == 0, finished.stderr[-3000:]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CoverageWarning)
-        statistics.main([str(path), "--stats-dir", str(tmp_path / "one")])
+        main([str(path), "--stats-dir", str(tmp_path / "one")])
     one, two = (sorted((tmp_path / name).rglob("*.safetensors")) for name in ("one", "two"))
     assert [f.name for f in one] == [f.name for f in two]
     assert len(one) == 2

@@ -179,7 +179,7 @@ def test_importing_this_package_and_its_host_part_is_light() -> None:
 
 
 def _python(code: str, **environment: str) -> str:
-    root = str(Path(__file__).parent.parent)
+    root = str(Path(__file__).parents[2])
     kept = {name: value for name, value in os.environ.items() if name not in ("EASYEDIT_HOME", "PYTHONPATH")}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**kept, "PYTHONPATH": root, **environment}
@@ -437,8 +437,9 @@ ORDERS = {
 
 
 STAND_ALONE = """
-import sys, easyedit_moe.compare, easyedit_moe.report, easyedit_moe.editor, easyedit_moe.cli
-from easyedit_moe.host import baseline_hparams, baselines, caches, datasets, importing, quality, registration
+import sys, easyedit_moe.comparison.compare, easyedit_moe.comparison.report, easyedit_moe.editor
+import easyedit_moe.commands.app
+from easyedit_moe.host import baseline_hparams, baselines, caches, datasets, loading, quality, registration
 assert 'easyeditor' not in sys.modules
 """
 
@@ -453,7 +454,7 @@ def test_in_a_new_process_either_order_registers(order: str, folder: Path) -> No
         "print(sorted(ALG_DICT), 'easyedit_moe.host.editor' in sys.modules)\n"
     )
     where = {"EASYEDIT_HOME": str(folder)} if order == "plugin first" else {}
-    path = f"{Path(__file__).parent.parent}{os.pathsep}{folder}" if order == "host first" else ""
+    path = f"{Path(__file__).parents[2]}{os.pathsep}{folder}" if order == "host first" else ""
     out = _python(code, **where, **({"PYTHONPATH": path} if path else {}))
     assert out.strip() == f"{sorted(['ROME', *OURS])} False"
 

@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from test_records import (
+from record_files import (
     EASYEDIT,
     KNOWEDIT_ZSRE,
     NEED_SHARED,

@@ -6,14 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tiny import TEXTS, assert_same_state, requests, state_of, tiny_model, tiny_tokenizer
+from tiny import assert_same_state, state_of, tiny_model, tiny_tokenizer
+from tiny_comparison import tiny_hparams, tiny_records
 from typer.testing import CliRunner
 
 from easyedit_moe.commands.app import app
 from easyedit_moe.comparison import compare as comparing
 from easyedit_moe.comparison import report
 from easyedit_moe.comparison.compare import compare
-from easyedit_moe.comparison.settings import resolve_hparams
+from easyedit_moe.comparison.settings import ALL_METHODS, resolve_hparams
 from easyedit_moe.comparison.task import Task, load_task
 from easyedit_moe.editors import method_names, solving
 from easyedit_moe.editors.global_ import GlobalEditor
@@ -24,36 +25,9 @@ from easyedit_moe.hparams import hyperparams_class
 METHODS = ("MoTE", "MoEEdit-BCD", "Global+speedup")
 
 
-def _records(count: int = 4) -> list[dict]:
-    neighbour = "Thomas Joannes Stieltjes lives in"
-    return [
-        {
-            "requested_rewrite": {
-                "prompt": r["prompt"].replace(r["subject"], "{}"),
-                "subject": r["subject"],
-                "target_new": {"str": r["target_new"]},
-                "target_true": {"str": r["ground_truth"]},
-            },
-            "paraphrase_prompts": [f"We know that {r['prompt']}"],
-            "neighborhood_prompts": [neighbour],
-        }
-        for r in requests(count)
-    ]
-
-
-def _hparams(folder: Path, method: str, **changes: object) -> dict[str, object]:
-    corpus = folder / "corpus.txt"
-    corpus.write_text("\n".join(TEXTS), encoding="utf-8")
-    values = {
-        "alg_name": method, "model_name": "tiny", "layers": [1, 2], "dtype": "float32", "v_num_grad_steps": 3,
-        "mom2_dataset": str(corpus), "stats_dir": str(folder / "stats"),
-    }  # fmt: skip
-    return values | changes
-
-
 @pytest.fixture
 def task(tmp_path: Path) -> Task:
-    found = parse_records(_records())
+    found = parse_records(tiny_records())
     provenance = {"model": "tiny", "edits": 4, "batch_size": 2, "protocol": "counterfact"}
     return Task(tiny_model(), tiny_tokenizer(), found.records, found.protocol, 2, provenance)
 
@@ -63,10 +37,10 @@ def folder(tmp_path: Path) -> Path:
     """A saved tiny model, a data file and a folder of hparams, as a user would have them."""
     tiny_model().save_pretrained(tmp_path / "tiny")
     tiny_tokenizer().save_pretrained(tmp_path / "tiny")
-    (tmp_path / "data.json").write_text(json.dumps(_records()), encoding="utf-8")
+    (tmp_path / "data.json").write_text(json.dumps(tiny_records()), encoding="utf-8")
     for method in METHODS:
         (tmp_path / "hparams" / method).mkdir(parents=True)
-        (tmp_path / "hparams" / method / "tiny.yaml").write_text(yaml.safe_dump(_hparams(tmp_path, method)))
+        (tmp_path / "hparams" / method / "tiny.yaml").write_text(yaml.safe_dump(tiny_hparams(tmp_path, method)))
     return tmp_path
 
 
@@ -77,7 +51,7 @@ def _run(folder: Path, *args: str) -> object:
 
 
 def test_each_method_starts_from_the_same_weights_and_leaves_them(task: Task, tmp_path: Path) -> None:
-    settings = [hyperparams_class(m).from_dict(_hparams(tmp_path, m)) for m in METHODS]
+    settings = [hyperparams_class(m).from_dict(tiny_hparams(tmp_path, m)) for m in METHODS]
     before = state_of(task.model)
     seen = []
     result = compare(task, settings, on_row=lambda row: seen.append(row.method))
@@ -97,19 +71,19 @@ def test_first_targets_are_shared_only_where_nothing_differs(task: Task, tmp_pat
     original = solving.compute_targets
     monkeypatch.setattr(solving, "compute_targets", lambda *a, **k: calls.append(1) or original(*a, **k))
     names = ("Global", "MoTE", "MoEEdit-BCD")
-    settings = [hyperparams_class(m).from_dict(_hparams(tmp_path, m)) for m in names]
+    settings = [hyperparams_class(m).from_dict(tiny_hparams(tmp_path, m)) for m in names]
     result = compare(task, settings)
     assert len(calls) == 1 + 3  # one first batch, three second ones
     assert all(row.seconds["targets"] > 0 for row in result.rows[1:])
     calls.clear()
-    other = hyperparams_class("MoTE").from_dict(_hparams(tmp_path, "MoTE", kl_factor=0.5))
+    other = hyperparams_class("MoTE").from_dict(tiny_hparams(tmp_path, "MoTE", kl_factor=0.5))
     alone = compare(task, [settings[0], other])
     assert len(calls) == 4
     assert alone.rows[1].scores == result.rows[1].scores
 
 
 def test_scores_are_those_after_all_batches(task: Task, tmp_path: Path) -> None:
-    values = _hparams(tmp_path, "Global", metric="identity", lambda_reg=1e-3, v_num_grad_steps=20, v_lr=0.5)
+    values = tiny_hparams(tmp_path, "Global", metric="identity", lambda_reg=1e-3, v_num_grad_steps=20, v_lr=0.5)
     hparams = hyperparams_class("Global").from_dict({**values, "clamp_norm_factor": 10.0})
     row = compare(task, [hparams]).rows[1]
     editor, memory = GlobalEditor(hparams, progress=False), None
@@ -133,7 +107,7 @@ def test_an_error_in_the_second_batch_restores_the_first(
     monkeypatch.setattr(GlobalEditor, "solve", solve)
     before = state_of(task.model)
     with pytest.raises(NumericalError, match="planted"):
-        compare(task, [hyperparams_class("Global").from_dict(_hparams(tmp_path, "Global"))])
+        compare(task, [hyperparams_class("Global").from_dict(tiny_hparams(tmp_path, "Global"))])
     assert_same_state(before, state_of(task.model))
 
 
@@ -208,7 +182,7 @@ def test_resolve_hparams(folder: Path) -> None:
 
 
 def test_load_task_counts_unusable_records(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    broken = [*_records(), {"requested_rewrite": {"prompt": "{} is", "subject": "", "target_new": {"str": "x"}}}]
+    broken = [*tiny_records(), {"requested_rewrite": {"prompt": "{} is", "subject": "", "target_new": {"str": "x"}}}]
     (folder / "broken.json").write_text(json.dumps(broken))
     loaded = load_task(str(folder / "tiny"), str(folder / "broken.json"), 4, 0, 2, "float32", "cpu")
     assert loaded.provenance["skipped_records"] == 1
@@ -225,4 +199,4 @@ def test_rows_without_neighbours_show_a_dash(task: Task) -> None:
 
 
 def test_all_means_every_method_of_ours() -> None:
-    assert sorted(comparing.ALL_METHODS) == sorted(method_names())
+    assert sorted(ALL_METHODS) == sorted(method_names())

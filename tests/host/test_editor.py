@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_editors import VARIANTS, down_projections, hparams
+from solving_editors import VARIANTS, down_projections, hparams
 from tiny import TEXTS, assert_same_state, requests, state_of, tiny_model, tiny_tokenizer
 from torch import nn
 

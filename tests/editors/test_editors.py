@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import FAMILIES, TEXTS, assert_same_state, requests, state_of, tiny_model, tiny_tokenizer
+from solving_editors import METHODS, TOK, VARIANTS, changed_parameters, down_projections, edit, hparams, plain_ridge
+from tiny import FAMILIES, TEXTS, assert_same_state, requests, state_of, tiny_model
 from torch import Tensor, nn
 
 import easyedit_moe
@@ -16,16 +17,10 @@ from easyedit_moe import editors
 from easyedit_moe.algebra.bcd import expert_orders, solve_bcd
 from easyedit_moe.algebra.core import expand_core, solve_core
 from easyedit_moe.editors import (
-    BCDSpeedupEditor,
     EditMemory,
     Editor,
-    EditResult,
     GlobalEditor,
-    GlobalSpeedupEditor,
-    MoEAlphaEditEditor,
     MoEEditEditor,
-    MoEMEMITEditor,
-    MoEROMEEditor,
     MoTEEditor,
     editor_class,
     make_editor,
@@ -51,19 +46,12 @@ from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.patches.weights import WeightPatch
 from easyedit_moe.targets.search import fact_contexts
 
-METHODS = {
-    "MoTE": MoTEEditor, "MoEEdit-BCD": MoEEditEditor, "BCD+speedup": BCDSpeedupEditor, "Global": GlobalEditor,
-    "Global+speedup": GlobalSpeedupEditor, "MoE-MEMIT": MoEMEMITEditor, "MoE-AlphaEdit": MoEAlphaEditEditor,
-    "MoE-ROME": MoEROMEEditor,
-}  # fmt: skip
 APPLY = {
     "MoTE": editors.apply_mote_to_model, "MoEEdit-BCD": editors.apply_moeedit_to_model,
     "BCD+speedup": editors.apply_bcd_speedup_to_model, "Global": editors.apply_global_to_model,
     "Global+speedup": editors.apply_global_speedup_to_model, "MoE-MEMIT": editors.apply_moe_memit_to_model,
     "MoE-AlphaEdit": editors.apply_moe_alphaedit_to_model, "MoE-ROME": editors.apply_moe_rome_to_model,
 }  # fmt: skip
-VARIANTS = [*METHODS, "MoTE/update"]
-TOK = tiny_tokenizer()
 
 
 @pytest.fixture(autouse=True)
@@ -81,30 +69,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def hparams(data: Path, variant: str = "Global", **changes: Any) -> MoEHyperParams:
-    method, _, spread = variant.partition("/")
-    values: dict[str, Any] = {
-        "alg_name": method, "model_name": "tiny", "layers": [2] if method == "MoE-ROME" else [1, 2], "dtype": "float32",
-        "v_num_grad_steps": 4, "v_lr": 0.2, "clamp_norm_factor": 4, "max_length": 64,
-        "mom2_dataset": str(data / "corpus.txt"), "stats_dir": str(data / "stats"), "lambda_reg": 0.01,
-    }  # fmt: skip
-    if spread:
-        values["spread"] = spread
-    if method not in ("MoE-MEMIT", "MoE-ROME"):
-        values |= {"nullspace_threshold": 0.05, "nullspace_relative": True}
-    return hyperparams_class(method).from_dict(values | changes)
-
-
-def plain_ridge(data: Path, variant: str = "Global", **changes: Any) -> MoEHyperParams:
-    """Identity metric, and a basis that leaves nothing out: then the solution has a closed form."""
-    full = {"rank_in": 1.0, "whitening": "none"} if variant.startswith("MoTE") else {}
-    return hparams(data, variant, **({"metric": "identity", "mom2_dataset": "nowhere.txt"} | full | changes))
-
-
-def edit(model: nn.Module, hp: MoEHyperParams, facts: Sequence[Any], **options: Any) -> EditResult:
-    return make_editor(hp, progress=False).edit(model, TOK, facts, **options)
-
-
 def fact_output(model: nn.Module, layer: int, facts: Sequence[dict[str, str]]) -> Tensor:
     """Output of a layer at each fact token, one plain forward per prompt."""
     states = []
@@ -119,21 +83,6 @@ def fact_output(model: nn.Module, layer: int, facts: Sequence[dict[str, str]]) -
             model(torch.tensor([out["input_ids"]]))
         hook.remove()
     return torch.stack(states).float()
-
-
-def changed_parameters(before: dict[str, Any], model: nn.Module) -> set[str]:
-    return {n for n, p in model.named_parameters() if not torch.equal(p, before["parameters"][n])}
-
-
-def down_projections(model: nn.Module, layers: Sequence[int]) -> set[str]:
-    return {
-        n
-        for n, _ in model.named_parameters()
-        if any(f"layers.{i}." in n for i in layers)
-        and "experts" in n
-        and n.split("experts.")[-1].removesuffix(".weight").endswith("down_proj")
-        and "shared" not in n
-    }
 
 
 def stacked(model: nn.Module, layer: int) -> Tensor:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-SCRIPT = Path(__file__).parent.parent / "examples" / "train_factworld.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "train_factworld.py"
 
 
 @pytest.fixture
