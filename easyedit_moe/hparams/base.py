@@ -1,7 +1,7 @@
 """What all hyper-parameters share: closed dataclasses, read from and written to YAML.
 
 Names are EasyEdit's where EasyEdit has one. An unknown key, a wrong type or a value out of range is an error; so is a
-value that contradicts the method named by ``alg_name`` (see :mod:`easyedit_moe.hparams.presets`).
+value that contradicts the method named by ``alg_name`` (see `easyedit_moe.hparams.presets`).
 """
 
 from __future__ import annotations
@@ -18,16 +18,23 @@ import yaml
 
 from easyedit_moe.errors import HyperParamsError, did_you_mean
 from easyedit_moe.hparams import presets
-from easyedit_moe.hparams.files import read_yaml
+from easyedit_moe.hparams.files import read_with_defaults
 
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+class _Methods:
+    """Class attribute: the methods of the table that a class serves; empty for an abstract one."""
+
+    def __get__(self, instance: Any, owner: type) -> tuple[str, ...]:
+        return presets.methods_of(owner)
 
 
 @dataclass(kw_only=True)
 class MoEHyperParams:
     """What all methods share."""
 
-    methods: ClassVar[tuple[str, ...]] = ()
+    methods: ClassVar[_Methods] = _Methods()
 
     alg_name: str
     """Method, one of the class's ``methods``."""
@@ -36,15 +43,16 @@ class MoEHyperParams:
     layers: list[int]
     """Critical layers, increasing. Papers: Qwen3-30B-A3B 3-7, GPT-OSS-20B 3-5, Qwen3.6-35B-A3B 3-6."""
     device: int | str = "cpu"
-    """Device to load on: "cpu", "cuda", "cuda:1" or a GPU's number."""
+    """Device to load on: "cpu", "cuda", "cuda:1" or a GPU's number. Ours: cpu."""
     model_parallel: bool = False
-    """Spread the model over all devices (``device_map="auto"``)."""
+    """Spread the model over all devices (``device_map="auto"``). EasyEdit: false."""
     dtype: str = "bfloat16"
-    """Dtype to load the model in: float32, bfloat16 or float16. Editing arithmetic is float32 or better anyway."""
+    """Dtype to load the model in: float32, bfloat16 or float16. Editing arithmetic is float32 or better anyway.
+    Ours: bfloat16."""
     batch_size: int = 50
     """Requests per edit in ``batch_edit``. Papers: 50."""
     max_length: int = 512
-    """Tokens at which a text of the statistics corpus, or an evaluation prompt, is cut."""
+    """Tokens at which a text of the statistics corpus, or an evaluation prompt, is cut. Ours: 512."""
 
     def __post_init__(self) -> None:
         if not self.methods:
@@ -97,12 +105,14 @@ class MoEHyperParams:
 
     @classmethod
     def from_hparams(cls, path: str | Path, **overrides: Any) -> MoEHyperParams:
-        """Read a YAML file; a name without folder, like ``MoTE/factworld``, means a file that ships with the package.
+        """Read a YAML file, and what it shares with others of its model (see `read_with_defaults`).
+
+        A name without folder, like ``MoTE/factworld``, means a file that ships with the package.
 
         Raises:
             HyperParamsError: missing file, not a mapping, unknown key, wrong type or value.
         """
-        return cls.from_dict({**read_yaml(path), **overrides}, str(path))
+        return cls.from_dict({**read_with_defaults(path), **overrides}, str(path))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "hparams") -> MoEHyperParams:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from easyedit_moe.errors import HyperParamsError, did_you_mean
+from easyedit_moe.hparams import presets
+
+DEFAULTS = "defaults"
+"""Key of an hparams file that names the file of what all methods share of its model."""
 
 
 def hparams_folder() -> Path:
@@ -17,8 +22,12 @@ def hparams_folder() -> Path:
     return installed if installed.is_dir() else package.parent / "hparams"
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML mapping; see :meth:`MoEHyperParams.from_hparams` for how the path is resolved."""
+def find_yaml(path: str | Path) -> Path:
+    """The file that a path means: itself, or a name without folder, like ``MoTE/factworld``, of those that ship.
+
+    Raises:
+        HyperParamsError: there is none.
+    """
     candidates = [Path(path), hparams_folder() / str(path), hparams_folder() / f"{path}.yaml"]
     if Path(path).parts[:1] == ("hparams",):
         candidates.append(hparams_folder() / Path(*Path(path).parts[1:]))
@@ -26,6 +35,16 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if found is None:
         shipped = sorted(str(p.relative_to(hparams_folder())) for p in hparams_folder().glob("*/*.yaml"))
         raise HyperParamsError(f"The hparams file {path} does not exist.{did_you_mean(str(path), shipped)}")
+    return found
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in one YAML file, found by `find_yaml`.
+
+    Raises:
+        HyperParamsError: no such file, or one that holds no mapping.
+    """
+    found = find_yaml(path)
     try:
         values = yaml.safe_load(found.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -33,3 +52,45 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise HyperParamsError(f"{found} must hold a mapping of names to values.")
     return values
+
+
+def read_with_defaults(path: str | Path) -> dict[str, Any]:
+    """The values of an hparams file of ours, over those of the file that its key ``defaults`` names.
+
+    That file holds what all methods share of a model; of it count the keys that the method has.
+
+    Raises:
+        HyperParamsError: a missing file, one that holds no mapping, or shared keys that no method has.
+    """
+    own, shared, _ = read_layers(path)
+    return {**shared, **own}
+
+
+def read_layers(path: str | Path) -> tuple[dict[str, Any], dict[str, Any], Path | None]:
+    """As `read_with_defaults`: the file's own values, those that it shares, and the path of the shared file."""
+    own = read_yaml(path)
+    named = own.pop(DEFAULTS, None)
+    if named is None:
+        return own, {}, None
+    if not isinstance(named, str):
+        raise HyperParamsError(f"{path}: {DEFAULTS} must name a YAML file; found {named!r}.")
+    beside = find_yaml(path).parent / named
+    file = beside if beside.is_file() else hparams_folder() / Path(named).name
+    if not file.is_file():
+        raise HyperParamsError(
+            f"{path}: {DEFAULTS} names {named!r}, but neither {beside} nor {file} exists. Copy the shared file along, "
+            f"or remove the key and give all values."
+        )
+    shared = read_yaml(file)
+    name = own.get("alg_name", shared.get("alg_name"))
+    every = {key for method in presets.own_methods() for key in _settings(method.hparams)}
+    unknown = [key for key in shared if key not in every]
+    if unknown:
+        raise HyperParamsError(f"{file}: no method has a key '{unknown[0]}'.{did_you_mean(str(unknown[0]), every)}")
+    method = presets.find_method(presets.canonical_name(name)) if isinstance(name, str) else None
+    known = every if method is None else _settings(method.hparams)
+    return own, {key: value for key, value in shared.items() if key in known}, file
+
+
+def _settings(location: str) -> set[str]:
+    return {item.name for item in fields(presets.located(location))}

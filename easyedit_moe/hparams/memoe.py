@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 from easyedit_moe.hparams.base import MoEHyperParams
 
@@ -14,48 +13,48 @@ WITHOUT_ANCHOR = ("skip", "null")
 class MEMoEHyperParams(MoEHyperParams):
     """MEMoE (arXiv 2405.19086). Its equations are the paper's; all defaults are ours."""
 
-    methods: ClassVar[tuple[str, ...]] = ("MEMoE",)
-
     num_experts: int = 4
-    """E, experts of the adapter, >= 1."""
+    """E, experts of the adapter, >= 1. Ours."""
     top_k: int = 1
-    """Experts per token, 1..num_experts."""
+    """Experts per token, 1..num_experts. Ours."""
     expert_width: int = 256
-    """Hidden width of one expert, >= 1."""
+    """Hidden width of one expert, >= 1. Ours."""
     adapter_scale: float = 1.0
-    """lambda, the weight of the adapter's output, > 0."""
+    """lambda, the weight of the adapter's output, > 0. Ours."""
     token_weight: float = 1.0
     """Weight of x_i beside the anchor in the gate's input, >= 0. Paper: 1; 0 routes by the anchor alone."""
     use_anchors: bool = True
-    """Find the subjects of edited facts in texts. False: every token has the null embedding (needs "null")."""
+    """Find the subjects of edited facts in texts. False: every token has the null embedding (needs "null"). Paper:
+    true."""
     without_anchor: str = "skip"
-    """Tokens without an anchor: "skip" leaves them to the FFN, bit-equal; "null" gives them a learned embedding."""
+    """Tokens without an anchor: "skip" leaves them to the FFN, bit-equal; "null" gives them a learned embedding.
+    Ours."""
     steps: int = 100
-    """Adam steps per batch of edits, >= 1."""
+    """Adam steps per batch of edits, >= 1. Ours."""
     lr: float = 1e-3
-    """Adam's learning rate, falling linearly to a tenth, > 0."""
+    """Adam's learning rate, falling linearly to a tenth, > 0. Ours."""
     noise: float = 0.1
-    """Standard deviation of eps in the gate while training, >= 0."""
+    """Standard deviation of eps in the gate while training, >= 0. Ours."""
     locality_weight: float = 3.0
-    """Weight of KL(frozen model, edited model) on texts that say nothing of the edits, >= 0."""
+    """Weight of KL(frozen model, edited model) on texts that say nothing of the edits, >= 0. Ours."""
     balance_weight: float = 0.1
-    """Weight of the load-balancing term, >= 0."""
+    """Weight of the load-balancing term, >= 0. Ours."""
     locality_dataset: str = "wikipedia"
-    """Texts for the locality term: a file, "factworld" or a dataset name."""
+    """Texts for the locality term: a file, "factworld" or a dataset name. Ours."""
     locality_n_samples: int = 1000
-    """Texts of it to use, >= 1."""
+    """Texts of it to use, >= 1. Ours."""
     locality_max_tokens: int = 32
-    """Tokens at which such a text is cut, >= 1."""
+    """Tokens at which such a text is cut, >= 1. Ours."""
     locality_batch_size: int = 16
-    """Such texts per step, >= 1."""
+    """Such texts per step, >= 1. Ours."""
     context_prefixes: list[str] = field(default_factory=list)
-    """Texts of which one is put before the prompt at a part of the steps, evenly with the bare prompt."""
+    """Texts of which one is put before the prompt at a part of the steps, evenly with the bare prompt. Ours."""
     train_batch_size: int = 64
-    """Edits per step, >= 1."""
+    """Edits per step, >= 1. Ours."""
     replay: bool = True
-    """Train earlier sequential batches along with the new one."""
+    """Train earlier sequential batches along with the new one. Ours."""
     seed: int = 0
-    """Seed of the adapter's initialisation, the noise and the order of texts."""
+    """Seed of the adapter's initialisation, the noise and the order of texts. Ours."""
 
     def _check_ranges(self) -> None:
         super()._check_ranges()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 from easyedit_moe.algebra.nullspace import LOW_COVERAGE
 from easyedit_moe.algebra.tucker import WHITENING
@@ -21,7 +20,7 @@ class SolverHyperParams(MoEHyperParams):
     """What all solvers for expert weights share. Paper values: MoTE (arXiv 2605.16686), MoEEdit (arXiv 2602.10965)."""
 
     fact_token: str = "subject_last"
-    """Where the fact sits: subject_last, subject_first, last or subject_first_after_last."""
+    """Where the fact sits: subject_last, subject_first, last or subject_first_after_last. As in ROME and MEMIT."""
     context_prefixes: list[str] = field(default_factory=list)
     """Texts put before each prompt, for targets and keys alike; the bare prompt always counts too. Ours."""
     v_lr: float = 0.1
@@ -29,7 +28,8 @@ class SolverHyperParams(MoEHyperParams):
     v_num_grad_steps: int = 25
     """Adam steps, >= 1. Papers: Qwen 25, GPT-OSS 50."""
     v_loss_layer: int | None = None
-    """Layer whose output is read as logits; only the last one is supported, so None or its index."""
+    """Layer whose output is read as logits; only the last one is supported, so None or its index. EasyEdit: the
+    last."""
     v_weight_decay: float = 0.5
     """Weight of ``||delta|| / ||h||^2``, >= 0. MoEEdit: 0.5."""
     clamp_norm_factor: float = 0.75
@@ -52,11 +52,11 @@ class SolverHyperParams(MoEHyperParams):
     """Statistics of a layer stop once each of its experts has this many times d_hidden tokens; None: after
     ``mom2_n_samples`` texts whatever the coverage, as in the papers. Ours."""
     mom2_dtype: str = "float32"
-    """Dtype of the sums: float32 or float64."""
+    """Dtype of the sums: float32 or float64. EasyEdit: float32."""
     stats_dir: str = "./data/stats"
-    """Folder of cached statistics."""
+    """Folder of cached statistics. EasyEdit: ./data/stats."""
     metric: str = "nullspace"
-    """Metric M of the objective: identity (no null space), nullspace or covariance."""
+    """Metric M of the objective: identity (no null space), nullspace or covariance. Papers: nullspace."""
     nullspace_threshold: float = 0.02
     """Eigenvalues up to this span the null space, >= 0. Papers: 0.02, absolute."""
     nullspace_relative: bool = False
@@ -70,9 +70,11 @@ class SolverHyperParams(MoEHyperParams):
     lambda_reg: float = 1.0
     """Ridge lambda, >= 0. MoTE: 0.1 / 1 / 0.01 for Qwen3-30B / GPT-OSS / Qwen3.6; MoEEdit: 1."""
     spread: str = "residual"
-    """residual: re-collect keys per layer, residual over layers left. update: solve at the last layer, spread."""
+    """residual: re-collect keys per layer, residual over layers left. update: solve at the last layer, spread.
+    Papers: residual; MoTE's paper, eq. 14: update."""
     remember_edits: bool = False
-    """Keep the keys of earlier sequential batches as columns with zero residual."""
+    """Keep the keys of earlier sequential batches as columns with zero residual. As in AlphaEdit; off by default,
+    which is ours."""
 
     def _check_ranges(self) -> None:
         super()._check_ranges()
@@ -100,8 +102,6 @@ class SolverHyperParams(MoEHyperParams):
 @dataclass(kw_only=True)
 class MoTEHyperParams(SolverHyperParams):
     """MoTE: ridge on a Tucker core. The paper does not state its ranks; ours are explicit."""
-
-    methods: ClassVar[tuple[str, ...]] = ("MoTE",)
 
     rank_expert: int | float = 1.0
     """Rank of the expert mode: an int, or a fraction of E. Ours."""
@@ -132,8 +132,6 @@ class MoTEHyperParams(SolverHyperParams):
 class MoEEditHyperParams(SolverHyperParams):
     """MoEEdit: randomised block coordinate descent over experts."""
 
-    methods: ClassVar[tuple[str, ...]] = ("MoEEdit-BCD", "BCD+speedup")
-
     num_passes: int = 4
     """Passes over all experts, >= 1. Papers: 4 / 10 / 2 for Qwen3-30B / GPT-OSS / Qwen3.6."""
     seed: int = 42
@@ -147,8 +145,6 @@ class MoEEditHyperParams(SolverHyperParams):
 @dataclass(kw_only=True)
 class GlobalHyperParams(SolverHyperParams):
     """The exact solver, and MEMIT, AlphaEdit and ROME lifted to experts as settings of it."""
-
-    methods: ClassVar[tuple[str, ...]] = ("Global", "Global+speedup", "MoE-MEMIT", "MoE-AlphaEdit", "MoE-ROME")
 
     edits_per_solve: int | None = None
     """Requests solved together; None: all of the batch. MoE-ROME: 1."""

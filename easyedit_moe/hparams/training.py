@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 from easyedit_moe.facts.tokens import FACT_TOKENS
 from easyedit_moe.hparams.base import MoEHyperParams
@@ -22,7 +21,8 @@ class TrainingHyperParams(MoEHyperParams):
     weight_decay: float = 0.0
     """Adam's weight decay, >= 0. EasyEdit: 0."""
     order: str = "minibatch"
-    """minibatch: all facts in random batches, again and again. depth_first: one fact after the other, as of old."""
+    """minibatch: all facts in random batches, again and again. depth_first: one fact after the other, as of old.
+    Ours: minibatch."""
     train_batch_size: int = 8
     """Facts per step, >= 1; 1 for depth_first. Ours."""
     early_stop_loss: float = 0.01
@@ -43,14 +43,12 @@ class TrainingHyperParams(MoEHyperParams):
 class FTHyperParams(TrainingHyperParams):
     """Fine-tuning of the experts' down-projections."""
 
-    methods: ClassVar[tuple[str, ...]] = ("MoE-FT", "MoE-FT-L")
-
     norm_constraint: float | None = 1e-3
     """Bound on the change of each weight, > 0; None for MoE-FT. Papers: 1e-3 for FT-L."""
     experts: str = "all"
     """all: each expert that an example reaches; routed: those that the router picks for the fact tokens. Ours."""
     fact_token: str = "subject_last"
-    """The token whose experts are meant by routed."""
+    """The token whose experts are meant by routed. As in ROME."""
 
     def _check_ranges(self) -> None:
         super()._check_ranges()
@@ -63,8 +61,6 @@ class FTHyperParams(TrainingHyperParams):
 @dataclass(kw_only=True)
 class LoRAHyperParams(TrainingHyperParams):
     """Low-rank adapters by peft, merged after training."""
-
-    methods: ClassVar[tuple[str, ...]] = ("MoE-LoRA", "AdaLoRA")
 
     lr: float = 5e-3
     rank: int = 8

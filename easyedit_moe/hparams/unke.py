@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 from easyedit_moe.facts.tokens import FACT_TOKENS
 from easyedit_moe.hparams.base import MoEHyperParams
@@ -12,8 +11,6 @@ from easyedit_moe.hparams.base import MoEHyperParams
 @dataclass(kw_only=True)
 class UnKEHyperParams(MoEHyperParams):
     """UnKE (arXiv 2405.15349). Stage 1 has the solvers' names (v_...); stage 2 fits the layer."""
-
-    methods: ClassVar[tuple[str, ...]] = ("UnKE",)
 
     fact_token: str = "subject_last"
     """Where the fact sits: subject_last, subject_first, last or subject_first_after_last. UnKE's paper: last."""
@@ -30,7 +27,7 @@ class UnKEHyperParams(MoEHyperParams):
     kl_factor: float = 0.0
     """Stage 1: weight of the KL term on "{subject} is a", >= 0. UnKE has none."""
     early_stop_loss: float = 0.05
-    """Stage 1: a request whose loss falls below stops, >= 0."""
+    """Stage 1: a request whose loss falls below stops, >= 0. Ours."""
     target_batch_size: int = 256
     """Stage 1: token sequences per forward, >= 1. Ours."""
     lr: float = 2e-4
@@ -39,7 +36,7 @@ class UnKEHyperParams(MoEHyperParams):
     """Stage 2: Adam steps, >= 1. Papers: 50."""
     train: str = "experts"
     """What stage 2 trains: experts (all parameters of the routed experts), down_projections, or layer (all of the
-    decoder layer, router and attention included, which is what UnKE does on dense models)."""
+    decoder layer, router and attention included, which is what UnKE does on dense models). Ours: experts."""
     preserve_dataset: str = "wikipedia"
     """Texts on which the layer is to stay as it is: a file, "factworld" or a dataset name. UnKE: Alpaca."""
     preserve_n_samples: int = 20
