@@ -1,20 +1,25 @@
-"""The stand-alone editor: EasyEdit's calls and shapes of results, without EasyEdit."""
+"""EasyEdit's calls and shapes of results: one implementation for every home, and the stand-alone editor."""
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from easyedit_moe.editors import EditResult, Patch, make_editor
+from easyedit_moe.editors import Editor, EditResult, Patch, make_editor
 from easyedit_moe.errors import RequestError
+from easyedit_moe.evaluation.answers import AnswerScorer
 from easyedit_moe.evaluation.scoring import TargetScore, score_targets
-from easyedit_moe.facts.easyedit_requests import checked_batches, prompts_of, requests_from_columns
+from easyedit_moe.facts.easyedit_requests import HostRequest, checked_batches, prompts_of, requests_from_columns
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.hparams import MoEHyperParams, load_hyperparams
 from easyedit_moe.moe.loading import load_model
@@ -22,20 +27,225 @@ from easyedit_moe.moe.loading import load_model
 logger = logging.getLogger(__name__)
 
 Results = tuple[list[dict[str, Any]], nn.Module, dict[str, Tensor]]
+Texts = str | Sequence[str]
 
 
-class MoEEditor:
-    """Edits a model by one method and reports EasyEdit's metrics (teacher-forced token accuracies).
+class Scorer(Protocol):
+    """What is measured of requests before and after they are edited."""
+
+    def before(self, batch: Sequence[HostRequest]) -> list[Any]:
+        """One value per request of the model as it is before the edit."""
+        ...
+
+    def measured(self, before: Sequence[Any]) -> None:
+        """Told once all of a run's requests were measured before the first edit."""
+        ...
+
+    def after(self, number: int, batch: Sequence[HostRequest]) -> list[Any]:
+        """One value per request of the edited model; ``number`` is the first one's in the run."""
+        ...
+
+    def entry(self, request: HostRequest, before: Any, after: Any) -> dict[str, Any]:
+        """One request's result: "pre" and "post"."""
+        ...
+
+
+def _with_columns(run: Callable[..., Any]) -> Callable[..., Any]:
+    """EasyEdit's arguments, parallel lists or texts, for a method that takes the list of requests they make."""
+
+    @functools.wraps(run, assigned=("__module__", "__name__", "__qualname__", "__doc__"), updated=())
+    def call(
+        self: EditCalls,
+        prompts: Texts | None = None,
+        target_new: Texts | None = None,
+        ground_truth: Texts | None = None,
+        target_neg: Texts | None = None,
+        rephrase_prompts: Texts | None = None,
+        locality_inputs: Mapping[str, Mapping[str, Any]] | None = None,
+        portability_inputs: Mapping[str, Mapping[str, Any]] | None = None,
+        sequential_edit: bool = False,
+        verbose: bool = True,
+        subject: Texts | None = None,
+        requests: Sequence[Mapping[str, Any] | EditRequest] | None = None,
+        **options: Any,
+    ) -> Any:
+        made = requests or requests_from_columns(
+            prompts, target_new, ground_truth, target_neg, rephrase_prompts, locality_inputs, portability_inputs,
+            subject,
+        )  # fmt: skip
+        return run(self, made, sequential_edit, verbose, **options)
+
+    del call.__wrapped__  # its signature is the one above
+    return call
+
+
+class EditCalls(ABC):
+    """EasyEdit's calls: ``edit``, ``batch_edit``, ``edit_requests``, ``normal_edit`` and ``generate_edit``.
+
+    The loop over requests, the way back and the shape of results are here; a home says what scores them. All requests
+    are parsed and checked, once, before the first is edited. If scoring fails after an edit, that edit is taken back.
 
     Attributes:
+        hparams: of the method; changes take effect with the next call.
         model, tok: edited in place.
+        memory: what the method wants to know of earlier sequential edits.
+        editor: does the edits; keeps what was prepared between calls.
+    """
+
+    case_id_per_batch = False
+    """Whether ``case_id`` starts anew in each batch, as EasyEdit's ``batch_edit`` has it."""
+
+    hparams: MoEHyperParams
+    model: nn.Module
+    tok: PreTrainedTokenizerBase
+    memory: Any = None
+    editor: Editor | None = None
+
+    @abstractmethod
+    def scorer(self, **options: Any) -> Scorer:
+        """What measures requests; ``options`` are the call's further keywords."""
+
+    @_with_columns
+    def edit(
+        self, requests: Sequence[Mapping[str, Any] | EditRequest], sequential: bool, verbose: bool, **options: Any
+    ) -> Results:
+        """One edit after the other; unless ``sequential_edit``, each is reverted bit-exactly before the next.
+
+        Arguments and results are EasyEdit's: metrics per request with "pre" and "post" (``rewrite_acc``,
+        ``rephrase_acc``, ``locality`` -> ``<key>_acc``, ``portability`` -> ``<key>_acc``), the model, and the original
+        tensors that the last edit changed. A text and a list of one text are the same. ``target_neg`` is carried along
+        and unused. ``requests`` may be given instead of lists.
+
+        Raises:
+            RequestError: missing subjects, lists of different lengths, or requests that can't be used.
+        """
+        return self.edit_requests(requests, sequential, verbose, **options)
+
+    def edit_requests(
+        self,
+        requests: Sequence[Mapping[str, Any] | EditRequest],
+        sequential_edit: bool = False,
+        verbose: bool = True,
+        test_generation: bool = False,
+        **options: Any,
+    ) -> Results:
+        """As `edit`, with request dicts (EasyEdit's or ROME's) or `EditRequest` values."""
+        scorer = self.scorer(test_generation=test_generation, **options)
+        return self._run([[request] for request in requests], sequential_edit, verbose, scorer, measure_first=True)
+
+    @_with_columns
+    def batch_edit(
+        self, requests: Sequence[Mapping[str, Any] | EditRequest], sequential: bool, verbose: bool, **options: Any
+    ) -> Results:
+        """As `edit`, ``hparams.batch_size`` requests at a time."""
+        size = replace(self.hparams).batch_size  # checked anew, since fields can be set after reading
+        batches = [requests[start : start + size] for start in range(0, len(requests), size)]
+        return self._run(batches, sequential, verbose, self.scorer(**options))
+
+    @_with_columns
+    def generate_edit(
+        self, requests: Sequence[Mapping[str, Any] | EditRequest], sequential: bool, verbose: bool, **options: Any
+    ) -> Results:
+        """As `edit`, but "pre" and "post" hold answers by free generation instead of scores."""
+        scorer = AnswerScorer(self.model, self.tok)
+        return self._run([[request] for request in requests], sequential, verbose, scorer, measure_first=True)
+
+    def normal_edit(
+        self, prompts: Texts, target_new: Texts, sequential_edit: bool = False, subject: Texts | None = None
+    ) -> tuple[None, nn.Module, dict[str, Tensor]]:
+        """All requests as one batch, without scores: None, the model and the original tensors.
+
+        The weights are put back unless ``sequential_edit``.
+
+        Raises:
+            RequestError: no subject, or requests that can't be used.
+        """
+        requests = requests_from_columns(prompts, target_new, None, None, None, None, None, subject)
+        (batch,) = checked_batches([requests])
+        with self._scope():
+            result = self._edit(batch)
+            weights = result.patch.weights_copy(self.model)
+            self._settle(result, kept=sequential_edit)
+        return None, self.model, weights
+
+    def _run(
+        self,
+        batches: Sequence[Sequence[Mapping[str, Any] | EditRequest]],
+        sequential: bool,
+        verbose: bool,
+        scorer: Scorer,
+        measure_first: bool = False,
+    ) -> Results:
+        checked = checked_batches(batches)
+        metrics: list[dict[str, Any]] = []
+        weights: dict[str, Tensor] = {}
+        with self._scope():
+            before = [scorer.before(batch) for batch in checked] if measure_first else []
+            if measure_first:
+                scorer.measured([value for values in before for value in values])
+            for number, batch in enumerate(checked):
+                old = before[number] if measure_first else scorer.before(batch)
+                start = time.perf_counter()
+                result = self._edit(batch)
+                seconds, new = time.perf_counter() - start, None
+                try:
+                    if number == len(checked) - 1:
+                        weights = result.patch.weights_copy(self.model)
+                    new = scorer.after(len(metrics), batch)
+                finally:
+                    self._settle(result, kept=sequential and new is not None)
+                for i, (request, was, now) in enumerate(zip(batch, old, new, strict=True)):
+                    case_id = i if self.case_id_per_batch and not measure_first else len(metrics)
+                    entry = {"case_id": case_id, "requested_rewrite": request.record, "time": seconds}
+                    metrics.append({**entry, **scorer.entry(request, was, now)})
+                    if verbose:
+                        self._report(metrics[-1])
+        if measure_first:
+            self._finished(metrics)
+        return metrics, self.model, weights
+
+    def _edit(self, batch: Sequence[HostRequest]) -> EditResult:
+        settings = replace(self.hparams)  # checked anew, since fields can be set after reading
+        if self.editor is None or not _same_settings(self.editor.hparams, settings):
+            self.editor = make_editor(settings)
+        return self.editor.edit(self.model, self.tok, [request.fact for request in batch], self.memory)
+
+    def _settle(self, result: EditResult, kept: bool) -> None:
+        """Keep an edit for the next sequential one, or take it back."""
+        if kept:
+            self.memory = result.memory
+        else:
+            result.patch.revert(self.model)
+
+    def _scope(self) -> AbstractContextManager[Any]:
+        """What a run needs around it."""
+        return nullcontext()
+
+    def _report(self, entry: Mapping[str, Any]) -> None:
+        rewrite = entry["requested_rewrite"]
+        logger.info("%s -> %s: %s", rewrite["prompt"], rewrite["target_new"], entry["post"])
+
+    def _finished(self, metrics: list[dict[str, Any]]) -> None:
+        """Called with all results of a run over single edits."""
+        logger.info("%d requests were edited one by one.", len(metrics))
+
+
+def _same_settings(one: Any, other: MoEHyperParams) -> bool:
+    """Whether two hyper-parameters edit alike: the batch size is this module's affair."""
+    return type(one) is type(other) and replace(one, batch_size=1) == replace(other, batch_size=1)
+
+
+class MoEEditor(EditCalls):
+    """Edits a model by one method and reports EasyEdit's metrics (teacher-forced token accuracies), without EasyEdit.
+
+    Attributes:
         patches: applied and not undone, oldest first. ``undo()`` reverts the newest one bit-exactly.
     """
 
     def __init__(self, hparams: MoEHyperParams, model: nn.Module, tok: PreTrainedTokenizerBase) -> None:
         self.hparams, self.model, self.tok = hparams, model, tok
-        self.editor = make_editor(hparams)
-        self.memory: Any = None
+        self.editor = make_editor(replace(hparams))
+        self.memory = None
         self.patches: list[Patch] = []
         self._memories: list[Any] = []
 
@@ -54,83 +264,17 @@ class MoEEditor:
         """
         if isinstance(hparams, (str, Path)):
             hparams = load_hyperparams(hparams)
-        if (model is None) != (tok is None):
-            raise RequestError("Pass model and tok together, or neither.")
-        if model is None:
+        if model is None and tok is None:
             model, tok = load_model(
                 hparams.model_name, hparams.dtype, hparams.device, hparams.model_parallel, device_map
             )
+        if model is None or tok is None:
+            raise RequestError("Pass model and tok together, or neither.")
         return cls(hparams, model, tok)
 
-    def edit(
-        self,
-        prompts: str | Sequence[str],
-        target_new: str | Sequence[str],
-        ground_truth: str | Sequence[str] | None = None,
-        target_neg: str | Sequence[str] | None = None,
-        rephrase_prompts: str | Sequence[str] | None = None,
-        locality_inputs: Mapping[str, Mapping[str, Any]] | None = None,
-        portability_inputs: Mapping[str, Mapping[str, Any]] | None = None,
-        sequential_edit: bool = False,
-        verbose: bool = True,
-        subject: str | Sequence[str] | None = None,
-        **kwargs: Any,
-    ) -> Results:
-        """One edit after the other; unless ``sequential_edit``, each is reverted bit-exactly before the next.
-
-        Arguments and results are EasyEdit's: metrics per request with "pre" and "post" (``rewrite_acc``,
-        ``rephrase_acc``, ``locality`` -> ``<key>_acc``, ``portability`` -> ``<key>_acc``), the model, and the original
-        tensors that the last edit changed. ``target_neg`` is carried along and unused.
-
-        Raises:
-            RequestError: missing subjects, lists of different lengths, or requests that can't be used.
-        """
-        requests = kwargs.get("requests") or requests_from_columns(
-            prompts,
-            target_new,
-            ground_truth,
-            target_neg,
-            rephrase_prompts,
-            locality_inputs,
-            portability_inputs,
-            subject,
-        )
-        return self.edit_requests(requests, sequential_edit, verbose)
-
-    def edit_requests(
-        self, requests: Sequence[Mapping[str, Any] | EditRequest], sequential_edit: bool = False, verbose: bool = True
-    ) -> Results:
-        """As :meth:`edit`, with request dicts (EasyEdit's or ROME's) or :class:`EditRequest` values."""
-        return self._run([[request] for request in requests], sequential_edit, verbose, pre_first=True)
-
-    def batch_edit(
-        self,
-        prompts: Sequence[str],
-        target_new: Sequence[str],
-        ground_truth: Sequence[str] | None = None,
-        target_neg: Sequence[str] | None = None,
-        rephrase_prompts: Sequence[str] | None = None,
-        locality_inputs: Mapping[str, Mapping[str, Any]] | None = None,
-        portability_inputs: Mapping[str, Mapping[str, Any]] | None = None,
-        sequential_edit: bool = False,
-        verbose: bool = True,
-        subject: Sequence[str] | None = None,
-        **kwargs: Any,
-    ) -> Results:
-        """As :meth:`edit`, ``hparams.batch_size`` requests at a time."""
-        requests = requests_from_columns(
-            prompts,
-            target_new,
-            ground_truth,
-            target_neg,
-            rephrase_prompts,
-            locality_inputs,
-            portability_inputs,
-            subject,
-        )
-        size = self.hparams.batch_size
-        batches = [requests[start : start + size] for start in range(0, len(requests), size)]
-        return self._run(batches, sequential_edit, verbose, pre_first=False)
+    def scorer(self, **options: Any) -> Scorer:
+        """Token accuracies by this package's own forwards; all prompts of a batch at once."""
+        return TokenScorer(self.model, self.tok)
 
     def undo(self) -> None:
         """Revert the newest edit that is still in the model, bit-exactly.
@@ -145,72 +289,57 @@ class MoEEditor:
         self.patches.pop()
         self.memory = self._memories.pop()
 
-    def _run(
-        self,
-        batches: Sequence[Sequence[Mapping[str, Any] | EditRequest]],
-        sequential: bool,
-        verbose: bool,
-        pre_first: bool,
-    ) -> Results:
-        batches = checked_batches(batches)
-        metrics: list[dict[str, Any]] = []
-        before = [self._measure(batch) for batch in batches] if pre_first else []
-        weights: dict[str, Tensor] = {}
-        for number, batch in enumerate(batches):
-            pre = before[number] if pre_first else self._measure(batch)
-            start = time.perf_counter()
-            result = self._edit(batch)
-            seconds = time.perf_counter() - start
-            if number == len(batches) - 1:
-                weights = result.patch.weights_copy(self.model)
-            try:
-                post = self._measure(batch)
-            finally:
-                if not sequential:
-                    self.undo()
-            for request, old, new in zip(batch, pre, post, strict=True):
-                metrics.append(_metrics_entry(len(metrics), request, old, new, seconds))
-                if verbose:
-                    logger.info("%s -> %s: %s", request["prompt"], request["target_new"], metrics[-1]["post"])
-        return metrics, self.model, weights
+    def _settle(self, result: EditResult, kept: bool) -> None:
+        if kept:
+            self.patches.append(result.patch)
+            self._memories.append(self.memory)
+        super()._settle(result, kept)
 
-    def _edit(self, batch: Sequence[Mapping[str, Any]]) -> EditResult:
-        result = self.editor.edit(self.model, self.tok, batch, self.memory)
-        self.patches.append(result.patch)
-        self._memories.append(self.memory)
-        self.memory = result.memory
-        return result
 
-    def _measure(self, batch: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+class TokenScorer:
+    """EasyEdit's metrics without EasyEdit: the share of a target's tokens that are the model's own first choice.
+
+    Locality is the share of predicted tokens that are the same before and after the edit.
+    """
+
+    def __init__(self, model: nn.Module, tok: PreTrainedTokenizerBase) -> None:
+        self.model, self.tok = model, tok
+
+    def before(self, batch: Sequence[HostRequest]) -> list[Any]:
         """Scores of every prompt of every request, keyed by its place in the result."""
         places: list[tuple[int, tuple[str, ...]]] = []
         pairs: list[tuple[str, str]] = []
         for i, request in enumerate(batch):
-            for place, prompt, target in prompts_of(request):
+            for place, prompt, target in prompts_of(request.record):
                 places.append((i, place))
                 pairs.append((prompt, target))
-        found: list[dict[str, Any]] = [{} for _ in batch]
-        scores = score_targets(self.model, self.tok, pairs)
-        for (i, place), score in zip(places, scores, strict=True):
+        found: list[Any] = [{} for _ in batch]
+        for (i, place), score in zip(places, score_targets(self.model, self.tok, pairs), strict=True):
             found[i].setdefault(place, []).append(score)
         return found
 
+    def measured(self, before: Sequence[Any]) -> None:
+        """Nothing more is kept of the scores before the edits."""
 
-def _metrics_entry(
-    case_id: int, request: Mapping[str, Any], old: dict[str, Any], new: dict[str, Any], seconds: float
-) -> dict[str, Any]:
-    entry: dict[str, Any] = {"case_id": case_id, "requested_rewrite": dict(request), "time": seconds}
-    for phase, found in (("pre", old), ("post", new)):
-        section: dict[str, Any] = {"locality": {}, "portability": {}}
-        for place, scores in found.items():
-            if place[0] in ("rewrite", "rephrase"):
-                section[f"{place[0]}_acc"] = [s.token_accuracy for s in scores]
-            elif place[0] == "portability":
-                section["portability"][f"{place[1]}_acc"] = [s.token_accuracy for s in scores]
-            elif phase == "post":
-                section["locality"][f"{place[1]}_acc"] = _unchanged(old[place], scores)
-        entry[phase] = section
-    return entry
+    def after(self, number: int, batch: Sequence[HostRequest]) -> list[Any]:
+        """As `before`, of the edited model."""
+        return self.before(batch)
+
+    def entry(self, request: HostRequest, before: Any, after: Any) -> dict[str, Any]:
+        """EasyEdit's sections of one request."""
+        entry: dict[str, Any] = {}
+        for phase, found in (("pre", before), ("post", after)):
+            section: dict[str, Any] = {"locality": {}, "portability": {}}
+            for place, scores in found.items():
+                accuracies = [score.token_accuracy for score in scores]
+                if place[0] in ("rewrite", "rephrase"):
+                    section[f"{place[0]}_acc"] = accuracies
+                elif place[0] == "portability":
+                    section["portability"][f"{place[1]}_acc"] = accuracies
+                elif phase == "post":
+                    section["locality"][f"{place[1]}_acc"] = _unchanged(before[place], scores)
+            entry[phase] = section
+        return entry
 
 
 def _unchanged(before: Sequence[TargetScore], after: Sequence[TargetScore]) -> list[float]:

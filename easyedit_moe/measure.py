@@ -50,7 +50,7 @@ def reset_peak_memory() -> None:
 
 
 def peak_memory_bytes() -> int:
-    """Bytes at the peak since :func:`reset_peak_memory`: allocated on all GPUs, or resident in the process.
+    """Bytes at the peak since `reset_peak_memory`: allocated on all GPUs, or resident in the process.
 
     Where the system can't reset the peak (outside Linux), it is that of the whole process so far.
     """

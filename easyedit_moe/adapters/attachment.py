@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,8 @@ from easyedit_moe.errors import AdapterError, LayerError
 from easyedit_moe.facts.anchors import NO_ANCHOR, SubjectMatcher
 from easyedit_moe.facts.tokens import encode_target
 from easyedit_moe.moe.capture import layer_output, replace_layer_output
-from easyedit_moe.moe.layers import decoder_stack
+from easyedit_moe.moe.embeddings import input_embeddings
+from easyedit_moe.moe.layers import decoder_of, decoder_stack
 
 SUBMODULE = "memoe_adapter"
 FFN_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe")
@@ -107,7 +108,7 @@ def add_subjects(model: nn.Module, tok: PreTrainedTokenizerBase, adapter: MoEAda
     """Make an attached adapter know new subjects, embedded by the model's token embedding (mean over the tokens)."""
     new = [subject for subject in dict.fromkeys(subjects) if subject not in adapter.subjects]
     if new:
-        table = model.get_input_embeddings()
+        table = input_embeddings(model)
         device = table.weight.device
         with torch.no_grad():
             rows = [
@@ -122,9 +123,8 @@ def add_subjects(model: nn.Module, tok: PreTrainedTokenizerBase, adapter: MoEAda
 
 def _entrances(model: nn.Module) -> list[nn.Module]:
     """Where token ids come in: the model, and its decoder, which some callers use directly."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    inside = isinstance(decoder, nn.Module) and decoder is not model
-    return [model, decoder] if inside else [model]
+    decoder = decoder_of(model)
+    return [model] if decoder is None or decoder is model else [model, decoder]
 
 
 class _Attachment:
@@ -159,8 +159,9 @@ class _Attachment:
             self.history.keep_with(cache)
         full = torch.full(self.history.ids.shape, NO_ANCHOR)
         if self.adapter.config.use_anchors:
+            matcher = cast(SubjectMatcher, self.adapter.matcher)  # an attached adapter has one
             for i, row in enumerate(self.history.rows()):
-                full[i, self.history.mask[i]] = torch.tensor(self.adapter.matcher.anchors(row), dtype=torch.long)
+                full[i, self.history.mask[i]] = torch.tensor(matcher.anchors(row), dtype=torch.long)
         self.anchors = full[:, full.shape[1] - ids.shape[1] :]
 
     def close(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
@@ -223,6 +224,7 @@ class _History:
         return [ids[mask].tolist() for ids, mask in zip(self.ids, self.mask, strict=True)]
 
     def take(self, rows: Tensor) -> None:
+        """Keep these sequences, in this order."""
         self.ids, self.mask = self.ids[rows], self.mask[rows]
 
     def keep_with(self, cache: Any) -> None:

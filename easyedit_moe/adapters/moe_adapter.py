@@ -2,7 +2,7 @@
 
 ``h_i = FFN(x_i) + lambda * sum_e G_e E_e(x_i)`` with the gate ``G = top_k(softmax(W_g R(x_i) + eps))`` and
 knowledge-anchor routing ``R(x_i) = concat(x_i, embed(anchor))``. Here is the arithmetic, and saving and loading;
-:mod:`easyedit_moe.adapters.attachment` hangs it into a model.
+`easyedit_moe.adapters.attachment` hangs it into a model.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ class AdapterConfig:
     Attributes:
         layer: index of the decoder layer beside whose FFN it sits.
         d_model: d, width of the FFN's input and output.
-        num_experts, expert_width, top_k: E experts of one hidden layer of this width, of which each token uses top_k.
+        num_experts: E, experts of one hidden layer each.
+        expert_width: width of that layer.
+        top_k: experts that each token uses.
         scale: lambda.
         noise: standard deviation of eps, which is added to the gate's logits in training mode only.
         token_weight: weight of x_i in R(x_i); 1 is the paper's, 0 routes by the anchor alone.
@@ -108,6 +110,8 @@ class MoEAdapter(nn.Module):
     adapter.
     """
 
+    anchors: Tensor
+
     def __init__(self, config: AdapterConfig, seed: int = 0) -> None:
         super().__init__()
         if not 1 <= config.top_k <= config.num_experts:
@@ -173,12 +177,12 @@ class MoEAdapter(nn.Module):
         self.subjects += tuple(subjects)
 
     def state(self) -> dict[str, Any]:
-        """A copy of everything that an edit changes, for :meth:`put_back`."""
+        """A copy of everything that an edit changes, for `put_back`."""
         tensors = {name: t.detach().clone() for name, t in [*self.named_parameters(), *self.named_buffers()]}
         return {"tensors": tensors, "subjects": self.subjects, "facts": self.facts, "edits": self.edits}
 
     def put_back(self, state: dict[str, Any]) -> None:
-        """Return to a :meth:`state`, bit for bit, on the device and in the dtype that the adapter has now."""
+        """Return to a `state`, bit for bit, on the device and in the dtype that the adapter has now."""
         for name, parameter in self.named_parameters():
             parameter.data = state["tensors"][name].to(parameter)
         self.anchors = state["tensors"]["anchors"].to(self.anchors)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from easyedit_moe.adapters.moe_adapter import (
 )
 from easyedit_moe.errors import RequestError, not_finite
 from easyedit_moe.evaluation.scoring import score_only
-from easyedit_moe.facts.anchors import NO_ANCHOR
+from easyedit_moe.facts.anchors import NO_ANCHOR, SubjectMatcher
 from easyedit_moe.facts.tokens import collate, encode_target, encode_text, pad_id, subject_span
 from easyedit_moe.hparams import MEMoEHyperParams
 from easyedit_moe.moe.capture import hooks, model_device
@@ -61,9 +62,10 @@ def check_facts(
     """
     if not adapter.config.use_anchors:
         return
+    matcher = cast(SubjectMatcher, adapter.matcher)  # an attached adapter has one
     for number, fact in enumerate(facts):
         for prefix in ("", *prefixes):
-            found = adapter.matcher.anchors(encode_text(tok, prefix + fact.prompt))
+            found = matcher.anchors(encode_text(tok, prefix + fact.prompt))
             if found[-1] == NO_ANCHOR or adapter.subjects[found[-1]] != fact.subject:
                 seen = "nothing" if found[-1] == NO_ANCHOR else repr(adapter.subjects[found[-1]])
                 raise RequestError(

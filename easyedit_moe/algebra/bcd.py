@@ -79,11 +79,14 @@ def solve_bcd(
     GPU, small problems are iterated on the CPU.
 
     Args:
-        keys, residual, lambda_reg, metric: as in :func:`solve_exact`.
-        orders: the order of experts of each pass, see :func:`expert_orders`.
+        keys: of T tokens, as in `solve_exact`.
+        residual: ``[T, d]``, r.
+        lambda_reg: weight of the penalty, >= 0.
+        metric: the M_j.
+        orders: the order of experts of each pass, see `expert_orders`.
 
     Raises:
-        NumericalError, HyperParamsError: as in :func:`solve_exact`; HyperParamsError for an empty ``orders``.
+        NumericalError, HyperParamsError: as in `solve_exact`; HyperParamsError for an empty ``orders``.
     """
     if not orders:
         raise HyperParamsError("num_passes must be at least 1.")

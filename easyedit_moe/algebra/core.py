@@ -123,7 +123,7 @@ def solve_mote(
     ((re ri) x (re ri)) or "auto", which takes the smaller. Neither form holds all of Phi ``[T, re ri]``.
 
     Raises:
-        NumericalError, HyperParamsError: as in :func:`solve_exact`.
+        NumericalError, HyperParamsError: as in `solve_exact`.
     """
     check_lambda(lambda_reg)
     wanted, core = finite_residual(residual), _core_without_left(keys, basis, metric)
@@ -150,7 +150,7 @@ def solve_core(
     basis: TuckerBasis,
     form: str = "auto",
 ) -> Tensor:
-    """The core of :func:`solve_mote` as a dense ``[re, ro, ri]``: for tests and small problems only."""
+    """The core of `solve_mote` as a dense ``[re, ro, ri]``: for tests and small problems only."""
     core = solve_mote(keys, residual, lambda_reg, metric, basis, form)
     return core if isinstance(core, Tensor) else core.dense()
 

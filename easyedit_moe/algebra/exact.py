@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from easyedit_moe.algebra.metric import ExpertBlock, Metric, expert_blocks, transposed_root, unknowns_of
+from easyedit_moe.algebra.metric import ExpertBlock, Metric, expert_blocks, transposed_root
 from easyedit_moe.algebra.routed_keys import FactoredUpdate, RoutedKeys
 from easyedit_moe.algebra.systems import (
     CHUNK,
@@ -30,6 +30,8 @@ def solve_exact(
     Args:
         keys: of T tokens.
         residual: ``[T, d]``, r; rows of zeros keep what those keys now yield.
+        lambda_reg: weight of the penalty, >= 0.
+        metric: the M_j.
         form: "dual", "primal" or "auto", the smaller.
 
     Raises:
@@ -37,7 +39,7 @@ def solve_exact(
     """
     check_lambda(lambda_reg)
     wanted, blocks = finite_residual(residual), expert_blocks(keys, metric)
-    unknowns = sum(unknowns_of(block) for block in blocks)
+    unknowns = sum(block.unknowns for block in blocks)
     if resolve_form(form, keys.num_tokens, unknowns, lambda_reg) == "primal":
         return _exact_primal(keys, wanted, lambda_reg, metric, blocks)
     gram = wanted.new_zeros(keys.num_tokens, keys.num_tokens)
@@ -51,7 +53,7 @@ def solve_exact(
 def _exact_primal(
     keys: RoutedKeys, wanted: Tensor, lambda_reg: float, metric: Metric, blocks: list[ExpertBlock]
 ) -> FactoredUpdate:
-    sizes = [unknowns_of(block) for block in blocks]
+    sizes = [block.unknowns for block in blocks]
     total, tokens = sum(sizes), keys.num_tokens
     energy = wanted.new_zeros(tokens)
     for block in blocks:

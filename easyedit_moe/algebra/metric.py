@@ -26,7 +26,7 @@ class Metric(Protocol):
         ...
 
     def lift(self, expert: int, y: Tensor) -> Tensor:
-        """``N_j^T y`` as ``[h, n]`` for combinations y of what :meth:`root` returned: ``lift(root(x)) = M_j x``."""
+        """``N_j^T y`` as ``[h, n]`` for combinations y of what `root` returned: ``lift(root(x)) = M_j x``."""
         ...
 
     def inverse(self, expert: int, x: Tensor) -> Tensor:
@@ -126,15 +126,21 @@ class ExpertBlock:
     rows: Tensor
     root: Tensor
 
+    @property
+    def unknowns(self) -> int:
+        """n_j, the rows of the root: what this expert adds to the side of the primal system."""
+        return self.root.shape[0]
+
 
 def expert_blocks(keys: RoutedKeys, metric: Metric) -> list[ExpertBlock]:
+    """One `ExpertBlock` in float64 per expert that is hit, in increasing order of experts.
+
+    Raises:
+        NumericalError: keys or gates that are not finite.
+    """
     if not (torch.isfinite(keys.key).all() and torch.isfinite(keys.gate).all()):
         raise keys_not_finite()
     return [ExpertBlock(p.expert, p.rows, metric.root(p.expert, p.z)) for p in keys.design(SYSTEM_DTYPE)]
-
-
-def unknowns_of(block: ExpertBlock) -> int:
-    return block.root.shape[0]
 
 
 def transposed_root(metric: Metric, expert: int, like: Tensor, d_hidden: int) -> Tensor:

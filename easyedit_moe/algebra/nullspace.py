@@ -36,7 +36,7 @@ class ExpertProjector:
         return self(x) if self.complement else self.basis.to(device=x.device, dtype=x.dtype).T @ x
 
     def lift(self, y: Tensor) -> Tensor:
-        """``N^T y`` for combinations y of what :meth:`root` returned, so that ``lift(root(x)) = P x``."""
+        """``N^T y`` for combinations y of what `root` returned, so that ``lift(root(x)) = P x``."""
         return y if self.complement else self.basis.to(device=y.device, dtype=y.dtype) @ y
 
     @property
@@ -57,11 +57,11 @@ class NullSpace:
         return self.projectors[expert](x)
 
     def root(self, expert: int, x: Tensor) -> Tensor:
-        """See :meth:`ExpertProjector.root`."""
+        """See `ExpertProjector.root`."""
         return self.projectors[expert].root(x)
 
     def lift(self, expert: int, y: Tensor) -> Tensor:
-        """See :meth:`ExpertProjector.lift`."""
+        """See `ExpertProjector.lift`."""
         return self.projectors[expert].lift(y)
 
     def inverse(self, expert: int, x: Tensor) -> Tensor:
@@ -114,7 +114,9 @@ def null_space(
         moments: ``[E, h, h]``, ``C_j = (1/n_j) sum k k^T``, any float dtype; eigh runs in float64.
         counts: ``[E]``, tokens that reached each expert.
         threshold: absolute (papers: 0.02), or a share of each expert's largest eigenvalue if ``relative``.
-        min_count, low_coverage: see :data:`LOW_COVERAGE`.
+        relative: whether ``threshold`` is such a share.
+        min_count: tokens below which an expert counts as thinly covered.
+        low_coverage: what becomes of such an expert, see `LOW_COVERAGE`.
 
     Raises:
         NumericalError: moments that are not finite, or an eigendecomposition that fails.

@@ -27,16 +27,16 @@ class RoutedKeys:
 
     @property
     def num_tokens(self) -> int:
-        """T."""
+        """Number T of tokens."""
         return self.expert.shape[0]
 
     @property
     def d_hidden(self) -> int:
-        """h."""
+        """Width h of a key."""
         return self.key.shape[-1]
 
     def design(self, dtype: torch.dtype = torch.float64) -> list[ExpertDesign]:
-        """One :class:`ExpertDesign` per expert that is hit, in increasing order of experts.
+        """One `ExpertDesign` per expert that is hit, in increasing order of experts.
 
         Slots with a zero gate are left out: a padded slot names an expert that its token may also really use.
         """

@@ -58,7 +58,7 @@ def factor_ridge(gram: Tensor, lambda_reg: float) -> Tensor:
 
 
 def factor_ridge_(gram: Tensor, lambda_reg: float) -> Tensor:
-    """As :func:`factor_ridge`, in the memory of ``gram``."""
+    """As `factor_ridge`, in the memory of ``gram``."""
     check_lambda(lambda_reg)
     if not math.isfinite(float(gram.sum())) and not torch.isfinite(gram).all():
         raise keys_not_finite()
@@ -70,15 +70,18 @@ def factor_ridge_(gram: Tensor, lambda_reg: float) -> Tensor:
 
 
 def check_lambda(lambda_reg: float) -> None:
+    """HyperParamsError for a negative or infinite lambda."""
     if not 0 <= lambda_reg < float("inf"):
         raise HyperParamsError(f"lambda_reg must be finite and >= 0; found {lambda_reg}.")
 
 
 def keys_not_finite() -> NumericalError:
+    """The error for keys or gates that are not finite."""
     return NumericalError("The keys of these requests hold NaN or infinity: the model's weights are not finite.")
 
 
 def singular_system(size: int, lambda_reg: float) -> NumericalError:
+    """The error for a system of side ``size`` that this lambda leaves singular."""
     return NumericalError(
         f"The {size} x {size} system is singular at lambda_reg {lambda_reg}: some requests "
         "share a key, or have none left in the null space. Raise lambda_reg."
@@ -95,6 +98,11 @@ def finite_residual(residual: Tensor) -> Tensor:
 
 
 def resolve_form(form: str, tokens: int, unknowns: int, lambda_reg: float) -> str:
+    """The form itself, "dual" or "primal"; for "auto" the one with the smaller system, primal only with a ridge.
+
+    Raises:
+        HyperParamsError: an unknown form.
+    """
     if form == "auto":
         return "primal" if unknowns < tokens and lambda_reg > 0 else "dual"
     if form not in ("dual", "primal"):

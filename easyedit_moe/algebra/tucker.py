@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -135,18 +136,23 @@ def _stack_gram(stack: _Stack, mode: int) -> Tensor:
         NumericalError: weights that are not finite.
     """
     if mode == 0:
-        gram = sum(_chunk_gram(chunk, 0) for chunk in stack.rows())
+        gram = _total(_chunk_gram(chunk, 0) for chunk in stack.rows())
     elif mode == 1:
-        gram = sum(_chunk_gram(chunk, 1) for _, chunk in stack.experts())
+        gram = _total(_chunk_gram(chunk, 1) for _, chunk in stack.experts())
     else:
         # (W S)^T (W S) = S^T (W^T W) S needs no whitened weights.
-        gram = sum(_columns_gram(chunk) for _, chunk in stack.experts(whiten=False))
+        gram = _total(_columns_gram(chunk) for _, chunk in stack.experts(whiten=False))
         if stack.s_in is not None:
             s = stack.s_in.to(torch.float64)
             gram = s.T @ gram @ s
     if not torch.isfinite(gram).all():
         raise NumericalError("The down-projections hold NaN or infinity; reload the model.")
     return gram
+
+
+def _total(grams: Iterable[Tensor]) -> Tensor:
+    """Sum of one or more Gram matrices."""
+    return cast(Tensor, sum(grams))  # the int 0 only where there is none
 
 
 def _columns_gram(chunk: Tensor) -> Tensor:
@@ -167,8 +173,7 @@ def _randomised_range(stack: _Stack, mode: int, rank: int) -> Tensor:
     algorithms 4.4 and 5.3) with a fixed seed: 10 extra directions, 2 power iterations, Rayleigh-Ritz at the end.
 
     The error ``||W - its projection||`` stays within 1.005 times the truncated HOSVD's where singular values decay, and
-    within 1.05 times where they hardly do (both tested);
-    :attr:`TuckerBasis.relative_error` is that of the basis itself.
+    within 1.05 times where they hardly do (both tested); `TuckerBasis.relative_error` is that of the basis itself.
     """
     size = stack.shape[mode]
     draw = torch.Generator().manual_seed(0)
@@ -239,10 +244,15 @@ def tucker_basis(
     Args:
         weights: ``[E, d, h]``, or E matrices ``[d, h]``; any float dtype; products in float32 or better, eigh in
             float64.
-        rank_expert, rank_out, rank_in: ints, or fractions of E, d and h.
+        rank_expert: re, an int or a fraction of E.
+        rank_out: ro, an int or a fraction of d.
+        rank_in: ri, an int or a fraction of h.
+        hooi_sweeps: passes that refine all factors, >= 0.
+        whitening: "none", "in", "out" or "both".
         sigma_in: ``[h, h]`` second moment of the keys, pooled over experts; for "in" and "both".
         sigma_out: ``[d, d]`` second moment of the MoE block's output; for "out" and "both".
-        method: "gram", "randomised" (modes 1 and 2, see :func:`_randomised_range` for its error), or "auto": the range
+        whitening_eps: what is added to the diagonal of the second moments, > 0.
+        method: "gram", "randomised" (modes 1 and 2, see `_randomised_range` for its error), or "auto": the range
             finder for a rank below a seventh of its mode.
         chunk_numbers: numbers in one chunk, of which there are three at most.
 
@@ -281,7 +291,7 @@ def tucker_basis(
         energies.append((mode, float(torch.trace(gram)), float((factors[mode] * (gram @ factors[mode])).sum())))
     for _ in range(hooi_sweeps):
         for mode, rank in enumerate(ranks):
-            gram = sum(_chunk_gram(chunk, mode) for chunk in _project(stack, factors, skip=mode))
+            gram = _total(_chunk_gram(chunk, mode) for chunk in _project(stack, factors, skip=mode))
             factors[mode] = _leading(gram, rank)
     error = _relative_error(stack, factors, energies)
     u_expert, u_out, u_in = factors

@@ -2,20 +2,50 @@
 
 from __future__ import annotations
 
+from typing import Annotated
 
-def methods() -> None:
-    """List all methods and the models that hparams ship for."""
+import typer
+
+from easyedit_moe.commands.reporting import errors_reported
+
+
+def methods(
+    show: Annotated[
+        str, typer.Option(help="METHOD/MODEL, or a YAML file: print all its settings and whose choice each is.")
+    ] = "",
+) -> None:
+    """List all methods and the models that hparams ship for, or show one method's settings with their sources."""
+    if show:
+        _show(show)
+    else:
+        _list()
+
+
+def _list() -> None:
     from rich.console import Console
+    from rich.table import Table
 
-    from easyedit_moe.editors import editor_class, method_names
-    from easyedit_moe.host.baseline_hparams import HOST_METHODS
-    from easyedit_moe.hparams import hparams_folder
+    from easyedit_moe.hparams import hparams_folder, presets
 
+    table = Table("method", "code", "edits", "statistics", "from", "hparams for")
+    for method in [*presets.own_methods(), *presets.host_methods()]:
+        models = ", ".join(sorted(path.stem for path in (hparams_folder() / method.name).glob("*.yaml")))
+        needed = "yes" if method.statistics else "no"
+        table.add_row(f"[bold]{method.name}[/]", method.code, method.edits, needed, method.source, models)
     console = Console()
-    for name in method_names():
-        models = ", ".join(sorted(p.stem for p in (hparams_folder() / name).glob("*.yaml")))
-        summary = (editor_class(name).__doc__ or "").strip().splitlines()[0]
-        console.print(f"[bold]{name}[/]: {summary} [dim]({models})[/]", highlight=False)
-    for name in HOST_METHODS:
-        models = ", ".join(sorted(p.stem for p in (hparams_folder() / name).glob("*.yaml")))
-        console.print(f"[bold]{name}[/]: EasyEdit's own, where it is there. [dim]({models})[/]", highlight=False)
+    Console(width=max(console.width, 150)).print(table, highlight=False)
+
+
+def _show(path: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    with errors_reported():
+        from easyedit_moe.hparams.sources import sourced_values
+
+        values = sourced_values(path)
+    table = Table("setting", "value", "said in", "source", title=path)
+    for item in values:
+        table.add_row(item.name, str(item.value), item.said_in, item.source)
+    console = Console()
+    Console(width=max(console.width, 150)).print(table, highlight=False)

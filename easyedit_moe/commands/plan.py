@@ -22,19 +22,22 @@ def plan(
     from rich.console import Console
     from rich.table import Table
 
-    from easyedit_moe.comparison.settings import resolve_hparams
-    from easyedit_moe.editors import planner
+    from easyedit_moe.comparison.settings import loading_settings, resolve_hparams
+    from easyedit_moe.editors import editor_class
+    from easyedit_moe.editors.planner import Workload
     from easyedit_moe.moe.loading import empty_model
 
     with errors_reported():
-        settings = resolve_hparams(method, model, hparams, {"dtype": dtype} if dtype else {})
-        shapes = planner.shapes_of(empty_model(model, settings.dtype), settings.layers)
+        overrides = {"dtype": dtype} if dtype else {}
+        settings = resolve_hparams(method, model, hparams, overrides)
+        loaded_as = dtype or loading_settings([settings], model).dtype
         limit = int(budget * 1e9) if budget else None
-        found = planner.plan(
-            shapes, settings, edits or None, earlier, budget=limit, device=str(settings.device).split(":")[0]
-        )
+        workload = Workload(edits or None, earlier, limit)
+        found = editor_class(method).plan_for(settings, empty_model(model, loaded_as), workload)
     table = Table("stage", "kept", "while it runs", "peak", "", title=f"{settings.alg_name} on {model}, GB")
-    table.add_row("model", f"{shapes.parameters / 1e9:.3f}", "", f"{shapes.parameters / 1e9:.3f}", settings.dtype)
+    table.add_row(
+        "model", f"{found.shapes.parameters / 1e9:.3f}", "", f"{found.shapes.parameters / 1e9:.3f}", loaded_as
+    )
     for stage, peak in zip(found.stages, found.peaks(), strict=True):
         table.add_row(stage.name, *(f"{n / 1e9:.3f}" for n in (stage.kept, stage.working, peak)), stage.note)
     console = Console()

@@ -12,7 +12,7 @@ from easyedit_moe.errors import EditingError
 
 @contextmanager
 def errors_reported() -> Iterator[None]:
-    """Within, an :class:`EditingError` is printed on standard error, and the command exits with code 2."""
+    """Within, an `EditingError` is printed on standard error, and the command exits with code 2."""
     try:
         yield
     except EditingError as error:

@@ -87,6 +87,8 @@ def compare(
     same weights; the seconds they took count for each. Later batches find their own, at the method's own weights.
 
     Args:
+        task: the model and the records.
+        hparams: of each method.
         on_row: called with each finished row.
         labels: names of the rows where they are not the methods'.
         easyedit_metrics: also score each row by EasyEdit's own code and protocol.
@@ -143,14 +145,6 @@ def _easyedit_quality(task: Task) -> Quality:
     return EasyEditQuality(task.model, task.tok, task.records).measure
 
 
-def _editor(hparams: MoEHyperParams | BaselineHyperParams) -> Editor:
-    if isinstance(hparams, MoEHyperParams):
-        return make_editor(hparams)
-    from easyedit_moe.host.baselines import BaselineEditor
-
-    return BaselineEditor(hparams)
-
-
 def _run_method(
     task: Task,
     hparams: MoEHyperParams | BaselineHyperParams,
@@ -161,8 +155,9 @@ def _run_method(
 ) -> Row:
     watch, model = Stopwatch(), task.model
     reset_peak_memory()
-    editor = _editor(hparams)
-    memory, patches, reached = None, [], None
+    editor = make_editor(hparams)
+    memory, reached = None, None
+    patches: list[Patch] = []
     with _restored(model, patches):
         for start in range(0, len(task.records), task.batch_size):
             batch = [record.request for record in task.records[start : start + task.batch_size]]

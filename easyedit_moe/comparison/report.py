@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 from rich import box
 from rich.table import Table
@@ -51,8 +52,9 @@ EASYEDIT_COLUMNS = ("method", "code", "rewrite_acc", "rephrase_acc", "locality_a
 
 
 def easyedit_cells(row: Row) -> list[str]:
-    """One line of the table of EasyEdit's metrics."""
-    return [row.method, row.code, *(_score(row.easyedit[name]) for name in EASYEDIT_COLUMNS[2:])]
+    """One line of the table of EasyEdit's metrics, of a row that has them."""
+    scores = cast(dict[str, Score], row.easyedit)
+    return [row.method, row.code, *(_score(scores[name]) for name in EASYEDIT_COLUMNS[2:])]
 
 
 def tables(comparison: Comparison) -> list[Table]:

@@ -14,7 +14,7 @@ from easyedit_moe.facts.records import EvaluationRecord, load_records
 from easyedit_moe.moe.fingerprint import model_fingerprint
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.moe.loading import load_model
-from easyedit_moe.patches.weights import versions
+from easyedit_moe.patches.checks import versions
 from easyedit_moe.statistics.corpus import corpus_hash
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""One file per method; importing this package registers all of them."""
+"""One file per method, and what they share; the table of methods says which class serves which method."""
 
 from easyedit_moe.editors.adalora import AdaLoRAEditor, apply_adalora_to_model
 from easyedit_moe.editors.base import Editor, EditResult, Patch
@@ -15,7 +15,7 @@ from easyedit_moe.editors.moe_rome import MoEROMEEditor, apply_moe_rome_to_model
 from easyedit_moe.editors.moeedit import MoEEditEditor, apply_moeedit_to_model
 from easyedit_moe.editors.mote import MoTEEditor, apply_mote_to_model
 from easyedit_moe.editors.prepared import EditMemory, Prepared
-from easyedit_moe.editors.registry import editor_class, make_editor, method_names, register_editor
+from easyedit_moe.editors.registry import editor_class, make_editor, method_names
 from easyedit_moe.editors.solving import SolvingEditor
 from easyedit_moe.editors.training import TrainingEditor
 from easyedit_moe.editors.unke import UnKEEditor, apply_unke_to_model
@@ -60,5 +60,4 @@ __all__ = [
     "editor_class",
     "make_editor",
     "method_names",
-    "register_editor",
 ]

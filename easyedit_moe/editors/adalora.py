@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from easyedit_moe.editors.moe_lora import PeftEditor
-from easyedit_moe.editors.registry import register_editor
+from easyedit_moe.editors.moe_lora import PeftEditor, adapters_of
 from easyedit_moe.editors.training import Masters, Step, TrainingJob, check_writable
+from easyedit_moe.editors.training_planner import Trained
 from easyedit_moe.errors import LayerError
+from easyedit_moe.hparams import LoRAHyperParams
 from easyedit_moe.moe.layers import MoELayer, MoELayerView
 
 
-@register_editor
 class AdaLoRAEditor(PeftEditor):
     """AdaLoRA on the attention projections of the critical layers, merged after training.
 
@@ -27,29 +27,28 @@ class AdaLoRAEditor(PeftEditor):
     """
 
     method = "AdaLoRA"
-    edits = "dense site"
+
+    @classmethod
+    def trained(cls, hparams: LoRAHyperParams, view: MoELayerView) -> Trained:
+        """Adapters at their initial rank, 1.5 ``rank``."""
+        weights = [module.get_parameter("weight") for module in _adapted_modules(view, hparams).values()]
+        return adapters_of([tuple(w.shape) for w in weights], _initial_rank(hparams), Trained.of(weights), full=False)
 
     def config(self, peft: Any, view: MoELayerView, job: TrainingJob) -> Any:
+        """AdaLoRA on the linear layers beside the MoE blocks, with its schedule of ranks."""
         hp, steps = self.hparams, job.total_steps
-        modules: dict[str, nn.Linear] = {}
-        for moe in view.require(hp.layers):
-            found = linear_layers(moe, hp.target_modules)
-            if not found:
-                wanted = ", ".join(hp.target_modules) or "linear layer"
-                raise LayerError(
-                    f"Layer {moe.index} ({moe.name}) has no {wanted} beside its MoE block for AdaLoRA to adapt. Choose "
-                    "other layers or target_modules."
-                )
-            modules |= found
-        check_writable({f"{name}.weight": module.weight for name, module in modules.items()})
+        modules = _adapted_modules(view, hp)
+        check_writable({f"{name}.weight": module.get_parameter("weight") for name, module in modules.items()})
         return peft.AdaLoraConfig(
-            target_r=hp.rank, init_r=-(-3 * hp.rank // 2), lora_alpha=hp.lora_alpha, lora_dropout=0.0,
+            target_r=hp.rank, init_r=_initial_rank(hp), lora_alpha=hp.lora_alpha, lora_dropout=0.0,
             target_modules=list(modules), total_step=steps, tinit=steps // 10, tfinal=steps // 3,
             orth_reg_weight=hp.orth_reg_weight,
         )  # fmt: skip
 
     def hooks(self, wrapped: nn.Module, masters: Masters) -> tuple[Callable[[Step], None], Callable[[], Tensor] | None]:
-        tuner, weight = wrapped.base_model, self.hparams.orth_reg_weight
+        """Ranks are cut after each step; the loss gets the orthogonality term."""
+        tuner: Any = wrapped.base_model
+        weight = self.hparams.orth_reg_weight
         left = [p.T for name, p in masters.parameters.items() if "lora_B" in name]
         right = [p for name, p in masters.parameters.items() if "lora_A" in name]
 
@@ -68,6 +67,25 @@ class AdaLoRAEditor(PeftEditor):
             masters.pull()
 
         return allocate, (penalty if weight else None)
+
+
+def _initial_rank(hparams: LoRAHyperParams) -> int:
+    return -(-3 * hparams.rank // 2)
+
+
+def _adapted_modules(view: MoELayerView, hparams: LoRAHyperParams) -> dict[str, nn.Linear]:
+    """The linear layers that get adapters, by full name; LayerError where a layer has none."""
+    modules: dict[str, nn.Linear] = {}
+    for moe in view.require(hparams.layers):
+        found = linear_layers(moe, hparams.target_modules)
+        if not found:
+            wanted = ", ".join(hparams.target_modules) or "linear layer"
+            raise LayerError(
+                f"Layer {moe.index} ({moe.name}) has no {wanted} beside its MoE block for AdaLoRA to adapt. Choose "
+                "other layers or target_modules."
+            )
+        modules |= found
+    return modules
 
 
 def linear_layers(moe: MoELayer, names: list[str]) -> dict[str, nn.Linear]:

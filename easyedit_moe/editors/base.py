@@ -1,18 +1,21 @@
-"""What every editing method offers: prepare, edit a batch, and EasyEdit's ``apply_to_model``."""
+"""What every editing method offers: prepare, plan, edit a batch, and EasyEdit's ``apply_to_model``."""
 
 from __future__ import annotations
 
 import copy as copying
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from easyedit_moe.errors import HyperParamsError
-from easyedit_moe.hparams import MoEHyperParams, presets
+from easyedit_moe.editors.planner import MemoryPlan, Workload
+from easyedit_moe.errors import HyperParamsError, RequestError
+from easyedit_moe.facts.requests import EditRequest, check_batch, parse_requests
+from easyedit_moe.hparams import MoEHyperParams, hyperparams_class, presets
+from easyedit_moe.moe.layers import MoELayerView
 
 
 class Patch(Protocol):
@@ -28,6 +31,7 @@ class Patch(Protocol):
 
     def weights_copy(self, model: nn.Module) -> dict[str, Tensor]:
         """Full original tensors by full parameter name, as EasyEdit restores them."""
+        ...
 
     def save(self, path: Any) -> None:
         """Write the edit to disk, without pickle."""
@@ -52,31 +56,83 @@ class EditResult:
     solver_reports: list[Any] = field(default_factory=list)
 
 
+def provenance(hparams: MoEHyperParams, facts: Sequence[EditRequest]) -> dict[str, Any]:
+    """What a patch says about how it was made."""
+    return {"hparams": hparams.to_dict(), "requests": [vars(fact) for fact in facts]}
+
+
 class Editor(ABC):
     """Base of all editors; an instance holds hyper-parameters and what is reused between batches."""
 
-    method: ClassVar[str]
-    hparams_class: ClassVar[type[MoEHyperParams]]
-    edits: ClassVar[str] = "experts"
-    """What is changed: "experts", "dense site" or "adapter"."""
-    code: ClassVar[str] = "easyedit_moe"
-    """Whose code does it."""
+    method: str
+    """The method's name in the table of methods."""
+    hparams: Any
 
     def __init__(self, hparams: MoEHyperParams, progress: bool = True) -> None:
-        if not isinstance(hparams, self.hparams_class) or presets.canonical_name(hparams.alg_name) != self.method:
+        wanted = hyperparams_class(self.method)
+        if not isinstance(hparams, wanted) or presets.canonical_name(hparams.alg_name) != self.method:
             raise HyperParamsError(
-                f"{self.method} needs {self.hparams_class.__name__} with alg_name '{self.method}'; found "
+                f"{self.method} needs {wanted.__name__} with alg_name '{self.method}'; found "
                 f"{type(hparams).__name__} with alg_name {getattr(hparams, 'alg_name', None)!r}."
             )
         self.hparams = hparams
         self.progress = progress
 
+    @property
+    def edits(self) -> str:
+        """What is changed: "experts", "dense site", "layer" or "adapter"."""
+        return presets.find_method(self.method).edits
+
+    @property
+    def code(self) -> str:
+        """Whose code does it: "easyedit_moe" or "easyeditor"."""
+        return presets.find_method(self.method).code
+
+    def prepare(self, model: nn.Module, tok: PreTrainedTokenizerBase) -> Any:
+        """Check that the model has what is edited, and make what depends on the unedited model only.
+
+        It is kept for later batches; `edit` prepares by itself where it was not done. Methods that need nothing only
+        check.
+
+        Raises:
+            LayerError, LayoutError: the model lacks what is edited, or has it in a form that can't be.
+        """
+        MoELayerView(model).require(self.hparams.layers)
+
+    def plan(
+        self,
+        model: nn.Module,
+        edits: int | None = None,
+        earlier_edits: int = 0,
+        budget: int | None = None,
+        device: str | None = None,
+    ) -> MemoryPlan:
+        """What a batch of edits will need of memory; ``model`` may lie on the meta device.
+
+        The arguments are those of `Workload`; raises as `plan_for` does.
+        """
+        return self.plan_for(self.hparams, model, Workload(edits, earlier_edits, budget, device))
+
+    @classmethod
     @abstractmethod
+    def plan_for(cls, hparams: Any, model: nn.Module, workload: Workload) -> MemoryPlan:
+        """The memory plan of one batch, from shapes alone.
+
+        Args:
+            hparams: of the method.
+            model: of which only the shapes are read.
+            workload: what is planned for.
+
+        Raises:
+            HyperParamsError: a budget that is not positive, or settings out of the model's range. LayerError,
+            LayoutError: the model lacks what is edited.
+        """
+
     def edit(
         self,
         model: nn.Module,
         tok: PreTrainedTokenizerBase,
-        requests: Sequence[Any],
+        requests: Sequence[EditRequest],
         memory: Any = None,
         targets: Any = None,
     ) -> EditResult:
@@ -86,13 +142,29 @@ class Editor(ABC):
         bit-exactly.
 
         Args:
+            model: edited in place.
+            tok: the model's tokenizer.
+            requests: parsed; `easyedit_moe.facts.requests.parse_requests` makes them from dicts.
             memory: ``EditResult.memory`` of the batch before, where batches follow each other on one model.
-            targets: target vectors of these requests, found at these weights with the same :meth:`target_settings`
+            targets: target vectors of these requests, found at these weights with the same `target_settings`
                 ("z ready"); by default they are found here.
 
         Raises:
-            RequestError: unusable requests, or targets of another number of them.
+            RequestError: no requests, or ones that conflict; targets of another number of them, or for a method
+                without target vectors. Further errors are those of `prepare` and of the method's solver or training.
         """
+        check_batch(requests)
+        if targets is not None and self.target_settings() is None:
+            raise RequestError(f"{self.method} has no target vectors; found {type(targets).__name__}.")
+        if targets is not None and len(targets.delta) != len(requests):
+            raise RequestError(f"There are {len(targets.delta)} target vectors for {len(requests)} requests.")
+        return self.edit_batch(model, tok, list(requests), memory, targets)
+
+    @abstractmethod
+    def edit_batch(
+        self, model: nn.Module, tok: PreTrainedTokenizerBase, facts: list[EditRequest], memory: Any, targets: Any
+    ) -> EditResult:
+        """The method itself: `edit`, whose arguments were checked."""
 
     def target_settings(self) -> Any:
         """All that target vectors depend on besides model and requests; None for methods without target vectors."""
@@ -103,7 +175,7 @@ class Editor(ABC):
         cls,
         model: nn.Module,
         tok: PreTrainedTokenizerBase,
-        requests: Sequence[Any],
+        requests: Sequence[Mapping[str, Any] | EditRequest],
         hparams: MoEHyperParams,
         copy: bool = False,
         return_orig_weights: bool = False,
@@ -112,10 +184,12 @@ class Editor(ABC):
     ) -> tuple[nn.Module, dict[str, Tensor]]:
         """EasyEdit's interface: the edited model, and full original tensors by full parameter name.
 
-        ``copy`` edits a deep copy instead of ``model``. Other keywords that EasyEdit passes are accepted and unused.
+        ``requests`` are EasyEdit's dicts (or ROME's, or `EditRequest` values). ``copy`` edits a deep copy instead of
+        ``model``. Other keywords that EasyEdit passes are accepted and unused.
         """
+        facts = parse_requests(requests)
         if copy:
             model = copying.deepcopy(model)
-        result = cls(hparams).edit(model, tok, requests)
+        result = cls(hparams).edit(model, tok, facts)
         wanted = return_orig_weights or keep_original_weight
         return model, result.patch.weights_copy(model) if wanted else {}

@@ -8,21 +8,20 @@ from torch import Tensor
 
 from easyedit_moe.algebra.exact import solve_exact
 from easyedit_moe.algebra.routed_keys import RoutedKeys
-from easyedit_moe.editors.prepared import Prepared
-from easyedit_moe.editors.registry import register_editor
+from easyedit_moe.editors.prepared import PreparedLayer
 from easyedit_moe.editors.solving import SolvingEditor
 from easyedit_moe.hparams import GlobalHyperParams
 
 
-@register_editor
 class GlobalEditor(SolvingEditor):
     """One T x T system per layer instead of sweeps over experts."""
 
     method = "Global"
-    hparams_class = GlobalHyperParams
+    hparams: GlobalHyperParams
 
-    def solve(self, keys: RoutedKeys, residual: Tensor, layer: int, prepared: Prepared) -> tuple[Any, Any]:
-        return solve_exact(keys, residual, self.hparams.lambda_reg, prepared.metrics[layer]), None
+    def solve(self, keys: RoutedKeys, residual: Tensor, prepared: PreparedLayer) -> tuple[Any, Any]:
+        """The exact minimiser."""
+        return solve_exact(keys, residual, self.hparams.lambda_reg, prepared.metric), None
 
 
 apply_global_to_model = GlobalEditor.apply_to_model

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from easyedit_moe.editors.global_ import GlobalEditor
-from easyedit_moe.editors.registry import register_editor
 
 
-@register_editor
 class GlobalSpeedupEditor(GlobalEditor):
     """Each layer gets the last layer's update, divided by the layers left (paper eq. 14)."""
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from easyedit_moe.adapters.attachment import add_subjects, attach, detach, find_
 from easyedit_moe.adapters.moe_adapter import AdapterConfig, Fact, MoEAdapter, base_fingerprint
 from easyedit_moe.adapters.training import check_facts, train_adapter
 from easyedit_moe.editors.base import Editor, EditResult
-from easyedit_moe.editors.registry import register_editor
+from easyedit_moe.editors.planner import MemoryPlan, Stage, Workload, activations, outline_of
+from easyedit_moe.editors.training_planner import PROMPT_TOKENS, TARGET_TOKENS, Trained, train_stage
 from easyedit_moe.errors import AdapterError, HyperParamsError
-from easyedit_moe.facts.requests import parse_requests
+from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.hparams import MEMoEHyperParams
 from easyedit_moe.measure import Stopwatch
+from easyedit_moe.moe.config import text_config
 
 
 class Undo(dict[str, Tensor]):
@@ -31,6 +34,7 @@ class Undo(dict[str, Tensor]):
         self.restore = restore
 
     def __call__(self) -> None:
+        """Undo the edit."""
         self.restore()
 
 
@@ -64,13 +68,14 @@ class AdapterPatch:
         self.restore(model)
 
     def restore(self, model: nn.Module) -> None:
-        """As :meth:`revert`, whatever happened since; nothing where the adapter is gone already."""
+        """As `revert`, whatever happened since; nothing where the adapter is gone already."""
         if self.applied and find_adapter(model) is self.adapter:
             if self.before is None:
                 detach(model)
             else:
                 self.adapter.put_back(self.before)
-                add_subjects(model, self.adapter.matcher.tok, self.adapter, [])
+                if self.adapter.matcher is not None:
+                    add_subjects(model, self.adapter.matcher.tok, self.adapter, [])
         self.applied = False
 
     def weights_copy(self, model: nn.Module) -> Undo:
@@ -78,11 +83,10 @@ class AdapterPatch:
         return Undo(lambda: self.restore(model))
 
     def save(self, path: str | Path) -> None:
-        """Write the adapter, with all its batches, into the folder ``path``; see :meth:`MoEAdapter.save`."""
+        """Write the adapter, with all its batches, into the folder ``path``; see `MoEAdapter.save`."""
         self.adapter.save(path)
 
 
-@register_editor
 class MEMoEEditor(Editor):
     """Bypass MoE adapter with knowledge-anchor routing, on MoE models and dense ones.
 
@@ -100,36 +104,55 @@ class MEMoEEditor(Editor):
     """
 
     method = "MEMoE"
-    hparams_class = MEMoEHyperParams
-    edits = "adapter"
 
-    def edit(
-        self,
-        model: nn.Module,
-        tok: PreTrainedTokenizerBase,
-        requests: Sequence[Any],
-        memory: Any = None,
-        targets: Any = None,
+    hparams: MEMoEHyperParams
+
+    def prepare(self, model: nn.Module, tok: PreTrainedTokenizerBase) -> None:
+        """Check that there is an FFN at the layer; LayerError where there is none."""
+        find_ffn(model, self.hparams.layers[0])
+
+    @classmethod
+    def plan_for(cls, hparams: MEMoEHyperParams, model: nn.Module, workload: Workload) -> MemoryPlan:
+        """See `Editor.plan_for`; nothing is written into the base, which may be dense."""
+        hp, shapes = hparams, outline_of(model)
+        find_ffn(model, hp.layers[0])
+        edits = workload.edits_of(hp)
+        e, d, width = hp.num_experts, shapes.d_model, hp.expert_width
+        numbers = e * (2 * d + width * (2 * d + 1)) + d
+        sequences = min(hp.train_batch_size, edits)
+        learnt = train_stage(
+            shapes, Trained(numbers, 4, 0), sequences, PROMPT_TOKENS + TARGET_TOKENS, hp.layers[0], copies=1
+        )
+        tokens = hp.locality_batch_size * hp.locality_max_tokens if hp.locality_weight else 0
+        kept = activations(shapes, tokens) * (shapes.num_layers - hp.layers[0])
+        logits = tokens * shapes.vocabulary * (4 * 4 + shapes.itemsize)
+        stages = (
+            Stage("attach", 4 * numbers + 4 * edits * d, 0, "the adapter, and an anchor per subject"),
+            replace(learnt, working=learnt.working + kept + logits),
+        )
+        settings = {"train_batch_size": sequences, "locality_batch_size": hp.locality_batch_size}
+        return MemoryPlan(shapes, tuple(hp.layers), edits, stages, settings, workload.checked_budget())
+
+    def edit_batch(
+        self, model: nn.Module, tok: PreTrainedTokenizerBase, requests: list[EditRequest], memory: Any, targets: Any
     ) -> EditResult:
-        """See :meth:`Editor.edit`; ``memory`` and ``targets`` are unused, since the adapter remembers its facts.
+        """Train the adapter, attached first where the model has none; the adapter remembers its facts.
 
         Raises:
-            RequestError: unusable requests, or a subject that is not found in its prompt. LayerError: no FFN at the
-                layer. HyperParamsError: an attached adapter of other settings. DataError, NumericalError: see
-                :func:`train_adapter`.
+            RequestError: a subject that is not found in its prompt. LayerError: no FFN at the layer. HyperParamsError:
+                an attached adapter of other settings. DataError, NumericalError: see `train_adapter`.
         """
-        parsed = parse_requests(requests)
-        facts = [Fact(r.prompt, r.subject, r.target_new) for r in parsed]
+        facts = [Fact(r.prompt, r.subject, r.target_new) for r in requests]
         find_ffn(model, self.hparams.layers[0])
         watch = Stopwatch()
-        adapter = find_adapter(model)
-        before = adapter.state() if adapter is not None else None
-        if adapter is not None:
-            self._check_same(adapter)
+        found = find_adapter(model)
+        if found is not None:
+            self._check_same(found)
+        adapter = MoEAdapter(self._config(model), self.hparams.seed) if found is None else found
+        before = None if found is None else found.state()
         try:
-            if adapter is None:
+            if found is None:
                 with watch.stage("statistics"):
-                    adapter = MoEAdapter(self._config(model), self.hparams.seed)
                     attach(model, tok, adapter.requires_grad_(False))
             replaced = {fact.prompt for fact in facts}
             earlier = [fact for fact in adapter.facts if fact.prompt not in replaced]
@@ -148,13 +171,12 @@ class MEMoEEditor(Editor):
                 detach(model)
             raise
         finally:
-            if adapter is not None:
-                adapter.generator = None
+            adapter.generator = None
         return EditResult(AdapterPatch(adapter, before), watch.seconds, None, [], [report])
 
     def _config(self, model: nn.Module) -> AdapterConfig:
         hp = self.hparams
-        text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+        text = text_config(model)
         return AdapterConfig(
             hp.layers[0], text.hidden_size, hp.num_experts, hp.expert_width, hp.top_k, hp.adapter_scale, hp.noise,
             hp.token_weight, hp.use_anchors, hp.without_anchor, base_fingerprint(model),

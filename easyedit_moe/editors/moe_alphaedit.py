@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from easyedit_moe.editors.global_ import GlobalEditor
-from easyedit_moe.editors.registry import register_editor
 
 
-@register_editor
 class MoEAlphaEditEditor(GlobalEditor):
     """Null-space metric, residual spread, and the keys of earlier edits kept as columns with zero residual."""
 

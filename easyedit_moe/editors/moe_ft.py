@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from easyedit_moe.editors.registry import register_editor
 from easyedit_moe.editors.training import (
     Masters,
     Step,
@@ -18,6 +18,7 @@ from easyedit_moe.editors.training import (
     expert_parameters,
     trainable,
 )
+from easyedit_moe.editors.training_planner import Trained
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.facts.tokens import encode_prompt, pad_id
 from easyedit_moe.hparams import FTHyperParams
@@ -26,7 +27,6 @@ from easyedit_moe.moe.experts import ModuleListExperts
 from easyedit_moe.moe.layers import MoELayerView
 
 
-@register_editor
 class MoEFTEditor(TrainingEditor):
     """Adam on the down-projections of the critical layers' experts, NLL of the new answers' tokens only.
 
@@ -39,12 +39,19 @@ class MoEFTEditor(TrainingEditor):
     """
 
     method = "MoE-FT"
-    hparams_class = FTHyperParams
     hparams: FTHyperParams
+
+    @classmethod
+    def trained(cls, hparams: FTHyperParams, view: MoELayerView) -> Trained:
+        """All down-projections of the layers; ``experts: routed`` trains fewer, which depends on the facts."""
+        layers = view.require(hparams.layers)
+        whole = Trained.of(p for moe in layers for p in expert_parameters(moe, "down_projections").values())
+        return whole if hparams.norm_constraint is None else replace(whole, start=whole.numbers)
 
     def train(
         self, view: MoELayerView, tok: PreTrainedTokenizerBase, facts: Sequence[EditRequest], job: TrainingJob
     ) -> Mapping[str, Tensor]:
+        """Train the chosen experts; see the class."""
         parameters, slices = self._chosen(view, tok, facts)
         check_writable(parameters)
         for name in parameters:

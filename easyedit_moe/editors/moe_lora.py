@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from easyedit_moe.editors.registry import register_editor
 from easyedit_moe.editors.training import (
     Masters,
     Step,
@@ -22,6 +21,7 @@ from easyedit_moe.editors.training import (
     seeded,
     trainable,
 )
+from easyedit_moe.editors.training_planner import Trained
 from easyedit_moe.errors import DependencyError, LayoutError
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.hparams import LoRAHyperParams
@@ -37,12 +37,12 @@ class PeftEditor(TrainingEditor):
     that adds in the weights' dtype. Afterwards the modules, their classes and their attributes are those of before.
     """
 
-    hparams_class = LoRAHyperParams
     hparams: LoRAHyperParams
 
     def train(
         self, view: MoELayerView, tok: PreTrainedTokenizerBase, facts: Sequence[EditRequest], job: TrainingJob
     ) -> Mapping[str, Tensor]:
+        """Train adapters, and give the adapted parameters with their products added."""
         peft, model = _peft(), view.model
         if isinstance(model, peft.PeftModel) or hasattr(model, "peft_config"):
             raise LayoutError("This model already has adapters of peft; call merge_and_unload() first.")
@@ -60,14 +60,13 @@ class PeftEditor(TrainingEditor):
 
     @abstractmethod
     def config(self, peft: Any, view: MoELayerView, job: TrainingJob) -> Any:
-        """peft's configuration: what is adapted, and how."""
+        """Peft's configuration: what is adapted, and how."""
 
     def hooks(self, wrapped: nn.Module, masters: Masters) -> tuple[Callable[[Step], None], Callable[[], Tensor] | None]:
         """What is done after each step, and what is added to the loss."""
         return (lambda step: None), None
 
 
-@register_editor
 class MoELoRAEditor(PeftEditor):
     """LoRA (arXiv 2106.09685) on the experts of the critical layers, one adapter per expert, merged after training.
 
@@ -80,16 +79,43 @@ class MoELoRAEditor(PeftEditor):
 
     method = "MoE-LoRA"
 
+    @classmethod
+    def trained(cls, hparams: LoRAHyperParams, view: MoELayerView) -> Trained:
+        """One adapter per expert and matrix; each forward multiplies it out to the size of the weights."""
+        chosen = _expert_matrices(view, hparams).values()
+        return adapters_of([tuple(p.shape) for p in chosen], hparams.rank, written=Trained.of(chosen), full=True)
+
     def config(self, peft: Any, view: MoELayerView, job: TrainingJob) -> Any:
-        hp, names = self.hparams, []
-        for moe in view.require(hp.layers):
-            chosen = expert_parameters(moe, hp.train)
-            check_writable(chosen)
-            matrix = 3 if moe.experts.layout.storage == "packed" else 2
-            names += [name for name, parameter in chosen.items() if parameter.dim() == matrix]
+        """LoRA on the experts' parameters, which peft addresses by name."""
+        hp, chosen = self.hparams, _expert_matrices(view, self.hparams)
+        check_writable(chosen)
+        names = list(chosen)
         return peft.LoraConfig(
             r=hp.rank, lora_alpha=hp.lora_alpha, lora_dropout=0.0, target_modules=[], target_parameters=names
         )
+
+
+def _expert_matrices(view: MoELayerView, hparams: LoRAHyperParams) -> dict[str, nn.Parameter]:
+    """The experts' matrices that get adapters, by full name; biases do not."""
+    found: dict[str, nn.Parameter] = {}
+    for moe in view.require(hparams.layers):
+        matrix = 3 if moe.experts.layout.storage == "packed" else 2
+        chosen = expert_parameters(moe, hparams.train)
+        found |= {name: parameter for name, parameter in chosen.items() if parameter.dim() == matrix}
+    return found
+
+
+def adapters_of(shapes: Sequence[tuple[int, ...]], rank: int, written: Trained, full: bool) -> Trained:
+    """Adapters of a rank beside matrices ``[.., a, b]``: ``rank (a + b)`` float32 numbers per matrix.
+
+    Args:
+        shapes: of the adapted parameters; packed experts have one matrix per expert.
+        rank: of each adapter.
+        written: the adapted parameters themselves, which get the product in the end.
+        full: whether each forward multiplies adapters out, as peft does for parameters that belong to no module.
+    """
+    numbers = sum(rank * (s[-2] + s[-1]) * (s[0] if len(s) == 3 else 1) for s in shapes)
+    return Trained(numbers, 4, written.written, 2 * written.written if full else 0)
 
 
 def _peft() -> Any:

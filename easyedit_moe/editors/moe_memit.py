@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from easyedit_moe.editors.global_ import GlobalEditor
-from easyedit_moe.editors.registry import register_editor
 
 
-@register_editor
 class MoEMEMITEditor(GlobalEditor):
     """Covariance metric with ``lambda_reg`` as MEMIT's ``mom2_update_weight``, residual spread."""
 

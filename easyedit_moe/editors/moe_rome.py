@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from easyedit_moe.editors.global_ import GlobalEditor
-from easyedit_moe.editors.registry import register_editor
 
 
-@register_editor
 class MoEROMEEditor(GlobalEditor):
     """Covariance metric, one edit at a time, one layer; ROME's equality is the limit of ``lambda_reg`` to 0."""
 

@@ -9,8 +9,7 @@ from torch import Tensor
 from easyedit_moe.algebra.core import FactoredCore, expand_core, solve_mote
 from easyedit_moe.algebra.routed_keys import FactoredUpdate, RoutedKeys
 from easyedit_moe.algebra.tucker import TuckerBasis
-from easyedit_moe.editors.prepared import Prepared
-from easyedit_moe.editors.registry import register_editor
+from easyedit_moe.editors.prepared import PreparedLayer
 from easyedit_moe.editors.solving import SolvingEditor
 from easyedit_moe.hparams import MoTEHyperParams
 from easyedit_moe.moe.layers import MoELayerView
@@ -18,7 +17,6 @@ from easyedit_moe.statistics.bases import layer_basis
 from easyedit_moe.statistics.moments import LayerMoments
 
 
-@register_editor
 class MoTEEditor(SolvingEditor):
     """Ridge on the Tucker core, ``Delta_j = U_out (sum_a U_e[j,a] G_a) U_in^T P_j``.
 
@@ -27,16 +25,18 @@ class MoTEEditor(SolvingEditor):
     """
 
     method = "MoTE"
-    hparams_class = MoTEHyperParams
+    hparams: MoTEHyperParams
 
-    def solve(self, keys: RoutedKeys, residual: Tensor, layer: int, prepared: Prepared) -> tuple[Any, Any]:
-        metric, basis = prepared.metrics[layer], prepared.bases[layer]
-        return solve_mote(keys, residual, self.hparams.lambda_reg, metric, basis), None
+    def solve(self, keys: RoutedKeys, residual: Tensor, prepared: PreparedLayer) -> tuple[Any, Any]:
+        """A Tucker core, factored or dense, whichever is smaller."""
+        return solve_mote(keys, residual, self.hparams.lambda_reg, prepared.metric, prepared.tucker_basis()), None
 
-    def place(self, solution: FactoredCore | Tensor, layer: int, prepared: Prepared) -> FactoredUpdate:
-        return expand_core(solution, prepared.bases[layer], prepared.metrics[layer])
+    def place(self, solution: FactoredCore | Tensor, prepared: PreparedLayer) -> FactoredUpdate:
+        """The core mapped back by the layer's own factors and projectors."""
+        return expand_core(solution, prepared.tucker_basis(), prepared.metric)
 
-    def _basis(self, view: MoELayerView, layer: int, moments: LayerMoments | None, fingerprint: str) -> TuckerBasis:
+    def basis(self, view: MoELayerView, layer: int, moments: LayerMoments | None, fingerprint: str) -> TuckerBasis:
+        """The layer's Tucker basis, from the cache where it is there."""
         return layer_basis(view.layers[layer], self.hparams, moments, fingerprint)
 
 

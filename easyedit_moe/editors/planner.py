@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from easyedit_moe.algebra.tucker import CHUNK_NUMBERS, resolve_rank
-from easyedit_moe.errors import HyperParamsError, LayoutError
+from easyedit_moe.errors import DenseModelError, HyperParamsError, LayoutError
 from easyedit_moe.hparams import MoTEHyperParams, SolverHyperParams
+from easyedit_moe.moe.config import text_config
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.patches.weights import tile_size
 
@@ -42,6 +43,42 @@ class Shapes:
     vocabulary: int
     parameters: int
     itemsize: int
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is planned for.
+
+    Attributes:
+        edits: requests in the batch; None: the ``batch_size`` of the hparams.
+        earlier_edits: edits of earlier batches that are remembered, for methods that do.
+        budget: bytes, all devices together, to fit sizes to that results do not depend on; None: no bound.
+        device: kind of device, "cpu" or "cuda"; None: that of the hparams.
+    """
+
+    edits: int | None = None
+    earlier_edits: int = 0
+    budget: int | None = None
+    device: str | None = None
+
+    def edits_of(self, hparams: Any) -> int:
+        """Requests in the batch."""
+        return int(hparams.batch_size if self.edits is None else self.edits)
+
+    def device_of(self, hparams: Any) -> str:
+        """Kind of device; a number in the hparams is a GPU's."""
+        device = hparams.device if self.device is None else self.device
+        return "cuda" if isinstance(device, int) else str(device).partition(":")[0]
+
+    def checked_budget(self) -> int | None:
+        """The budget.
+
+        Raises:
+            HyperParamsError: it is not positive.
+        """
+        if self.budget is not None and self.budget <= 0:
+            raise HyperParamsError(f"The memory budget must be greater than 0; found {self.budget}.")
+        return self.budget
 
 
 @dataclass(frozen=True)
@@ -111,7 +148,7 @@ def shapes_of(model: nn.Module, layers: list[int] | tuple[int, ...]) -> Shapes:
             how many experts a token uses.
     """
     layouts = [moe.experts.layout for moe in MoELayerView(model, without_weights=True).require(layers)]
-    config = model.config.get_text_config()
+    config = text_config(model)
     active = next((getattr(config, name) for name in _EXPERTS_PER_TOKEN if getattr(config, name, None)), None)
     if active is None:
         raise LayoutError(
@@ -125,9 +162,26 @@ def shapes_of(model: nn.Module, layers: list[int] | tuple[int, ...]) -> Shapes:
         max(layout.d_hidden for layout in layouts),
         int(config.num_hidden_layers),
         int(config.vocab_size),
-        sum(p.numel() * p.element_size() for p in model.parameters()),
+        parameter_bytes(model),
         max(layout.dtype.itemsize for layout in layouts),
     )
+
+
+def outline_of(model: nn.Module) -> Shapes:
+    """As `shapes_of`, over all MoE layers; a dense model's FFN counts as one expert that every token uses."""
+    try:
+        return shapes_of(model, sorted(MoELayerView(model, without_weights=True).layers))
+    except DenseModelError:
+        text = text_config(model)
+        width, vocabulary = int(text.hidden_size), int(text.vocab_size)
+        hidden = int(getattr(text, "intermediate_size", None) or 4 * width)
+        itemsize = next(model.parameters()).element_size()
+        return Shapes(1, 1, width, hidden, int(text.num_hidden_layers), vocabulary, parameter_bytes(model), itemsize)
+
+
+def parameter_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters of a model, which may lie on the meta device."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def plan(
@@ -145,20 +199,23 @@ def plan(
 
     Sizes that results do not depend on (``capture_batch_size``, ``target_batch_size``, ``statistics_batch_size`` and
     ``basis_chunk_numbers``) are halved from their defaults until their stage fits ``budget``; see
-    :attr:`MemoryPlan.settings`.
+    `MemoryPlan.settings`.
 
     Args:
+        shapes: of the model.
+        hparams: of the method.
         edits: requests in the batch, by default ``hparams.batch_size``.
         earlier_edits: edits remembered from earlier batches; counted with ``remember_edits`` only.
-        prompt_tokens, target_tokens: tokens of a prompt and of a target.
+        prompt_tokens: tokens of a prompt.
+        target_tokens: tokens of a target.
         budget: bytes, all devices together.
+        device: "cpu" or "cuda", on which the size of a tile depends.
         batches: batches of this size whose patches are joined and kept: they share their originals.
 
     Raises:
         HyperParamsError: a budget that is not positive, or ranks out of range.
     """
-    if budget is not None and budget <= 0:
-        raise HyperParamsError(f"The memory budget must be greater than 0; found {budget}.")
+    Workload(budget=budget).checked_budget()
     edits = hparams.batch_size if edits is None else edits
     held = shapes.parameters
     stages: list[Stage] = []
@@ -178,14 +235,18 @@ def plan(
     contexts = len(hparams.context_prefixes) + 1
     tokens = edits * contexts
     rows = tokens + (earlier_edits * contexts if hparams.remember_edits else 0)
-    if hparams.metric != "identity" or getattr(hparams, "whitening", "none") != "none":
+    if hparams.needs_statistics:
         add(lambda n: statistics_stage(shapes, hparams, n), "statistics_batch_size", 16)
     if hparams.metric != "identity":
         add(lambda _: metric_stage(shapes, hparams))
     if isinstance(hparams, MoTEHyperParams):
         add(lambda n: basis_stage(shapes, hparams, n), "basis_chunk_numbers", CHUNK_NUMBERS)
     length = prompt_tokens + target_tokens
-    add(lambda n: targets_stage(shapes, hparams, tokens, length, n), "target_batch_size", hparams.target_batch_size)
+    add(
+        lambda n: targets_stage(shapes, hparams.layers[-1], tokens, length, n),
+        "target_batch_size",
+        hparams.target_batch_size,
+    )
     add(
         lambda n: capture_stage(shapes, hparams, tokens, rows, prompt_tokens, n),
         "capture_batch_size",
@@ -196,7 +257,7 @@ def plan(
     return MemoryPlan(shapes, tuple(hparams.layers), edits, tuple(stages), settings, budget)
 
 
-def _activations(shapes: Shapes, tokens: int) -> int:
+def activations(shapes: Shapes, tokens: int) -> int:
     """Estimate of what one layer's forward holds: attention and residual stream, and the experts' inputs and keys."""
     return tokens * shapes.itemsize * (10 * shapes.d_model + shapes.active * (4 * shapes.d_hidden + 2 * shapes.d_model))
 
@@ -207,7 +268,7 @@ def statistics_stage(shapes: Shapes, hparams: SolverHyperParams, batch: int) -> 
     layer = item * (shapes.experts * shapes.d_hidden**2 + shapes.d_model**2)
     # Normalising makes the moments anew, layer by layer.
     return Stage(
-        "statistics", layer * len(hparams.layers), layer + _activations(shapes, batch * hparams.max_length),
+        "statistics", layer * len(hparams.layers), layer + activations(shapes, batch * hparams.max_length),
         "moments of all layers; one batch of texts",
     )  # fmt: skip
 
@@ -241,12 +302,12 @@ def basis_stage(shapes: Shapes, hparams: MoTEHyperParams, chunk_numbers: int) ->
     return Stage("basis", kept * len(hparams.layers), working, f"{chunk // 2**20} MB of weights at a time")
 
 
-def targets_stage(shapes: Shapes, hparams: SolverHyperParams, sequences: int, length: int, batch: int) -> Stage:
-    """Target vectors: activations of the layers above the last edited one, kept for the gradient, and logits."""
+def targets_stage(shapes: Shapes, layer: int, sequences: int, length: int, batch: int) -> Stage:
+    """Target vectors at the output of ``layer``: activations of those above, kept for the gradient, and logits."""
     tokens = min(batch, 2 * sequences) * length
-    above = shapes.num_layers - 1 - hparams.layers[-1]
+    above = shapes.num_layers - 1 - layer
     logits = tokens * shapes.vocabulary * (2 * 4 + shapes.itemsize)
-    working = _activations(shapes, tokens) * (above + 1) + logits
+    working = activations(shapes, tokens) * (above + 1) + logits
     return Stage("targets", 4 * sequences * shapes.d_model, working, f"{min(batch, 2 * sequences)} sequences at a time")
 
 
@@ -255,13 +316,13 @@ def capture_stage(
 ) -> Stage:
     """Keys of one layer, and one batch of prompts up to the last edited layer; remembered keys stay."""
     keys = 4 * shapes.active * shapes.d_hidden + 16 * shapes.active
-    working = 2 * tokens * (keys + 4 * shapes.d_model) + _activations(shapes, min(batch, tokens) * prompt_tokens)
+    working = 2 * tokens * (keys + 4 * shapes.d_model) + activations(shapes, min(batch, tokens) * prompt_tokens)
     kept = rows * keys * (len(hparams.layers) if hparams.remember_edits else 1)
     return Stage("capture", kept, working, f"{min(batch, tokens)} prompts at a time")
 
 
 def solve_stage(shapes: Shapes, hparams: SolverHyperParams, tokens: int) -> Stage:
-    """One layer's system and its solution, by the form that :mod:`~easyedit_moe.algebra.metric` chooses; float64."""
+    """One layer's system and its solution, by the form that `easyedit_moe.algebra.metric` chooses; float64."""
     if isinstance(hparams, MoTEHyperParams):
         re, ro, ri = _ranks(shapes, hparams)
         working, form = mote_bytes(shapes, tokens, re, ro, ri, hparams.metric)
@@ -283,7 +344,7 @@ def _accumulated(tokens: int, width: int) -> int:
 
 
 def exact_bytes(shapes: Shapes, tokens: int, metric: str) -> tuple[int, str]:
-    """Working memory of :func:`~easyedit_moe.algebra.exact.solve_exact`, and the form it takes."""
+    """Working memory of `easyedit_moe.algebra.exact.solve_exact`, and the form it takes."""
     keys, d = _keys_bytes(shapes, tokens, metric), shapes.d_model
     unknowns = min(shapes.experts, tokens * shapes.active) * shapes.d_hidden
     if unknowns < tokens:
@@ -294,7 +355,7 @@ def exact_bytes(shapes: Shapes, tokens: int, metric: str) -> tuple[int, str]:
 
 
 def bcd_bytes(shapes: Shapes, tokens: int, metric: str) -> tuple[int, str]:
-    """Working memory of :func:`~easyedit_moe.algebra.bcd.solve_bcd` for evenly spread tokens, and the form it takes."""
+    """Working memory of `easyedit_moe.algebra.bcd.solve_bcd` for evenly spread tokens, and the form it takes."""
     hit = min(shapes.experts, tokens * shapes.active)
     per_expert = -(-tokens * shapes.active // hit)
     side = min(per_expert, shapes.d_hidden)
@@ -307,7 +368,7 @@ def bcd_bytes(shapes: Shapes, tokens: int, metric: str) -> tuple[int, str]:
 
 
 def mote_bytes(shapes: Shapes, tokens: int, re: int, ro: int, ri: int, metric: str) -> tuple[int, str]:
-    """Working memory of :func:`~easyedit_moe.algebra.core.solve_mote`, its core placed, and the form it takes."""
+    """Working memory of `easyedit_moe.algebra.core.solve_mote`, its core placed, and the form it takes."""
     d, h, e = shapes.d_model, shapes.d_hidden, shapes.experts
     inner = 8 * tokens * shapes.active * ri
     keys = 8 * tokens * shapes.active * h
@@ -322,12 +383,12 @@ def mote_bytes(shapes: Shapes, tokens: int, re: int, ro: int, ri: int, metric: s
 
 def write_stage(shapes: Shapes, hparams: SolverHyperParams, tokens: int, device: str, batches: int = 1) -> Stage:
     """Originals of the experts that are written, the patch's factors in float32, and a few tiles."""
-    full = isinstance(hparams, MoTEHyperParams)
-    experts = shapes.experts if full else min(shapes.experts, tokens * shapes.active)
+    ranks = _ranks(shapes, hparams) if isinstance(hparams, MoTEHyperParams) else None
+    experts = shapes.experts if ranks else min(shapes.experts, tokens * shapes.active)
     weights = shapes.d_model * shapes.d_hidden
     left, slots = tokens, tokens * shapes.active
-    if full and _ranks(shapes, hparams)[0] < shapes.experts:
-        left = min(tokens, _ranks(shapes, hparams)[1])
+    if ranks and ranks[0] < shapes.experts:
+        left = min(tokens, ranks[1])
         slots = left * shapes.experts
     elif hasattr(hparams, "num_passes"):
         left = slots
@@ -339,5 +400,5 @@ def write_stage(shapes: Shapes, hparams: SolverHyperParams, tokens: int, device:
 
 def with_settings(hparams: SolverHyperParams, memory: MemoryPlan) -> SolverHyperParams:
     """The hparams with the batch sizes of a plan; its results are the same."""
-    known = {name: memory.settings[name] for name in ("capture_batch_size", "target_batch_size")}
-    return replace(hparams, **known)
+    capture, target = memory.settings["capture_batch_size"], memory.settings["target_batch_size"]
+    return replace(hparams, capture_batch_size=capture, target_batch_size=target)

@@ -4,10 +4,43 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from easyedit_moe.algebra.metric import Metric
 from easyedit_moe.algebra.routed_keys import RoutedKeys
 from easyedit_moe.algebra.tucker import TuckerBasis
-from easyedit_moe.statistics.moments import LayerMoments
+from easyedit_moe.errors import NumericalError
+
+
+@dataclass(frozen=True)
+class PreparedLayer:
+    """One layer's part of `Prepared`; its second moments are not kept.
+
+    Attributes:
+        num_experts: E.
+        gain: how much the MoE block's output moves the layer's output.
+        metric: M of the objective.
+        basis: Tucker basis (MoTE only).
+        coverage: ``[E]`` int64, tokens of the corpus that reached each expert; None without statistics.
+        null_space: ``[E]``, dimension of each expert's null space; None for another metric.
+    """
+
+    num_experts: int
+    gain: float
+    metric: Metric
+    basis: TuckerBasis | None = None
+    coverage: Tensor | None = None
+    null_space: tuple[int, ...] | None = None
+
+    def tucker_basis(self) -> TuckerBasis:
+        """The basis.
+
+        Raises:
+            NumericalError: it was prepared by a method without one.
+        """
+        if self.basis is None:
+            raise NumericalError("This layer was prepared without a Tucker basis; prepare it with MoTE's editor.")
+        return self.basis
 
 
 @dataclass(frozen=True)
@@ -16,21 +49,13 @@ class Prepared:
 
     Attributes:
         fingerprint: of the model.
-        experts: per layer, the number of experts.
-        gains: per layer, how much the MoE block's output moves the layer's output.
-        metrics: per layer, the metric M.
-        bases: per layer, the Tucker basis (MoTE only).
-        moments: per layer, the statistics (empty for the identity metric without whitening).
-        resumable: whether a forward may start at any of the layers; see :func:`easyedit_moe.moe.probe.starts_anywhere`.
+        layers: by index, what solving at that layer needs.
+        resumable: whether a forward may start at any of the layers; see `easyedit_moe.moe.probe.starts_anywhere`.
         seconds: time that preparing took.
     """
 
     fingerprint: str
-    experts: dict[int, int]
-    gains: dict[int, float]
-    metrics: dict[int, Metric]
-    bases: dict[int, TuckerBasis]
-    moments: dict[int, LayerMoments]
+    layers: dict[int, PreparedLayer]
     resumable: bool
     seconds: float
 

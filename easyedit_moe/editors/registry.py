@@ -1,41 +1,33 @@
-"""The one registry of editors."""
+"""Editors by the name of their method, from the table of methods; an editor's file is imported when it is needed."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from easyedit_moe.editors.base import Editor
-from easyedit_moe.errors import MethodError
-from easyedit_moe.hparams import MoEHyperParams, presets
-
-_EDITORS: dict[str, type[Editor]] = {}
-
-
-def register_editor(cls: type[Editor]) -> type[Editor]:
-    """Class decorator that makes an editor known by its ``method``.
-
-    Raises:
-        MethodError: the name is taken, or has no entry in :mod:`easyedit_moe.hparams.presets`.
-    """
-    if cls.method in _EDITORS:
-        raise MethodError(f"The method {cls.method!r} is already registered, by {_EDITORS[cls.method].__name__}.")
-    presets.canonical_name(cls.method)
-    _EDITORS[cls.method] = cls
-    return cls
+from easyedit_moe.hparams import presets
 
 
 def editor_class(name: str) -> type[Editor]:
-    """The editor of a method or alias.
+    """The editor of a method or alias, ours or the one that runs EasyEdit's own method.
 
     Raises:
         MethodError: unknown; the message names the nearest method.
     """
-    return _EDITORS[presets.canonical_name(name)]
+    found: type[Editor] = presets.located(presets.find_method(name).editor)
+    return found
 
 
-def make_editor(hparams: MoEHyperParams, progress: bool = True) -> Editor:
-    """The editor that ``hparams.alg_name`` asks for."""
+def make_editor(hparams: Any, progress: bool = True) -> Editor:
+    """The editor that ``hparams.alg_name`` asks for.
+
+    Raises:
+        MethodError: unknown method. HyperParamsError: hyper-parameters of another method. HostError: one of EasyEdit's
+            own methods, and EasyEdit is not there.
+    """
     return editor_class(hparams.alg_name)(hparams, progress=progress)
 
 
 def method_names() -> list[str]:
-    """All registered methods."""
-    return list(_EDITORS)
+    """All methods of ours, in the order of the papers' tables."""
+    return [method.name for method in presets.own_methods()]

@@ -1,7 +1,7 @@
 """What the solvers for expert weights share: prepare, find targets, loop over the critical layers, write.
 
-A method only says how one layer's system is solved (:meth:`SolvingEditor.solve`) and how a solution is placed in
-a layer (:meth:`SolvingEditor.place`).
+A method only says how one layer's system is solved (`SolvingEditor.solve`) and how a solution is placed in
+a layer (`SolvingEditor.place`).
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.algebra.metric import IdentityMetric, Metric, covariance_metric
-from easyedit_moe.algebra.nullspace import null_space
+from easyedit_moe.algebra.nullspace import NullSpace, null_space
 from easyedit_moe.algebra.routed_keys import FactoredUpdate, RoutedKeys
 from easyedit_moe.algebra.tucker import TuckerBasis
-from easyedit_moe.editors.base import Editor, EditResult
-from easyedit_moe.editors.planner import plan, shapes_of
-from easyedit_moe.editors.prepared import EditMemory, Prepared
-from easyedit_moe.errors import LayerError, LayoutError, RequestError
-from easyedit_moe.facts.requests import EditRequest, parse_requests
+from easyedit_moe.editors.base import Editor, EditResult, provenance
+from easyedit_moe.editors.planner import MemoryPlan, Workload, plan, shapes_of
+from easyedit_moe.editors.prepared import EditMemory, Prepared, PreparedLayer
+from easyedit_moe.errors import LayerError, LayoutError
+from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.facts.tokens import encode_text, pad_id
 from easyedit_moe.hparams import SolverHyperParams
 from easyedit_moe.measure import Stopwatch
@@ -36,7 +36,7 @@ from easyedit_moe.patches.weights import PatchWriter, writing
 from easyedit_moe.statistics.gather import layer_statistics
 from easyedit_moe.statistics.moments import LayerMoments
 from easyedit_moe.targets.cache import cached_targets
-from easyedit_moe.targets.search import TargetSettings, TargetVectors, compute_targets, fact_contexts
+from easyedit_moe.targets.search import TargetSearch, TargetSettings, TargetVectors, fact_contexts
 
 logger = logging.getLogger(__name__)
 
@@ -47,17 +47,33 @@ class SolvingEditor(Editor):
     What was prepared on one model is not used on another: then it is prepared anew.
     """
 
+    hparams: SolverHyperParams
+
     def __init__(self, hparams: SolverHyperParams, prepared: Prepared | None = None, progress: bool = True) -> None:
         super().__init__(hparams, progress)
         self.prepared = prepared
 
     @abstractmethod
-    def solve(self, keys: RoutedKeys, residual: Tensor, layer: int, prepared: Prepared) -> tuple[Any, Any]:
+    def solve(self, keys: RoutedKeys, residual: Tensor, prepared: PreparedLayer) -> tuple[Any, Any]:
         """A solution of one layer's system for T keys and residuals ``[T, d]``, and a report or None."""
 
-    def place(self, solution: Any, layer: int, prepared: Prepared) -> FactoredUpdate:
-        """The update of ``layer`` that a solution means; the solution itself unless a method says otherwise."""
-        return solution
+    def place(self, solution: Any, prepared: PreparedLayer) -> FactoredUpdate:
+        """The update of a layer that a solution means; the solution itself unless a method says otherwise."""
+        update: FactoredUpdate = solution
+        return update
+
+    def basis(
+        self, view: MoELayerView, layer: int, moments: LayerMoments | None, fingerprint: str
+    ) -> TuckerBasis | None:
+        """The Tucker basis of a layer, for methods that have one."""
+        return None
+
+    @classmethod
+    def plan_for(cls, hparams: SolverHyperParams, model: nn.Module, workload: Workload) -> MemoryPlan:
+        """See `Editor.plan_for` and `easyedit_moe.editors.planner.plan`."""
+        shapes = shapes_of(model, hparams.layers)
+        edits, earlier, device = workload.edits, workload.earlier_edits, workload.device_of(hparams)
+        return plan(shapes, hparams, edits, earlier, budget=workload.budget, device=device)
 
     def prepare(self, model: nn.Module, tok: PreTrainedTokenizerBase) -> Prepared:
         """Check the layers, collect or read statistics, build metrics and bases; kept for later batches.
@@ -78,62 +94,61 @@ class SolvingEditor(Editor):
                 gains[layer] = residual_gain(view, layer, probe, pad_id(tok))
             resumable = starts_anywhere(view, layers, probe, pad_id(tok))
             fingerprint = model_fingerprint(view)
-            moments = {}
-            if self._needs_statistics():
+            moments: dict[int, LayerMoments] = {}
+            if self.hparams.needs_statistics:
                 moments = layer_statistics(view, tok, self.hparams, layers, fingerprint, self.progress)
-            metrics = {layer: self._metric(moments.get(layer)) for layer in layers}
-            bases = {layer: self._basis(view, layer, moments.get(layer), fingerprint) for layer in layers}
-        kept = {layer: basis for layer, basis in bases.items() if basis is not None}
-        experts = {layer: view.layers[layer].experts.layout.num_experts for layer in layers}
-        self.prepared = Prepared(
-            fingerprint, experts, gains, metrics, kept, moments, resumable, watch.seconds["statistics"]
-        )
+            # The moments of a layer are let go as soon as its metric and basis are made.
+            made = {n: self._prepared_layer(view, n, gains[n], moments.pop(n, None), fingerprint) for n in layers}
+        self.prepared = Prepared(fingerprint, made, resumable, watch.seconds["statistics"])
         return self.prepared
 
-    def edit(
-        self,
-        model: nn.Module,
-        tok: PreTrainedTokenizerBase,
-        requests: Sequence[Any],
-        memory: EditMemory | None = None,
-        targets: TargetVectors | None = None,
+    def edit_batch(
+        self, model: nn.Module, tok: PreTrainedTokenizerBase, facts: list[EditRequest], memory: Any, targets: Any
     ) -> EditResult:
-        """See :meth:`Editor.edit`; raises what :meth:`prepare` and the solvers raise, too."""
-        facts = parse_requests(requests)
-        if targets is not None and len(targets.delta) != len(facts):
-            raise RequestError(f"There are {len(targets.delta)} target vectors for {len(facts)} requests.")
+        """Solve and write, group by group; raises what `prepare` and the solvers raise."""
         watch, view = Stopwatch(), MoELayerView(model)
         self._check_model(view)
         with watch.stage("statistics"):
-            if self.prepared is None or self.prepared.fingerprint != model_fingerprint(view):
-                self.prepare(model, tok)
-        prepared = self.prepared
+            prepared = self._prepared_for(view, model, tok)
         group = getattr(self.hparams, "edits_per_solve", None) or len(facts)
-        used, reports, seen = [], [], {}
+        used: list[TargetVectors] = []
+        reports: list[Any] = []
+        seen: dict[int, list[RoutedKeys]] = {}
         memory = memory or EditMemory()
         with writing(view) as writer:
             for start in range(0, len(facts), group):
                 chunk = facts[start : start + group]
-                job = _Job(self, view, tok, chunk, prepared, memory.extended(seen), writer, watch)
-                used.append(job.find_targets() if targets is None else targets.rows(start, start + group))
-                job.aim(used[-1])
-                job.spread()
-                reports += job.reports
-                for layer, keys in job.keys.items():
+                batch = BatchSolve(self, view, tok, chunk, prepared, memory.extended(seen), writer, watch)
+                used.append(batch.find_targets() if targets is None else targets.rows(start, start + group))
+                batch.aim(used[-1])
+                batch.spread()
+                reports += batch.reports
+                for layer, keys in batch.keys.items():
                     seen.setdefault(layer, []).append(keys)
             with watch.stage("write"):
-                patch = writer.finish(self._provenance(facts), prepared.fingerprint)
+                patch = writer.finish(provenance(self.hparams, facts), prepared.fingerprint)
         kept = memory.extended(seen) if self.hparams.remember_edits else memory
         return EditResult(patch, watch.seconds, kept, used, reports)
+
+    def _prepared_for(self, view: MoELayerView, model: nn.Module, tok: PreTrainedTokenizerBase) -> Prepared:
+        if self.prepared is None or self.prepared.fingerprint != model_fingerprint(view):
+            return self.prepare(model, tok)
+        return self.prepared
+
+    def _prepared_layer(
+        self, view: MoELayerView, layer: int, gain: float, moments: LayerMoments | None, fingerprint: str
+    ) -> PreparedLayer:
+        metric = self._metric(moments)
+        ranks = tuple(metric.ranks) if isinstance(metric, NullSpace) else None
+        basis = self.basis(view, layer, moments, fingerprint)
+        experts = view.layers[layer].experts.layout.num_experts
+        coverage = None if moments is None else moments.counts
+        return PreparedLayer(experts, gain, metric, basis, coverage, ranks)
 
     def target_settings(self) -> tuple[int, tuple[str, ...], TargetSettings]:
         """All that target vectors depend on besides model and requests: layer, context prefixes, optimisation."""
         hp = self.hparams
-        settings = TargetSettings(
-            hp.v_num_grad_steps, hp.v_lr, hp.kl_factor, hp.v_weight_decay, hp.clamp_norm_factor, hp.early_stop_loss,
-            hp.target_batch_size, hp.fact_token,
-        )  # fmt: skip
-        return hp.layers[-1], tuple(hp.context_prefixes), settings
+        return hp.layers[-1], tuple(hp.context_prefixes), TargetSettings.of(hp)
 
     def _log_plan(self, view: MoELayerView) -> None:
         if not logger.isEnabledFor(logging.INFO):
@@ -145,30 +160,15 @@ class SolvingEditor(Editor):
         else:
             logger.info("%s", found.summary())
 
-    def _needs_statistics(self) -> bool:
-        return self.hparams.metric != "identity" or getattr(self.hparams, "whitening", "none") != "none"
-
     def _metric(self, moments: LayerMoments | None) -> Metric:
         hp = self.hparams
-        if hp.metric == "identity":
+        if hp.metric == "identity" or moments is None:
             return IdentityMetric()
+        keys, counts = moments.keys, moments.counts
         if hp.metric == "covariance":
-            return covariance_metric(
-                moments.keys, moments.counts, hp.covariance_ridge, hp.min_coverage, hp.low_coverage
-            )
-        return null_space(
-            moments.keys,
-            moments.counts,
-            hp.nullspace_threshold,
-            hp.nullspace_relative,
-            hp.min_coverage,
-            hp.low_coverage,
-        )
-
-    def _basis(
-        self, view: MoELayerView, layer: int, moments: LayerMoments | None, fingerprint: str
-    ) -> TuckerBasis | None:
-        return None
+            return covariance_metric(keys, counts, hp.covariance_ridge, hp.min_coverage, hp.low_coverage)
+        threshold, relative = hp.nullspace_threshold, hp.nullspace_relative
+        return null_space(keys, counts, threshold, relative, hp.min_coverage, hp.low_coverage)
 
     def _check_model(self, view: MoELayerView) -> None:
         view.require(self.hparams.layers)
@@ -179,11 +179,8 @@ class SolvingEditor(Editor):
                 f"model's own logits; found {wanted}."
             )
 
-    def _provenance(self, facts: Sequence[EditRequest]) -> dict[str, Any]:
-        return {"hparams": self.hparams.to_dict(), "requests": [vars(fact) for fact in facts]}
 
-
-class _Job:
+class BatchSolve:
     """One solve: a group of requests at the current weights of the model."""
 
     def __init__(
@@ -205,15 +202,13 @@ class _Job:
         self.keys: dict[int, RoutedKeys] = {}
 
     def find_targets(self) -> TargetVectors:
-        layer, prefixes, settings = self.editor.target_settings()
-        folder, progress = self.hparams.target_cache_dir, self.editor.progress
+        """Target vectors of these requests, found or read."""
+        search = TargetSearch(self.view, self.tok, *self.editor.target_settings(), self.editor.progress)
+        folder = self.hparams.target_cache_dir
         with self.watch.stage("targets"):
             if folder is None:
-                return compute_targets(self.view, self.tok, self.facts, layer, prefixes, settings, progress)
-            name, fingerprint = self.hparams.model_name, self.prepared.fingerprint
-            return cached_targets(
-                folder, name, fingerprint, self.view, self.tok, self.facts, layer, prefixes, settings, progress
-            )
+                return search.targets(self.facts)
+            return cached_targets(folder, self.hparams.model_name, self.prepared.fingerprint, search, self.facts)
 
     def aim(self, targets: TargetVectors) -> None:
         """Take the shifts to reach, and lay out every context in which each fact is captured."""
@@ -269,19 +264,19 @@ class _Job:
         # Each fact counts once however many contexts it has: the objective is a mean over its contexts.
         weight = 1 / sqrt(self.per_fact)
         keys = RoutedKeys(keys.expert, keys.gate * weight, keys.key)
-        residual = residual.to(keys.key.device) * (weight / self.prepared.gains[layer])
+        residual = residual.to(keys.key.device) * (weight / self.prepared.layers[layer].gain)
         self.keys[layer] = keys
         earlier = self.memory.keys.get(layer, [])
         if earlier:
             everything = RoutedKeys.cat([*earlier, keys])
             kept = residual.new_zeros(everything.num_tokens - keys.num_tokens, residual.shape[1])
             keys, residual = everything, torch.cat([kept, residual])
-        solution, report = self.editor.solve(keys, residual, layer, self.prepared)
+        solution, report = self.editor.solve(keys, residual, self.prepared.layers[layer])
         if report is not None:
             self.reports.append(report)
         return solution
 
     def _write(self, layer: int, solution: Any, share: float) -> None:
         with self.watch.stage("write"):
-            update = self.editor.place(solution, layer, self.prepared)
+            update = self.editor.place(solution, self.prepared.layers[layer])
             self.writer.write(layer, update.scale(share) if share != 1.0 else update)

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from easyedit_moe.editors.base import Editor, EditResult
-from easyedit_moe.errors import LayoutError, NumericalError, RequestError, not_finite
+from easyedit_moe.editors.base import Editor, EditResult, provenance
+from easyedit_moe.editors.planner import MemoryPlan, Workload, shapes_of
+from easyedit_moe.editors.training_planner import Trained, plan_training
+from easyedit_moe.errors import LayoutError, NumericalError, not_finite
 from easyedit_moe.evaluation.scoring import answer_logits
-from easyedit_moe.facts.requests import EditRequest, parse_requests
+from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.facts.tokens import encode_target, pad_id
 from easyedit_moe.hparams import TrainingHyperParams
 from easyedit_moe.measure import Stopwatch
@@ -52,6 +54,18 @@ class TrainingEditor(Editor):
 
     hparams: TrainingHyperParams
 
+    @classmethod
+    def plan_for(cls, hparams: Any, model: nn.Module, workload: Workload) -> MemoryPlan:
+        """See `Editor.plan_for`; earlier edits need nothing, and no size depends on the device."""
+        shapes = shapes_of(model, hparams.layers)
+        trained = cls.trained(hparams, MoELayerView(model, without_weights=True))
+        return plan_training(shapes, hparams, trained, workload)
+
+    @classmethod
+    @abstractmethod
+    def trained(cls, hparams: Any, view: MoELayerView) -> Trained:
+        """What is trained on a model, of which only shapes are read."""
+
     @abstractmethod
     def train(
         self, view: MoELayerView, tok: PreTrainedTokenizerBase, facts: Sequence[EditRequest], job: TrainingJob
@@ -61,21 +75,13 @@ class TrainingEditor(Editor):
         Parameters of the model that change on the way have been handed to ``job.writer.keep`` before.
         """
 
-    def edit(
-        self,
-        model: nn.Module,
-        tok: PreTrainedTokenizerBase,
-        requests: Sequence[Any],
-        memory: Any = None,
-        targets: Any = None,
+    def edit_batch(
+        self, model: nn.Module, tok: PreTrainedTokenizerBase, facts: list[EditRequest], memory: Any, targets: Any
     ) -> EditResult:
-        """See :meth:`Editor.edit`; ``memory`` is unused, as a batch only needs the weights that the one before left.
+        """Train; ``memory`` is unused, as a batch only needs the weights that the one before left.
 
-        Raises what the layer view raises, too, and NumericalError for a loss that is not finite.
+        Raises what the layer view raises, and NumericalError for a loss that is not finite.
         """
-        facts = parse_requests(requests)
-        if targets is not None:
-            raise RequestError(f"{self.method} has no target vectors; found {type(targets).__name__}.")
         view, watch = MoELayerView(model), Stopwatch()
         view.require(self.hparams.layers)
         examples = examples_of(tok, facts, self.hparams.context_prefixes)
@@ -184,7 +190,7 @@ class Masters:
     def step(self, optimiser: torch.optim.Optimizer, losses: Iterable[Tensor]) -> None:
         """One update by the gradient of the sum of ``losses``, each of which is freed before the next is made.
 
-        The gradients stay beside the masters until :meth:`clear`.
+        The gradients stay beside the masters until `clear`.
 
         Raises:
             NumericalError: a gradient that is not finite.
@@ -251,7 +257,7 @@ def trainable(model: nn.Module, parameters: Iterable[nn.Parameter] = ()) -> Iter
 
 @contextmanager
 def seeded(model: nn.Module, seed: int) -> Iterator[None]:
-    """torch's global generators are seeded inside, and afterwards in the state in which they were."""
+    """Torch's global generators are seeded inside, and afterwards in the state in which they were."""
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
@@ -281,7 +287,7 @@ def expert_parameters(moe: MoELayer, part: str) -> dict[str, nn.Parameter]:
 
 
 def check_writable(parameters: Mapping[str, nn.Parameter]) -> None:
-    """Raise :class:`LayoutError` for parameters that can't be trained: offloaded, or not of a float dtype."""
+    """Raise `LayoutError` for parameters that can't be trained: offloaded, or not of a float dtype."""
     for name, parameter in parameters.items():
         if parameter.is_meta or not parameter.is_floating_point() or type(parameter.data) is not Tensor:
             where = "offloaded" if parameter.is_meta else f"a {type(parameter.data).__name__} of {parameter.dtype}"
@@ -297,8 +303,3 @@ def finite_loss(loss: Tensor) -> float:
             "model in bfloat16 or float32."
         )
     return value
-
-
-def provenance(hparams: TrainingHyperParams, facts: Sequence[EditRequest]) -> dict[str, Any]:
-    """What a patch says about how it was made."""
-    return {"hparams": hparams.to_dict(), "requests": [vars(fact) for fact in facts]}

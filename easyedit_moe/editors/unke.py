@@ -11,29 +11,40 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from easyedit_moe.editors.base import Editor, EditResult
-from easyedit_moe.editors.registry import register_editor
+from easyedit_moe.editors.base import Editor, EditResult, provenance
+from easyedit_moe.editors.planner import (
+    MemoryPlan,
+    Stage,
+    Workload,
+    activations,
+    shapes_of,
+    targets_stage,
+)
 from easyedit_moe.editors.training import (
     Masters,
     check_writable,
     expert_parameters,
     finite_loss,
-    provenance,
     trainable,
 )
-from easyedit_moe.errors import RequestError
-from easyedit_moe.facts.requests import EditRequest, parse_requests
+from easyedit_moe.editors.training_planner import (
+    PROMPT_TOKENS,
+    TARGET_TOKENS,
+    Trained,
+    optimiser_bytes,
+    originals_stage,
+)
+from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.facts.tokens import collate, encode_text, pad_id
 from easyedit_moe.hparams import UnKEHyperParams
 from easyedit_moe.measure import Stopwatch
 from easyedit_moe.moe.capture import hooks, layer_output, run, stop_after
-from easyedit_moe.moe.layers import MoELayerView
+from easyedit_moe.moe.layers import MoELayer, MoELayerView
 from easyedit_moe.patches.tensors import writing_tensors
 from easyedit_moe.statistics.corpus import load_texts
-from easyedit_moe.targets.search import TargetSettings, TargetVectors, check_lengths, compute_targets, fact_contexts
+from easyedit_moe.targets.search import TargetSearch, TargetSettings, TargetVectors, check_lengths, fact_contexts
 
 
-@register_editor
 class UnKEEditor(Editor):
     """Stage 1 finds target vectors z at the layer's output, stage 2 fits the layer's parameters to them.
 
@@ -50,41 +61,52 @@ class UnKEEditor(Editor):
     """
 
     method = "UnKE"
-    hparams_class = UnKEHyperParams
     hparams: UnKEHyperParams
 
-    def __init__(self, hparams: UnKEHyperParams, progress: bool = True) -> None:
-        super().__init__(hparams, progress)
-        self.edits = "layer" if hparams.train == "layer" else "experts"
+    @property
+    def edits(self) -> str:
+        """What is changed: "layer" where all of it is trained, else "experts"."""
+        return "layer" if self.hparams.train == "layer" else "experts"
 
-    def edit(
-        self,
-        model: nn.Module,
-        tok: PreTrainedTokenizerBase,
-        requests: Sequence[Any],
-        memory: Any = None,
-        targets: TargetVectors | None = None,
+    @classmethod
+    def plan_for(cls, hparams: UnKEHyperParams, model: nn.Module, workload: Workload) -> MemoryPlan:
+        """See `Editor.plan_for`: the search, then the fit, with the layer's inputs and outputs held."""
+        hp, shapes = hparams, shapes_of(model, hparams.layers)
+        edits = workload.edits_of(hp)
+        (moe,) = MoELayerView(model, without_weights=True).require(hp.layers)
+        trained = Trained.of(trained_parameters(moe, hp.train).values())
+        sequences, length = edits * (len(hp.context_prefixes) + 1), PROMPT_TOKENS + TARGET_TOKENS
+        searched = min(hp.target_batch_size, 2 * sequences)
+        preserved = hp.preserve_n_samples * hp.max_length
+        held = (sequences * PROMPT_TOKENS + preserved) * shapes.d_model * (shapes.itemsize + 4)
+        step = min(hp.train_batch_size, sequences + hp.preserve_n_samples) * max(PROMPT_TOKENS, hp.max_length)
+        fit = optimiser_bytes(trained) + held + activations(shapes, step) + 12 * step * shapes.d_model
+        stages = (
+            targets_stage(shapes, hp.layers[0], sequences, length, searched),
+            Stage("train", 0, fit, f"{trained.numbers:,} trainable numbers; layer inputs and outputs of all texts"),
+            originals_stage(trained, shapes.itemsize),
+        )
+        settings = {"target_batch_size": searched, "train_batch_size": hp.train_batch_size}
+        return MemoryPlan(shapes, tuple(hp.layers), edits, stages, settings, workload.checked_budget())
+
+    def edit_batch(
+        self, model: nn.Module, tok: PreTrainedTokenizerBase, facts: list[EditRequest], memory: Any, targets: Any
     ) -> EditResult:
-        """See :meth:`Editor.edit`; raises what the layer view and the search of targets raise, too, DataError for
-        unusable ``preserve_dataset``, and NumericalError for a loss that diverges.
+        """Find the hidden states, then fit the layer to them.
+
+        Raises what the layer view and the search of targets raise, DataError for unusable ``preserve_dataset``, and
+        NumericalError for a loss that diverges.
         """
-        facts = parse_requests(requests)
-        if targets is not None and len(targets.delta) != len(facts):
-            raise RequestError(f"There are {len(targets.delta)} target vectors for {len(facts)} requests.")
         hp, view, watch = self.hparams, MoELayerView(model), Stopwatch()
         (moe,) = view.require(hp.layers)
-        if hp.train == "layer":
-            parameters = {f"{moe.name}.{name}": p for name, p in moe.layer.named_parameters()}
-        else:
-            parameters = expert_parameters(moe, hp.train)
+        parameters = trained_parameters(moe, hp.train)
         check_writable(parameters)
         with writing_tensors(model) as writer:
             with watch.stage("statistics"):
                 texts = self._preserved(tok, facts)
             if targets is None:
-                layer, prefixes, settings = self.target_settings()
                 with watch.stage("targets"):
-                    targets = compute_targets(view, tok, facts, layer, prefixes, settings, self.progress)
+                    targets = TargetSearch(view, tok, *self.target_settings(), self.progress).targets(facts)
             with watch.stage("solve"):
                 problem = self._problem(view, tok, facts, targets, texts)
                 for name in parameters:
@@ -100,11 +122,7 @@ class UnKEEditor(Editor):
     def target_settings(self) -> tuple[int, tuple[str, ...], TargetSettings]:
         """All that target vectors depend on besides model and requests: layer, context prefixes, optimisation."""
         hp = self.hparams
-        settings = TargetSettings(
-            hp.v_num_grad_steps, hp.v_lr, hp.kl_factor, hp.v_weight_decay, hp.clamp_norm_factor, hp.early_stop_loss,
-            hp.target_batch_size, hp.fact_token,
-        )  # fmt: skip
-        return hp.layers[0], tuple(hp.context_prefixes), settings
+        return hp.layers[0], tuple(hp.context_prefixes), TargetSettings.of(hp)
 
     def _preserved(self, tok: PreTrainedTokenizerBase, facts: Sequence[EditRequest]) -> list[list[int]]:
         """Token ids of the texts to preserve, without those on an edited subject, which would ask for the opposite."""
@@ -178,6 +196,13 @@ class UnKEEditor(Editor):
                 masters.clear()
                 bar.update()
         return masters.whole()
+
+
+def trained_parameters(moe: MoELayer, train: str) -> dict[str, nn.Parameter]:
+    """What stage 2 trains, by full name: all of the decoder layer, or a part of its routed experts."""
+    if train == "layer":
+        return {f"{moe.name}.{name}": parameter for name, parameter in moe.layer.named_parameters()}
+    return expert_parameters(moe, train)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from math import sqrt
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from easyedit_moe.errors import DataError
 from easyedit_moe.evaluation.scoring import TargetScore, score_targets
 from easyedit_moe.facts.records import PROTOCOLS, EvaluationRecord
+from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.facts.tokens import collate, encode_text, pad_id
 from easyedit_moe.moe.capture import Routing, hooks, inference_mode_of, read_routing, run
 from easyedit_moe.moe.layers import MoELayerView
@@ -91,16 +92,18 @@ def evaluate(
     judge = _judge_counterfact if protocol == "counterfact" else _judge_zsre
     rows = [judge(record, scores) for record in records]
     exact = [float(scores[record.request.prompt, record.request.target_new].exact) for record in records]
-    columns = [[row[i] for row in rows if row[i] is not None] for i in range(3)]
-    utility = [_mean([value for value in row if value is not None]) for row in rows]
-    return EvaluationResult(protocol, *(Score.of(c) for c in columns), Score.of(utility), Score.of(exact))
+    columns = [[value for row in rows if (value := row[i]) is not None] for i in range(3)]
+    efficacy, generalisation, specificity = (Score.of(column) for column in columns)
+    judged = [[value for value in row if value is not None] for row in rows]  # efficacy always is one
+    utility = Score.of([sum(values) / len(values) for values in judged])
+    return EvaluationResult(protocol, efficacy, generalisation, specificity, utility, Score.of(exact))
 
 
 def _pairs(record: EvaluationRecord, protocol: str) -> list[tuple[str, str]]:
     request = record.request
     targets = [request.target_new]
     if protocol == "counterfact":
-        targets.append(request.ground_truth)
+        targets.append(_true_answer(request))
     pairs = [(prompt, target) for prompt in (request.prompt, *record.paraphrases) for target in targets]
     for prompt, answer in record.neighbours:
         pairs.append((prompt, answer))
@@ -109,15 +112,21 @@ def _pairs(record: EvaluationRecord, protocol: str) -> list[tuple[str, str]]:
     return pairs
 
 
+def _true_answer(request: EditRequest) -> str:
+    """What the new answer is compared with; every record whose layout asks for "counterfact" has it."""
+    return cast(str, request.ground_truth)
+
+
 _Scores = dict[tuple[str, str], TargetScore]
 _Row = tuple[float, float | None, float | None]
 
 
 def _judge_counterfact(record: EvaluationRecord, scores: _Scores) -> _Row:
     request = record.request
+    true = _true_answer(request)
 
     def changed(prompt: str) -> float:
-        return float(scores[prompt, request.target_new].nll < scores[prompt, request.ground_truth].nll)
+        return float(scores[prompt, request.target_new].nll < scores[prompt, true].nll)
 
     kept = [float(scores[p, answer].nll < scores[p, request.target_new].nll) for p, answer in record.neighbours]
     return changed(request.prompt), _mean([changed(p) for p in record.paraphrases]), _mean(kept)

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.facts.tokens import collate, encode_target, encode_text, pad_id
 from easyedit_moe.moe.capture import hooks, inference_mode_of, model_device
+from easyedit_moe.moe.embeddings import output_embeddings
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def score_only(model: nn.Module, positions: Tensor) -> Any:
         index = positions.to(hidden.device)[:, :, None].expand(-1, -1, hidden.shape[-1])
         return (hidden.gather(1, index), *args[1:])
 
-    return model.get_output_embeddings().register_forward_pre_hook(select)
+    return output_embeddings(model).register_forward_pre_hook(select)
 
 
 def score_targets(
@@ -63,13 +64,13 @@ def score_targets(
         ids, labels = encode_text(tok, prompt), encode_target(tok, target)
         rows.append((ids[-max_length:] if max_length else ids, labels))
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
-    scores: list[TargetScore | None] = [None] * len(rows)
+    scores: dict[int, TargetScore] = {}
     with inference_mode_of(model):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             for i, score in zip(chosen, _score_batch(model, tok, [rows[i] for i in chosen]), strict=True):
                 scores[i] = score
-    return scores
+    return [scores[i] for i in range(len(rows))]
 
 
 def answer_logits(

@@ -15,6 +15,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from easyedit_moe.facts.tokens import decode
+
 NO_ANCHOR = -1
 
 
@@ -83,7 +85,7 @@ class SubjectMatcher:
         return low - 1
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return self.tok.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return decode(self.tok, ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def _flat(text: str) -> str:

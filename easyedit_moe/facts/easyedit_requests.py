@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from easyedit_moe.errors import EditingWarning, RequestError
-from easyedit_moe.facts.requests import EditRequest, parse_request, parse_requests
+from easyedit_moe.facts.requests import EditRequest, check_batch, parse_request
 
 
 def requests_from_columns(
-    prompts: str | Sequence[str],
-    target_new: str | Sequence[str],
+    prompts: str | Sequence[str] | None,
+    target_new: str | Sequence[str] | None,
     ground_truth: str | Sequence[str] | None,
     target_neg: str | Sequence[str] | None,
     rephrase_prompts: str | Sequence[str] | None,
@@ -28,7 +30,7 @@ def requests_from_columns(
     count = len(_column("prompts", prompts))
     if subject is None:
         raise RequestError("Editing needs the subject of each prompt: pass subject=[...].")
-    columns = {"prompt": prompts, "target_new": target_new, "subject": subject}
+    columns: dict[str, Any] = {"prompt": prompts, "target_new": target_new, "subject": subject}
     columns |= {"ground_truth": ground_truth, "target_neg": target_neg, "rephrase_prompt": rephrase_prompts}
     requests: list[dict[str, Any]] = [{"ground_truth": None, "locality": {}, "portability": {}} for _ in range(count)]
     for name, values in columns.items():
@@ -59,10 +61,18 @@ def _as_list(value: Any) -> list[Any]:
     return [value] if isinstance(value, str) else list(value)
 
 
-def checked_batches(batches: Sequence[Sequence[Mapping[str, Any] | EditRequest]]) -> list[list[dict[str, Any]]]:
-    """All batches as EasyEdit's flat request dicts, once nothing is found wrong with any of them.
+@dataclass(frozen=True)
+class HostRequest:
+    """One request as EasyEdit has it: the fact, and its flat dict with all that is scored."""
 
-    Takes EasyEdit's dicts, ROME's, and :class:`EditRequest` values.
+    fact: EditRequest
+    record: dict[str, Any]
+
+
+def checked_batches(batches: Sequence[Sequence[Mapping[str, Any] | EditRequest]]) -> list[list[HostRequest]]:
+    """All batches, parsed, once nothing is found wrong with any of them.
+
+    Takes EasyEdit's dicts, ROME's, and `EditRequest` values.
 
     Raises:
         RequestError: nothing to edit, an unusable request (its number is named), or requests of one batch that are
@@ -70,34 +80,30 @@ def checked_batches(batches: Sequence[Sequence[Mapping[str, Any] | EditRequest]]
     """
     if not batches:
         raise RequestError("There is nothing to edit: the list of requests is empty.")
-    checked: list[list[dict[str, Any]]] = []
-    number = 0
-    for batch in batches:
-        checked.append([])
-        for record in batch:
-            try:
-                fact = parse_request(record)
-                request = {
-                    "locality": {},
-                    "portability": {},
-                    **(record if isinstance(record, Mapping) else {}),
-                    **vars(fact),
-                }
-                prompts_of(request)
-            except RequestError as error:
-                raise RequestError(f"Request {number}: {error}") from error
-            checked[-1].append(request)
-            number += 1
-        with warnings.catch_warnings():
-            # The editor parses each batch again, and warns then.
-            warnings.simplefilter("ignore", EditingWarning)
-            parse_requests(batch)
+    numbers = itertools.count()
+    checked = [[_host_request(next(numbers), record) for record in batch] for batch in batches]
+    with warnings.catch_warnings():
+        # The editor checks each batch again when its turn comes, and warns then.
+        warnings.simplefilter("ignore", EditingWarning)
+        for batch in checked:
+            check_batch([request.fact for request in batch])
     return checked
+
+
+def _host_request(number: int, record: Mapping[str, Any] | EditRequest) -> HostRequest:
+    given = dict(record) if isinstance(record, Mapping) else {}
+    try:
+        fact = parse_request(record)
+        request = {"locality": {}, "portability": {}, **given, **vars(fact)}
+        prompts_of(request)
+    except RequestError as error:
+        raise RequestError(f"Request {number}: {error}") from error
+    return HostRequest(fact, request)
 
 
 def prompts_of(request: Mapping[str, Any]) -> list[tuple[tuple[str, ...], str, str]]:
     """Every prompt of a request by its place in the result, with the answer that is scored."""
-    asked = [(("rewrite",), request["prompt"], request["target_new"])]
+    asked: list[tuple[tuple[str, ...], str, str]] = [(("rewrite",), request["prompt"], request["target_new"])]
     if request.get("rephrase_prompt"):
         asked.append((("rephrase",), request["rephrase_prompt"], request["target_new"]))
     for section in ("locality", "portability"):

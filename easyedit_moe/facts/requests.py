@@ -16,12 +16,22 @@ class EditRequest:
     """One fact to write: after ``prompt`` the model should say ``target_new``.
 
     ``subject`` occurs in the prompt; ``ground_truth`` is what the model said before, where known.
+
+    Raises:
+        RequestError: on construction, for a field that is no text or blank, or a subject that is not in the prompt.
     """
 
     prompt: str
     subject: str
     target_new: str
     ground_truth: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "subject", "target_new"):
+            _text(name, getattr(self, name))
+        if self.ground_truth is not None and not isinstance(self.ground_truth, str):
+            raise RequestError(f"'ground_truth' must be a string or None; found {self.ground_truth!r}.")
+        subject_span(self.prompt, self.subject)
 
 
 def parse_request(record: Mapping[str, Any] | EditRequest) -> EditRequest:
@@ -32,7 +42,7 @@ def parse_request(record: Mapping[str, Any] | EditRequest) -> EditRequest:
         RequestError: a missing or blank field, or a subject that is not in the prompt.
     """
     if isinstance(record, EditRequest):
-        record = vars(record)
+        return record
     if not isinstance(record, Mapping):
         raise RequestError(f"A request must be a dict; found {type(record).__name__}: {str(record)[:80]!r}.")
     rewrite = record.get("requested_rewrite", record)
@@ -46,33 +56,47 @@ def parse_request(record: Mapping[str, Any] | EditRequest) -> EditRequest:
         truth = truth[0] if truth else None
     if isinstance(truth, Mapping):
         truth = truth.get("str")
-    if truth is not None and not isinstance(truth, str):
-        raise RequestError(f"'ground_truth' must be a string or None; found {truth!r}.")
-    if "{}" in prompt:
-        prompt = prompt.replace("{}", subject)
-    subject_span(prompt, subject)
-    return EditRequest(prompt, subject, target, truth)
+    return EditRequest(prompt.replace("{}", subject), subject, target, truth)
 
 
 def parse_requests(records: Sequence[Mapping[str, Any] | EditRequest]) -> list[EditRequest]:
-    """All requests of one batch, checked against each other.
-
-    Warns (:class:`EditingWarning`) where a target equals the ground truth.
+    """All requests of one batch, checked against each other; see `check_batch` for its warning.
 
     Raises:
         RequestError: no request, one that is unusable, one given twice, or two with different targets for one prompt.
     """
     if isinstance(records, (Mapping, EditRequest, str)) or not isinstance(records, Iterable):
         raise RequestError(f"Requests must be a list; found {type(records).__name__}. Wrap a single request in [ ].")
-    if not records:
-        raise RequestError("There is nothing to edit: the list of requests is empty.")
     requests: list[EditRequest] = []
-    seen: dict[str, tuple[int, str]] = {}
     for number, record in enumerate(records):
         try:
-            request = parse_request(record)
+            requests.append(parse_request(record))
         except RequestError as error:
             raise RequestError(f"Request {number}: {error}") from error
+    check_batch(requests)
+    return requests
+
+
+def check_batch(requests: Sequence[EditRequest]) -> None:
+    """Check the requests of one batch against each other; what is wrong with a single one was found when it was made.
+
+    Warns (`EditingWarning`) where a target equals the ground truth.
+
+    Raises:
+        RequestError: not a list of `EditRequest` values, no request, one given twice, or two with different targets
+            for one prompt.
+    """
+    if isinstance(requests, (EditRequest, str)) or not isinstance(requests, Sequence):
+        raise RequestError(f"Requests must be a list; found {type(requests).__name__}. Wrap a single request in [ ].")
+    if not requests:
+        raise RequestError("There is nothing to edit: the list of requests is empty.")
+    seen: dict[str, tuple[int, str]] = {}
+    for number, request in enumerate(requests):
+        if not isinstance(request, EditRequest):
+            raise RequestError(
+                f"Request {number}: an editor takes EditRequest values; found {type(request).__name__}. Read dicts "
+                "with easyedit_moe.facts.requests.parse_requests first."
+            )
         if request.prompt in seen:
             other, target = seen[request.prompt]
             if target == request.target_new.strip():
@@ -88,14 +112,14 @@ def parse_requests(records: Sequence[Mapping[str, Any] | EditRequest]) -> list[E
                 EditingWarning,
                 stacklevel=2,
             )
-        requests.append(request)
-    return requests
 
 
 def _required_text(record: Mapping[str, Any], name: str, advice: str = "") -> str:
     value = record.get(name)
-    if isinstance(value, Mapping):
-        value = value.get("str")
+    return _text(name, value.get("str") if isinstance(value, Mapping) else value, advice)
+
+
+def _text(name: str, value: Any, advice: str = "") -> str:
     if not isinstance(value, str):
         raise RequestError(f"'{name}' must be a string; found {value!r}. {advice}".rstrip())
     if not value.strip():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -72,7 +73,7 @@ def encode_prompt(
     start, end = subject_span(prompt, subject)
     inside = [i for i, (a, b) in enumerate(spans) if a < end and b > start]
     # SentencePiece puts a space of its own before a text, sometimes as a token, and counts it to the first character.
-    while inside and not tok.decode([ids[inside[0]]]).strip():
+    while inside and not decode(tok, [ids[inside[0]]]).strip():
         inside.pop(0)
     if not inside:
         raise RequestError(f"No token of the prompt {prompt!r} covers its subject {subject!r}.")
@@ -106,6 +107,11 @@ def encode_text(tok: PreTrainedTokenizerBase, text: str) -> list[int]:
     return _encode_with_spans(tok, text)[0]
 
 
+def decode(tok: PreTrainedTokenizerBase, ids: Sequence[int], **options: Any) -> str:
+    """Text of one sequence of token ids; ``options`` are those of the tokenizer's own ``decode``."""
+    return cast(str, tok.decode(list(ids), **options))  # a list of texts only for a list of sequences
+
+
 def _encode_with_spans(tok: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[tuple[int, int]]]:
     if getattr(tok, "is_fast", False):
         out = tok(text, return_offsets_mapping=True, return_special_tokens_mask=True)
@@ -132,7 +138,7 @@ def _spans_by_decoding(
         if mark:
             spans.append((whole, whole))
             continue
-        decoded = tok.decode(ids[: i + 1], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        decoded = decode(tok, ids[: i + 1], skip_special_tokens=True, clean_up_tokenization_spaces=False)
         complete = min(len(text), max(whole, len(decoded.rstrip("\ufffd"))))
         spans.append((whole, min(len(text), complete + 1) if decoded.endswith("\ufffd") else complete))
         whole = complete

@@ -199,7 +199,7 @@ def biography_pieces(world: World, subject: str, order: Sequence[Relation]) -> l
 
 
 def biography(world: World, subject: str, order: Sequence[Relation]) -> str:
-    """The sentence of :func:`biography_pieces`."""
+    """The sentence of `biography_pieces`."""
     return "".join(text for text, _ in biography_pieces(world, subject, order))
 
 

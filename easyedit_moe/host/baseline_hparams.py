@@ -8,28 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from easyedit_moe.errors import HyperParamsError, MethodError, did_you_mean
-from easyedit_moe.hparams import read_yaml
+from easyedit_moe.hparams import presets, read_yaml
 
 PROTOCOL = "EasyEdit: teacher-forced token accuracy; locality is the share of tokens predicted as before the edits"
 """What EasyEdit's metrics mean."""
 
-HOST_METHODS = {
-    "ROME": "ROME",
-    "MEMIT": "MEMIT",
-    "AlphaEdit": "AlphaEdit",
-    "FT": "FT",
-    "FT-L": "FT",
-    "LoRA": "LoRA",
-}
+HOST_METHODS = {method.name: str(method.host_name) for method in presets.host_methods()}
 """Row of a comparison -> EasyEdit's ``alg_name``."""
 
-CLASSES = {
-    "ROME": "ROMEHyperParams",
-    "MEMIT": "MEMITHyperParams",
-    "AlphaEdit": "AlphaEditHyperParams",
-    "FT": "FTHyperParams",
-    "LoRA": "LoRAHyperParams",
-}
+CLASSES = {str(method.host_name): method.hparams.partition(":")[2] for method in presets.host_methods()}
 """``alg_name`` -> the class of hyper-parameters that EasyEdit has for it."""
 
 
@@ -38,7 +25,7 @@ class BaselineHyperParams:
     """One of EasyEdit's methods and the content of its YAML file, whose keys are EasyEdit's own.
 
     Attributes:
-        method: the row's name, a key of :data:`HOST_METHODS`.
+        method: the row's name, a key of `HOST_METHODS`.
         values: the file's content; given to EasyEdit's class of hyper-parameters when the method runs.
     """
 

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from easyedit_moe.editors.base import EditResult
-from easyedit_moe.errors import HostError, HyperParamsError, LayerError, PatchError
-from easyedit_moe.facts.requests import EditRequest, parse_requests
+from easyedit_moe.editors.base import Editor, EditResult
+from easyedit_moe.editors.planner import MemoryPlan, Workload
+from easyedit_moe.errors import HostError, HyperParamsError, PatchError
+from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.facts.tokens import encode_text
 from easyedit_moe.host.baseline_hparams import CLASSES, BaselineHyperParams
+from easyedit_moe.host.baseline_planner import edited_parameters, needs_statistics, plan_baseline
 from easyedit_moe.host.caches import HostCaches
 from easyedit_moe.host.dense_statistics import (
     input_moments,
@@ -32,6 +34,7 @@ from easyedit_moe.host.dense_statistics import (
 from easyedit_moe.host.loading import load
 from easyedit_moe.host.padding import name_for_host, padded
 from easyedit_moe.measure import Stopwatch
+from easyedit_moe.moe.config import model_config
 from easyedit_moe.moe.fingerprint import model_fingerprint
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.statistics.cache import statistics_folder
@@ -67,7 +70,7 @@ class HostPatch:
         self.originals = {}
 
     def revert(self, model: nn.Module) -> None:
-        """As :meth:`restore`; whether the weights were changed since is not known of EasyEdit's edits."""
+        """As `restore`; whether the weights were changed since is not known of EasyEdit's edits."""
         self.restore(model)
 
     def weights_copy(self, model: nn.Module) -> dict[str, Tensor]:
@@ -83,7 +86,7 @@ class HostPatch:
         raise PatchError("Edits of EasyEdit's own methods can't be saved as a patch; use the model's save_pretrained.")
 
 
-class BaselineEditor:
+class BaselineEditor(Editor):
     """One of EasyEdit's methods with the interface of our editors.
 
     Its module-level caches are this object's own, and new ones for another model, so neither models nor methods share
@@ -96,11 +99,11 @@ class BaselineEditor:
             one that is missing.
     """
 
-    code = "easyeditor"
+    hparams: BaselineHyperParams
 
     def __init__(self, hparams: BaselineHyperParams, progress: bool = True) -> None:
         load()
-        self.hparams, self.progress = hparams, progress
+        self.hparams, self.progress, self.method = hparams, progress, hparams.method
         self.alg_name = hparams.values["alg_name"]
         self._settings()  # a wrong key shows before statistics are made for it
         self._model: weakref.ref[nn.Module] | None = None
@@ -113,31 +116,34 @@ class BaselineEditor:
 
     @property
     def edits(self) -> str:
-        """ "experts" where the site is a packed expert parameter, else "dense site"."""
+        """What is changed: "experts" where the site is a packed expert parameter, else "dense site"."""
         return "experts" if ".experts" in self.hparams.values.get("rewrite_module_tmp", "") else "dense site"
 
-    def target_settings(self) -> None:
-        """EasyEdit's methods find their own targets."""
-        return None
+    @classmethod
+    def plan_for(cls, hparams: BaselineHyperParams, model: nn.Module, workload: Workload) -> MemoryPlan:
+        """See `Editor.plan_for`; EasyEdit need not be there."""
+        return plan_baseline(hparams, model, workload)
 
-    def edit(
-        self,
-        model: nn.Module,
-        tok: PreTrainedTokenizerBase,
-        requests: Sequence[Any],
-        memory: Any = None,
-        targets: Any = None,
-    ) -> EditResult:
-        """Edit one batch in place by EasyEdit's code; seconds of it all stand under "solve", since it does not split.
+    def prepare(self, model: nn.Module, tok: PreTrainedTokenizerBase) -> None:
+        """Check the sites, and write the statistics and projectors that the method reads, for this model.
 
         Raises:
-            RequestError: unusable requests. LayerError: a site that the model lacks. DataError: no such corpus.
-            HostError: EasyEdit's code failed; its own error is the cause.
+            LayerError: a site that the model lacks. DataError: no such corpus.
         """
-        facts = parse_requests(requests)
-        if self._model is None or self._model() is not model:
-            self._start_anew()
-            self._model = weakref.ref(model)
+        self._follow(model)
+        self._sites(model)
+        self._prepare(model, tok)
+
+    def edit_batch(
+        self, model: nn.Module, tok: PreTrainedTokenizerBase, facts: list[EditRequest], memory: Any, targets: Any
+    ) -> EditResult:
+        """Edit by EasyEdit's code; seconds of it all stand under "solve", since it does not split.
+
+        Raises:
+            LayerError: a site that the model lacks. DataError: no such corpus. HostError: EasyEdit's code failed; its
+                own error is the cause.
+        """
+        self._follow(model)
         watch = Stopwatch()
         sites = self._sites(model)
         state = _ModelState.of(model)
@@ -171,29 +177,15 @@ class BaselineEditor:
             return EditResult(HostPatch(originals), watch.seconds)
         return EditResult(HostPatch(originals, state), watch.seconds)
 
-    def _sites(self, model: nn.Module) -> list[str]:
-        """Names of the parameters that the method writes (LoRA adds its own instead).
+    def _follow(self, model: nn.Module) -> None:
+        """Caches and statistics of another model are not used on this one."""
+        if self._model is None or self._model() is not model:
+            self._start_anew()
+            self._model = weakref.ref(model)
 
-        Raises:
-            LayerError: there is no such parameter.
-        """
-        template, layers = self.hparams.values.get("rewrite_module_tmp"), self.hparams.values["layers"]
-        if template is None:
-            return []
-        if self.alg_name != "FT":
-            for layer in layers:
-                module = module_of(model, template.format(layer))
-                if getattr(module, "weight", None) is None or module.weight.dim() != 2:
-                    raise LayerError(
-                        f"{template.format(layer)} is no linear module; EasyEdit's {self.alg_name} can't edit it. "
-                        "Choose a dense site, such as the attention's o_proj."
-                    )
-            return [f"{template.format(layer)}.weight" for layer in layers]
-        names = [name for name, _ in model.named_parameters() if any(template.format(i) in name for i in layers)]
-        for layer in layers:
-            if not any(template.format(layer) in name for name in names):
-                raise LayerError(f"The model has no parameter {template.format(layer)}; check rewrite_module_tmp.")
-        return names
+    def _sites(self, model: nn.Module) -> list[str]:
+        """Names of the parameters that the method writes (LoRA adds its own instead)."""
+        return list(edited_parameters(model, self.hparams))
 
     def _prepare(self, model: nn.Module, tok: PreTrainedTokenizerBase) -> tuple[str, dict[str, Any]]:
         """Statistics files for this model, made once; a later batch sees those of the unedited model."""
@@ -204,15 +196,10 @@ class BaselineEditor:
         fingerprint = model_fingerprint(view)
         folder = statistics_folder(values.get("stats_dir", "./data/stats"), values["model_name"], fingerprint)
         files: dict[str, Any] = {}
-        if self._needs_statistics():
+        if needs_statistics(self.hparams):
             files = self._write_statistics(model, tok, folder)
         self._prepared = (folder.name, files)
         return self._prepared
-
-    def _needs_statistics(self) -> bool:
-        return self.alg_name in ("MEMIT", "AlphaEdit") or (
-            self.alg_name == "ROME" and bool(self.hparams.values.get("mom2_adjustment"))
-        )
 
     def _write_statistics(self, model: nn.Module, tok: PreTrainedTokenizerBase, folder: Path) -> dict[str, Any]:
         values = self.hparams.values
@@ -254,9 +241,10 @@ class BaselineEditor:
         # EasyEdit makes cache_c only for model names that it knows, and fails with NameError for all others.
         if self.alg_name != "AlphaEdit":
             return
-        module = importlib.import_module("easyeditor.models.alphaedit.AlphaEdit_main")
+        module: Any = importlib.import_module("easyeditor.models.alphaedit.AlphaEdit_main")
         if not module.cache_c_new:
-            width = module_of(model, settings.rewrite_module_tmp.format(settings.layers[-1])).weight.shape[1]
+            site = module_of(model, settings.rewrite_module_tmp.format(settings.layers[-1]))
+            width = site.get_parameter("weight").shape[1]
             module.cache_c = torch.zeros(len(settings.layers), width, width)
             module.cache_c_new = True
 
@@ -290,7 +278,7 @@ class _ModelState:
                 for m in model.modules()
             ],
             [(p, p.requires_grad) for p in model.parameters()],
-            getattr(model.config, "use_cache", None),
+            getattr(model_config(model), "use_cache", None),
         )
 
     def put_back(self, model: nn.Module) -> None:
@@ -302,7 +290,7 @@ class _ModelState:
                 attributes[name].clear()
                 attributes[name].update(content)
         if self.use_cache is not None:
-            model.config.use_cache = self.use_cache
+            model_config(model).use_cache = self.use_cache
         for parameter, flag in self.requires_grad:
             parameter.requires_grad_(flag)
             parameter.grad = None
@@ -311,8 +299,9 @@ class _ModelState:
 @contextmanager
 def _scope(model: nn.Module, tok: PreTrainedTokenizerBase, label: str, padding_side: str) -> Iterator[None]:
     """Name, random state and tokenizer settings as EasyEdit needs them; as before afterwards. It prints a lot, too."""
-    name, side = model.config._name_or_path, tok.padding_side
-    model.config._name_or_path = label
+    config = model_config(model)
+    name, side = config._name_or_path, tok.padding_side
+    config._name_or_path = label
     tok.padding_side = padding_side
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     said = io.StringIO()
@@ -321,5 +310,5 @@ def _scope(model: nn.Module, tok: PreTrainedTokenizerBase, label: str, padding_s
             torch.manual_seed(SEED)
             yield
     finally:
-        model.config._name_or_path, tok.padding_side = name, side
+        config._name_or_path, tok.padding_side = name, side
         logger.debug("EasyEdit printed:\n%s", said.getvalue())

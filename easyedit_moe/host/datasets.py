@@ -42,7 +42,7 @@ UNGROUPED = "neighborhood"
 def records_from(dataset: Any, path: str | Path | None = None) -> RecordSet:
     """Records of an instance of EasyEdit's CounterFactDataset, ZsreDataset, KnowEditDataset or WikiBigEditDataset.
 
-    The result is that of :func:`easyedit_moe.facts.records.load_records` on the dataset's file, as far as the dataset
+    The result is that of `easyedit_moe.facts.records.load_records` on the dataset's file, as far as the dataset
     goes: one that was given a ``size`` yields the records of the first ``size``.
 
     ZsreDataset drops the subject, which is therefore read back from the file; KnowEditDataset drops

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,14 +84,12 @@ def input_moments(
 def write_layer_statistics(path: Path, moment: Tensor, count: int, sample_size: int) -> None:
     """Write the ``.npz`` that EasyEdit's ``layer_stats`` reads: the sum of ``k k^T``, the tokens, the texts."""
     with replacing(path) as partial, partial.open("wb") as file:
-        np.savez(
-            file,
-            **{
-                "mom2.count": np.array(count),
-                "mom2.mom2": moment.float().numpy(),
-                "sample_size": np.array(sample_size),
-            },
-        )
+        arrays: dict[str, Any] = {
+            "mom2.count": np.array(count),
+            "mom2.mom2": moment.float().numpy(),
+            "sample_size": np.array(sample_size),
+        }
+        np.savez(file, **arrays)
 
 
 def write_projectors(path: Path, moments: Sequence[tuple[Tensor, int]], threshold: float) -> list[int]:

@@ -28,12 +28,15 @@ GET_IT = (
 
 SYMBOLS = {
     "easyeditor.util.alg_dict": ("ALG_DICT",),
-    "easyeditor.editors.editor": ("BaseEditor", "LOG", "finalize_locality_metrics", "make_logs"),
+    "easyeditor.editors.editor": (
+        "BaseEditor", "LOG", "compute_edit_quality", "compute_sent_metric", "finalize_locality_metrics", "make_logs",
+        "summary_metrics",
+    ),
     "easyeditor.editors.batch_editor": ("BatchEditor.is_batchable_method",),
-    "easyeditor.editors.utils": ("CALLABLE_RESTORE_ALGS", "_prepare_requests", "restore_after_edit"),
+    "easyeditor.editors.utils": ("CALLABLE_RESTORE_ALGS",),
     "easyeditor.evaluate": ("compute_edit_quality",),
-}
-"""What we use of EasyEdit, by module; :func:`check_symbols` names the first that is missing."""
+}  # fmt: skip
+"""What we use of EasyEdit, by module; `check_symbols` names the first that is missing."""
 
 
 def home() -> Path | None:
@@ -51,12 +54,12 @@ def home() -> Path | None:
 
 
 def is_available() -> bool:
-    """Whether :func:`load` would find EasyEdit; nothing is imported."""
+    """Whether `load` would find EasyEdit; nothing is imported."""
     return HOST in sys.modules or home() is not None or importlib.util.find_spec(HOST) is not None
 
 
 def import_with_placeholders(run: Any) -> None:
-    """Call ``run``, which imports EasyEdit, with placeholders for what is absent; see :func:`load`."""
+    """Call ``run``, which imports EasyEdit, with placeholders for what is absent; see `load`."""
     before = set(sys.modules)
     try:
         with placeholders(HOST) as used:
@@ -78,7 +81,7 @@ def import_with_placeholders(run: Any) -> None:
 
 
 def check_symbols() -> dict[str, Any]:
-    """Everything of :data:`SYMBOLS` by its last name, from the imported EasyEdit.
+    """Everything of `SYMBOLS` by its last name, from the imported EasyEdit.
 
     Raises:
         HostError: EasyEdit is not imported, or lacks one of them.

@@ -15,7 +15,7 @@ from easyedit_moe.host.importing import GET_IT, HOST, _on_path, _process_state, 
 def load() -> ModuleType:
     """Import EasyEdit and register our editors in it; from ``EASYEDIT_HOME`` if set, else from the path.
 
-    Packages that text editing never uses (:data:`easyedit_moe.host.placeholders.OPTIONAL`) may be absent: EasyEdit
+    Packages that text editing never uses (`easyedit_moe.host.placeholders.OPTIONAL`) may be absent: EasyEdit
     then gets placeholders for them, named in one log line, which raise when used. The random state and the root
     logger, which importing EasyEdit changes, are put back; the editors' own logger keeps the level INFO.
 

@@ -59,6 +59,7 @@ class Placeholder:
         return Placeholder(f"{self.__name__}.{name}", self._package)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise, naming the package to install."""
         raise MissingPackageError(
             f"{self.__name__} was used, but the package is not installed: pip install {self._package}"
         )
@@ -87,7 +88,7 @@ class Placeholder:
 
 @contextmanager
 def placeholders(importer: str) -> Iterator[set[str]]:
-    """Within, import statements of the package ``importer`` get placeholders for absent packages of :data:`OPTIONAL`.
+    """Within, import statements of the package ``importer`` get placeholders for absent packages of `OPTIONAL`.
 
     Nothing is put into ``sys.modules``, so no other library comes to believe that the package exists. Yields the
     import names that were replaced so far.

@@ -16,7 +16,7 @@ def register() -> list[str]:
     """Make every editor of ours a method of the imported EasyEdit; safe to call again.
 
     ``ALG_DICT`` gets their ``apply_to_model``, ``BatchEditor.is_batchable_method`` knows them, and
-    ``BaseEditor.from_hparams`` (or ``BaseEditor(hparams)``) makes a :class:`easyedit_moe.host.editor.HostEditor` for
+    ``BaseEditor.from_hparams`` (or ``BaseEditor(hparams)``) makes a `easyedit_moe.host.editor.HostEditor` for
     our hparams. For all other hparams EasyEdit is as before. Runs by itself once both packages have been imported.
 
     Returns:
@@ -30,13 +30,13 @@ def register() -> list[str]:
     table = host["ALG_DICT"]
     ours = {name: editor_class(name).apply_to_model for name in [*method_names(), *presets.ALIASES]}
     for name, function in ours.items():
-        if name in table and getattr(table[name], "__func__", None) is not function.__func__:
+        if name in table and getattr(table[name], "__func__", None) is not getattr(function, "__func__", None):
             raise MethodError(
                 f"EasyEdit and easyedit_moe both claim the method name {name!r}; EasyEdit's is "
                 f"{getattr(table[name], '__module__', '?')}. Remove one of them from ALG_DICT before registering."
             )
     table.update(ours)
-    host["CALLABLE_RESTORE_ALGS"].update(name for name in ours if editor_class(name).edits == "adapter")
+    host["CALLABLE_RESTORE_ALGS"].update(name for name in ours if presets.find_method(name).edits == "adapter")
     _make_batchable(frozenset(ours))
     _make_editors(host["BaseEditor"], frozenset(ours))
     return list(ours)

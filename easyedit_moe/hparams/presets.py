@@ -50,10 +50,10 @@ def _ours(
     return Method(name, editor, hparams, edits, source, fixed, statistics=".solving:" in hparams)
 
 
-def _theirs(name: str, hparams: str, source: str, statistics: bool = False) -> Method:
+def _theirs(name: str, hparams: str, source: str, edits: str = "dense site", statistics: bool = False) -> Method:
     editor = "easyedit_moe.host.baselines:BaselineEditor"
     host_name = hparams.removesuffix("HyperParams")
-    return Method(name, editor, f"easyeditor:{hparams}", "dense site", source, {}, statistics, host_name)
+    return Method(name, editor, f"easyeditor:{hparams}", edits, source, {}, statistics, host_name)
 
 
 _MOTE, _MOEEDIT, _MEMIT = "arXiv 2605.16686", "arXiv 2602.10965", "arXiv 2210.07229"
@@ -84,8 +84,8 @@ _TABLE: dict[str, Method] = {
         _theirs("ROME", "ROMEHyperParams", _ROME, statistics=True),
         _theirs("MEMIT", "MEMITHyperParams", _MEMIT, statistics=True),
         _theirs("AlphaEdit", "AlphaEditHyperParams", _ALPHAEDIT, statistics=True),
-        _theirs("FT", "FTHyperParams", _FT),
-        _theirs("FT-L", "FTHyperParams", _FT),
+        _theirs("FT", "FTHyperParams", _FT, "experts"),
+        _theirs("FT-L", "FTHyperParams", _FT, "experts"),
         _theirs("LoRA", "LoRAHyperParams", _LORA),
     )
 }  # fmt: skip

@@ -76,6 +76,11 @@ class SolverHyperParams(MoEHyperParams):
     """Keep the keys of earlier sequential batches as columns with zero residual. As in AlphaEdit; off by default,
     which is ours."""
 
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether second moments of keys are needed: by the metric, or to whiten a Tucker basis."""
+        return self.metric != "identity"
+
     def _check_ranges(self) -> None:
         super()._check_ranges()
         self._require_at_least(
@@ -115,6 +120,11 @@ class MoTEHyperParams(SolverHyperParams):
     """Added to the second moment before its Cholesky factor, > 0. Paper: 1e-5 / 1e-2 / 1e-5."""
     hooi_sweeps: int = 0
     """Sweeps of higher-order orthogonal iteration after HOSVD, >= 0. Ours."""
+
+    @property
+    def needs_statistics(self) -> bool:
+        """As for all solvers, and to whiten the basis."""
+        return super().needs_statistics or self.whitening != "none"
 
     def _check_ranges(self) -> None:
         super()._check_ranges()

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from easyedit_moe.algebra.routed_keys import RoutedKeys
 from easyedit_moe.errors import LayoutError, RequestError, not_finite
 from easyedit_moe.facts.tokens import Batch, collate
+from easyedit_moe.moe.embeddings import input_embeddings
 from easyedit_moe.moe.experts import ModuleListExperts
 from easyedit_moe.moe.layers import MoELayer, MoELayerView
 
@@ -93,7 +94,7 @@ def replace_layer_output(output: Any, hidden: Tensor) -> Any:
 
 def model_device(model: nn.Module) -> torch.device:
     """Device of the token embedding, where inputs go; the CPU if accelerate brings the embedding in from elsewhere."""
-    device = model.get_input_embeddings().weight.device
+    device = input_embeddings(model).weight.device
     return torch.device("cpu") if device.type == "meta" else device
 
 
@@ -114,7 +115,7 @@ def stop_after(layer: nn.Module) -> Any:
 
 
 def read_routing(moe: MoELayer, receive: Callable[[Routing], None]) -> Any:
-    """Hook handle that hands each forward's :class:`Routing` of this layer to ``receive``."""
+    """Hook handle that hands each forward's `Routing` of this layer to ``receive``."""
     if isinstance(moe.experts, ModuleListExperts):
         return _read_modulelist_routing(moe, receive)
     names = list(inspect.signature(moe.experts.module.forward).parameters)
@@ -158,7 +159,7 @@ def experts_on_some(moe: MoELayer, tokens: int, rows: Tensor) -> list[Any]:
 
 
 def _checked_routing(moe: MoELayer, arguments: Sequence[Any]) -> Routing:
-    """The first three arguments of an experts module as :class:`Routing`; LayoutError if they are anything else."""
+    """The first three arguments of an experts module as `Routing`; LayoutError if they are anything else."""
     called = f"{moe.experts_name} was not called as experts(hidden, index, weights)"
     if len(arguments) < 3 or not all(isinstance(a, Tensor) for a in arguments):
         raise LayoutError(f"{called}; this protocol is unknown.")
@@ -219,7 +220,7 @@ def block_output(moe: MoELayer, args: tuple, kwargs: dict, unit: dict[int, tuple
         return hook
 
     with hooks() as handles:
-        for j, expert in enumerate(moe.experts.module):
+        for j, expert in enumerate(cast(nn.ModuleList, moe.experts.module)):
             handles.append(expert.register_forward_hook(answer(j)))
         # Not through __call__: the extra run must stay unseen by the hooks of the block, which count its outputs.
         output = layer_output(moe.block.forward(*args, **kwargs))
@@ -227,7 +228,7 @@ def block_output(moe: MoELayer, args: tuple, kwargs: dict, unit: dict[int, tuple
 
 
 def routed_keys(moe: MoELayer, routing: Routing, rows: Tensor) -> RoutedKeys:
-    """:class:`RoutedKeys` in float32 of the tokens ``rows`` of one layer's routing."""
+    """`RoutedKeys` in float32 of the tokens ``rows`` of one layer's routing."""
     hidden, expert = routing.hidden[rows], routing.expert[rows]
     spread = hidden.repeat_interleave(expert.shape[1], dim=0)
     keys = moe.experts.keys(spread, expert.reshape(-1)).reshape(*expert.shape, -1)
@@ -267,7 +268,7 @@ def skipping_layers(view: MoELayerView, layer: int, hidden: Tensor, as_tuple: bo
 class LayerInputs:
     """Inputs of some decoder layers for every batch of a capture, so that a later capture can start there.
 
-    Exact where layers hand on nothing but hidden states; see :func:`easyedit_moe.moe.probe.starts_anywhere`.
+    Exact where layers hand on nothing but hidden states; see `easyedit_moe.moe.probe.starts_anywhere`.
     """
 
     def __init__(self, layers: Sequence[int]) -> None:
@@ -311,6 +312,13 @@ def capture_facts(
     tokenizer's padding side, nor on the order of the sequences.
 
     Args:
+        view: of the model, whose weights are as they are now.
+        sequences: token ids, without padding.
+        positions: per sequence, the index of its fact token.
+        key_layers: MoE layers whose routed keys are wanted.
+        output_layers: layers whose outputs are wanted.
+        pad: token id to pad with.
+        batch_size: sequences in one forward.
         inputs: keeps the inputs of its layers; filled by an earlier call with the same sequences, it also spares the
             layers below ``start``.
         start: first layer to run; the layers below must not have changed since ``inputs`` were kept.

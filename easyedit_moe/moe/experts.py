@@ -8,8 +8,9 @@ is not recognised is refused.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,9 @@ class ExpertLayout:
     """How a layer stores its down-projections.
 
     Attributes:
-        num_experts, d_model, d_hidden: E, d, h.
+        num_experts: E.
+        d_model: d.
+        d_hidden: h.
         transposed: stored as ``[E, h, d]`` rather than the canonical ``[E, d, h]``.
         biased: the down-projections have biases.
         gated: gate and up projections (rather than up alone).
@@ -99,54 +102,85 @@ class Experts(ABC):
         return out
 
 
+class PackedModule(Protocol):
+    """What transformers' experts protocol promises of a packed module.
+
+    Attributes:
+        down_proj: ``[E, d, h]``, or ``[E, h, d]`` if ``is_transposed``.
+        down_proj_bias: ``[E, d]``; only if ``has_bias``.
+        act_fn: the activation.
+        is_transposed: orientation of all projections.
+        has_bias: whether all projections have biases.
+        has_gate: whether the projection up is ``gate_up_proj``, whose output ``_apply_gate`` turns into the key.
+    """
+
+    down_proj: nn.Parameter
+    down_proj_bias: nn.Parameter
+    act_fn: Callable[[Tensor], Tensor]
+    is_transposed: bool
+    has_bias: bool
+    has_gate: bool
+    _apply_gate: Callable[[Tensor], Tensor]
+
+
 class PackedExperts(Experts):
     """Experts as 3-D parameters under transformers' protocol (``is_transposed``, ``has_bias``, ``has_gate``)."""
 
     def __init__(self, module: nn.Module, name: str) -> None:
         self.module = module
-        down = module.down_proj
+        packed = self.packed
+        down = packed.down_proj
         if getattr(module, "has_post_expert_norm", False):
             raise LayoutError(
                 f"{name} ({type(module).__name__}) normalises after each down-projection, so its output is not "
                 "linear in the down-projections and this package does not edit it."
             )
-        self._up_name = "gate_up_proj" if module.has_gate else "up_proj"
+        self._up_name = "gate_up_proj" if packed.has_gate else "up_proj"
         up = getattr(module, self._up_name, None)
         if not isinstance(up, nn.Parameter) or up.dim() != 3:
             raise LayoutError(
                 f"{name} ({type(module).__name__}) has a packed down_proj but no 3-D {self._up_name}; this layout is "
                 "unknown. Please report the model's class."
             )
-        transposed = bool(module.is_transposed)
+        transposed = bool(packed.is_transposed)
         experts, rows, columns = down.shape
         d_model, d_hidden = (columns, rows) if transposed else (rows, columns)
         width = up.shape[2] if transposed else up.shape[1]
         d_in = up.shape[1] if transposed else up.shape[2]
-        if width != d_hidden * (2 if module.has_gate else 1) or d_in != d_model:
+        if width != d_hidden * (2 if packed.has_gate else 1) or d_in != d_model:
             raise LayoutError(
                 f"{name}: down_proj {tuple(down.shape)} and {self._up_name} {tuple(up.shape)} do not fit each other "
-                f"under is_transposed={transposed}, has_gate={module.has_gate}; this layout is unknown."
+                f"under is_transposed={transposed}, has_gate={packed.has_gate}; this layout is unknown."
             )
         self.layout = ExpertLayout(
-            experts, d_model, d_hidden, transposed, bool(module.has_bias), bool(module.has_gate), "packed", down.dtype
+            experts, d_model, d_hidden, transposed, bool(packed.has_bias), bool(packed.has_gate), "packed", down.dtype
         )
 
+    @property
+    def packed(self) -> PackedModule:
+        """``module``, as what transformers' protocol says it is."""
+        return cast(PackedModule, self.module)
+
     def expert_key(self, x: Tensor, expert: int) -> Tensor:
-        module, up = self.module, getattr(self.module, self._up_name)[expert]
+        """As `Experts.expert_key`, by the module's own activation and gating function."""
+        packed, up = self.packed, getattr(self.module, self._up_name)[expert]
         hidden = x @ up if self.layout.transposed else nn.functional.linear(x, up)
         if self.layout.biased:
-            hidden = hidden + getattr(module, f"{self._up_name}_bias")[expert]
-        return module._apply_gate(hidden) if self.layout.gated else module.act_fn(hidden)
+            hidden = hidden + getattr(self.module, f"{self._up_name}_bias")[expert]
+        return packed._apply_gate(hidden) if self.layout.gated else packed.act_fn(hidden)
 
     def expert_bias(self, expert: int) -> Tensor | None:
-        return self.module.down_proj_bias[expert] if self.layout.biased else None
+        """As `Experts.expert_bias`."""
+        return self.packed.down_proj_bias[expert] if self.layout.biased else None
 
     def read(self, expert: int) -> Tensor:
-        weight = self.module.down_proj.data[expert]
+        """As `Experts.read`; transposed where the parameter is."""
+        weight = self.packed.down_proj.data[expert]
         return weight.T if self.layout.transposed else weight
 
     def parameters_of(self, expert: int) -> tuple[str, nn.Parameter]:
-        return "down_proj", self.module.down_proj
+        """As `Experts.parameters_of`; the same for every expert."""
+        return "down_proj", self.packed.down_proj
 
 
 _DOWN_NAMES = ("down_proj", "w2")
@@ -154,6 +188,8 @@ _DOWN_NAMES = ("down_proj", "w2")
 
 class ModuleListExperts(Experts):
     """One module per expert with its own down-projection ``nn.Linear`` (``down_proj``, or Mixtral's ``w2``)."""
+
+    module: nn.ModuleList
 
     def __init__(self, module: nn.ModuleList, name: str) -> None:
         self.module = module
@@ -173,6 +209,7 @@ class ModuleListExperts(Experts):
         return getattr(self.module[expert], self._down_name)
 
     def expert_key(self, x: Tensor, expert: int) -> Tensor:
+        """As `Experts.expert_key`; the expert is run, and what comes to its down-projection is the key."""
         caught: list[Tensor] = []
         hook = self._down(expert).register_forward_pre_hook(lambda _, args: caught.append(args[0]))
         try:
@@ -182,13 +219,17 @@ class ModuleListExperts(Experts):
         return caught[0].reshape(len(x), -1)
 
     def expert_bias(self, expert: int) -> Tensor | None:
+        """As `Experts.expert_bias`."""
         return self._down(expert).bias
 
     def read(self, expert: int) -> Tensor:
+        """As `Experts.read`."""
         return self._down(expert).weight.data
 
     def parameters_of(self, expert: int) -> tuple[str, nn.Parameter]:
-        return f"{expert}.{self._down_name}.weight", self._down(expert).weight
+        """As `Experts.parameters_of`; one parameter per expert."""
+        weight = cast(nn.Parameter, self._down(expert).weight)  # PyTorch declares it as a Tensor only
+        return f"{expert}.{self._down_name}.weight", weight
 
 
 def find_experts(module: nn.Module, name: str, without_weights: bool = False) -> Experts | None:
@@ -203,7 +244,7 @@ def find_experts(module: nn.Module, name: str, without_weights: bool = False) ->
     if isinstance(module, nn.ModuleList):
         return _find_modulelist(module, name, without_weights)
     marks = [mark for mark in _QUANTIZED_MARKS if hasattr(module, mark)]
-    down = getattr(module, "down_proj", None)
+    down: Any = getattr(module, "down_proj", None)
     packed = isinstance(down, nn.Parameter) and down.dim() == 3
     if marks or (packed and _is_quantized(down)):
         found = ", ".join(marks) if marks else f"down_proj is a {type(down.data).__name__} of {down.dtype}"
@@ -227,7 +268,7 @@ def find_experts(module: nn.Module, name: str, without_weights: bool = False) ->
     return PackedExperts(module, name)
 
 
-def _is_quantized(parameter: nn.Parameter) -> bool:
+def _is_quantized(parameter: Tensor) -> bool:
     # A tensor subclass (torchao, DTensor) reports a float dtype, but its storage is not the matrix.
     return (
         parameter.dtype not in _FLOATS or hasattr(parameter, "quant_state") or type(parameter.data) is not torch.Tensor
@@ -254,6 +295,6 @@ def _find_modulelist(module: nn.ModuleList, name: str, without_weights: bool) ->
     return ModuleListExperts(module, name)
 
 
-def _refuse_offloaded(parameter: nn.Parameter, name: str) -> None:
+def _refuse_offloaded(parameter: Tensor, name: str) -> None:
     if parameter.device.type == "meta":
         raise offloaded(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from torch import nn
 
@@ -48,7 +49,8 @@ class MoELayerView:
     Layers may lie on several devices, and those that are not edited may be offloaded.
 
     Args:
-        without_weights: let :meth:`require` accept layers on the meta device, which can be described, not edited.
+        model: a causal language model of transformers.
+        without_weights: let `require` accept layers on the meta device, which can be described, not edited.
 
     Raises:
         DenseModelError: no MoE layer at all. LayoutError, QuantizedExpertsError: experts that can't be edited.
@@ -109,6 +111,15 @@ def _refuse_unknown_experts(stack_name: str, layers: nn.ModuleList) -> None:
             )
 
 
+def decoder_of(model: nn.Module) -> nn.Module | None:
+    """What the model's ``get_decoder()`` returns; None where it has no such method, or one that returns no module."""
+    if not hasattr(model, "get_decoder"):
+        return None
+    of_transformers: Any = model
+    decoder = of_transformers.get_decoder()
+    return decoder if isinstance(decoder, nn.Module) else None
+
+
 def decoder_stack(model: nn.Module) -> tuple[nn.ModuleList, str]:
     """The ModuleList of decoder layers, and its path; behind a multimodal wrapper, that of the text decoder.
 
@@ -116,11 +127,8 @@ def decoder_stack(model: nn.Module) -> tuple[nn.ModuleList, str]:
         LayoutError: no such list, or several.
     """
     names = {id(module): name for name, module in model.named_modules()}
-    root = model
-    if hasattr(model, "get_decoder"):
-        decoder = model.get_decoder()
-        if isinstance(decoder, nn.Module) and id(decoder) in names:
-            root = decoder
+    decoder = decoder_of(model)
+    root = decoder if decoder is not None and id(decoder) in names else model
     prefix = names[id(root)]
     candidates = [
         (name, module)

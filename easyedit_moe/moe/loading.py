@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.quantization_config import Mxfp4Config
 
 from easyedit_moe import factworld
 from easyedit_moe.errors import DataError, HyperParamsError
@@ -41,6 +42,7 @@ def load_model(
         dtype: float32, bfloat16 or float16.
         device: "cpu", "cuda", "cuda:1" or a GPU's number; unused with a device map.
         model_parallel: the same as ``device_map="auto"``.
+        device_map: accelerate's map of modules to devices, or a name that transformers knows, such as "auto".
 
     Raises:
         HyperParamsError: unknown dtype or a GPU that is not there. DataError: the checkpoint can't be found or read, or
@@ -64,8 +66,6 @@ def load_model(
     if device_map is not None or model_parallel:
         options["device_map"] = device_map if device_map is not None else "auto"
     if _is_mxfp4(config):
-        from transformers import Mxfp4Config
-
         logger.info("%s is MXFP4; it is dequantised, since edits need float weights.", model_name)
         options["quantization_config"] = Mxfp4Config(dequantize=True)
     try:

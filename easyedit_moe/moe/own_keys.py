@@ -9,7 +9,7 @@ and for ModuleLists, keys are computed from the hidden states.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -26,29 +26,29 @@ def collecting_keys(moe: MoELayer, rows: list[Tensor]) -> Iterator[None]:
     if not isinstance(moe.experts, PackedExperts):
         yield
         return
-    module = moe.experts.module
+    packed = moe.experts.packed
     if not moe.experts.layout.gated:
         with hooks() as handles:
-            if isinstance(module.act_fn, nn.Module):
-                handles.append(module.act_fn.register_forward_hook(lambda _, __, out: rows.append(out)))
+            if isinstance(packed.act_fn, nn.Module):
+                handles.append(packed.act_fn.register_forward_hook(lambda _, __, out: rows.append(out)))
             yield
         return
-    plain: Callable[[Tensor], Tensor] = module._apply_gate
-    saved = module.__dict__.get("_apply_gate")
+    plain = packed._apply_gate
+    saved = packed.__dict__.get("_apply_gate")
 
     def keeping(value: Tensor) -> Tensor:
         out = plain(value)
         rows.append(out)
         return out
 
-    module._apply_gate = keeping
+    packed._apply_gate = keeping
     try:
         yield
     finally:
         if saved is None:
-            del module._apply_gate
+            del packed._apply_gate
         else:
-            module._apply_gate = saved
+            packed._apply_gate = saved
 
 
 def sorted_keys(moe: MoELayer, routing: Routing) -> tuple[Tensor, Tensor]:
@@ -71,7 +71,7 @@ def sorted_keys(moe: MoELayer, routing: Routing) -> tuple[Tensor, Tensor]:
 
 
 def own_keys(moe: MoELayer, routing: Routing, rows: list[Tensor]) -> tuple[Tensor, Tensor] | None:
-    """As :func:`sorted_keys`, from collected ``rows``; None where they do not stand for every slot."""
+    """As `sorted_keys`, from collected ``rows``; None where they do not stand for every slot."""
     slots = routing.expert.numel()
     if not rows or sum(len(r) for r in rows) != slots or not bool((routing.gate != 0).all()):
         return None

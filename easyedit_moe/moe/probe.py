@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,13 +37,14 @@ def expert_sum(moe: MoELayer, routing: Routing) -> Tensor:
     for block in keys.design(torch.float32):
         out.index_add_(0, block.rows, (moe.experts.read(block.expert).float() @ block.z).T)
     if moe.experts.layout.biased:
-        bias = torch.stack([moe.experts.expert_bias(j).detach().float() for j in range(moe.experts.layout.num_experts)])
+        biases = [cast(Tensor, moe.experts.expert_bias(j)) for j in range(moe.experts.layout.num_experts)]
+        bias = torch.stack([b.detach().float() for b in biases])
         out += (keys.gate[..., None] * bias[keys.expert]).sum(1)
     return out
 
 
 def check_keys(view: MoELayerView, index: int, ids: Sequence[int], pad: int) -> float:
-    """Relative distance between :func:`expert_sum` and what the experts module itself returns on ``ids``.
+    """Relative distance between `expert_sum` and what the experts module itself returns on ``ids``.
 
     No module returns the sum of ModuleList experts, so there it is what the block's output loses without them, and the
     distance is relative to the block's output.

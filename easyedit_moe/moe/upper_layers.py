@@ -16,7 +16,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,8 @@ from easyedit_moe.moe.capture import (
     skipping_layers,
     stop_after,
 )
+from easyedit_moe.moe.config import model_config
+from easyedit_moe.moe.embeddings import output_embeddings
 from easyedit_moe.moe.layers import MoELayerView
 
 logger = logging.getLogger(__name__)
@@ -88,6 +90,7 @@ class _Rows:
         return torch.tensor([i * width + c for i, columns in enumerate(self.scored) for c in columns])
 
     def select(self, rows: Tensor) -> _Rows:
+        """Only these of the R sequences."""
         at = rows.to(self.ids.device)
         positions = None if self.positions is None else self.positions[at]
         cache = None if self.cache is None else _select_cache(self.cache, rows)
@@ -172,7 +175,7 @@ class UpperLayers:
         position = column.clamp_min(0)
         whole = collate([s.ids for s in sequences], pad, str(column.device))
         source = position.to(hidden.device)[:, :, None].expand(-1, -1, hidden.shape[-1])
-        cache = DynamicCache(config=self.view.model.config)
+        cache = DynamicCache(config=model_config(self.view.model))
         with self._skipping(hidden.gather(1, source)):
             self._forward(
                 [()] * len(sequences),
@@ -189,8 +192,9 @@ class UpperLayers:
                 entry.update(empty, empty)
             elif isinstance(entry, DynamicLayer):
                 # A masked NaN would still spread through 0 * NaN.
-                keep = real[:, None, past - entry.keys.shape[-2] :, None].to(entry.keys.device)
-                entry.keys, entry.values = entry.keys.where(keep, 0), entry.values.where(keep, 0)
+                keys, values = _content(entry)
+                keep = real[:, None, past - keys.shape[-2] :, None].to(keys.device)
+                entry.keys, entry.values = keys.where(keep, 0), values.where(keep, 0)
         return cache
 
     def _is_exact(self, rows: Tensor, plain: Tensor) -> bool:
@@ -207,7 +211,7 @@ class UpperLayers:
             at = (place.to(hidden.device), rows.fact.to(hidden.device))
             return hidden.index_put(at, shift.to(hidden), accumulate=True)
 
-        inputs = {"input_ids": rows.ids, "attention_mask": rows.mask}
+        inputs: dict[str, Any] = {"input_ids": rows.ids, "attention_mask": rows.mask}
         if self.mode == "model":
 
             def add(module: nn.Module, args: tuple, output: Any) -> Any:
@@ -245,7 +249,7 @@ class UpperLayers:
             return (hidden[row.to(hidden.device), column.to(hidden.device)][None], *args[1:])
 
         with hooks() as handles:
-            handles.append(self.view.model.get_output_embeddings().register_forward_pre_hook(pick))
+            handles.append(output_embeddings(self.view.model).register_forward_pre_hook(pick))
             output = self.view.model(**{"use_cache": False, **inputs})
         return output.logits[0].float()
 
@@ -256,7 +260,7 @@ _EXPLAINED = {"layers": "whole sequences", "model": "all layers"}
 def _cacheable(model: nn.Module, layer: int) -> bool:
     """Whether all that the layers above ``layer`` keep of earlier positions is keys and values."""
     try:
-        entries = DynamicCache(config=model.config).layers[layer + 1 :]
+        entries = DynamicCache(config=model_config(model)).layers[layer + 1 :]
     except (AttributeError, KeyError, TypeError, ValueError):
         return False  # a configuration that transformers can't describe a cache for
     attention = (DynamicLayer, DynamicSlidingWindowLayer)
@@ -270,9 +274,15 @@ def _select_cache(cache: Any, rows: Tensor) -> Any:
     chosen.layers = [copy.copy(entry) for entry in cache.layers]
     for entry in chosen.layers:
         if isinstance(entry, DynamicLayer) and entry.is_initialized:
-            at = rows.to(entry.keys.device)
-            entry.keys, entry.values = entry.keys[at], entry.values[at]
+            keys, values = _content(entry)
+            at = rows.to(keys.device)
+            entry.keys, entry.values = keys[at], values[at]
     return chosen
+
+
+def _content(entry: DynamicLayer) -> tuple[Tensor, Tensor]:
+    """Keys and values of a cache's layer, which are None only before it has seen a token."""
+    return cast(tuple[Tensor, Tensor], (entry.keys, entry.values))
 
 
 def _diverse(sequences: Sequence[ShiftedSequence]) -> list[int]:

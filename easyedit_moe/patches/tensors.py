@@ -18,11 +18,9 @@ from torch import Tensor, nn
 from easyedit_moe.errors import NumericalError, PatchError
 from easyedit_moe.moe.fingerprint import model_fingerprint
 from easyedit_moe.moe.layers import MoELayerView
-from easyedit_moe.patches.weights import versions
+from easyedit_moe.patches.checks import SCHEMA, check_model, check_not_applied, read_patch, versions
 from easyedit_moe.storage.checksums import checksum
-from easyedit_moe.storage.tensors import read_safetensors, write_safetensors
-
-SCHEMA = 1
+from easyedit_moe.storage.tensors import write_safetensors
 
 
 @dataclass(frozen=True)
@@ -68,15 +66,9 @@ class TensorPatch:
         Raises:
             PatchError: already applied, made for another model, or on weights that were edited since or before.
         """
-        if self.originals:
-            raise PatchError("This patch is already applied; revert it first.")
+        check_not_applied(self.originals)
         parameters = self._parameters(model)
-        found = model_fingerprint(MoELayerView(model), self.values)
-        if found != self.fingerprint:
-            raise PatchError(
-                f"This patch was made for another model: expected fingerprint {self.fingerprint[:16]}, found "
-                f"{found[:16]}. Load the model it was made for, in the same dtype."
-            )
+        check_model(MoELayerView(model), self.fingerprint, self.values)
         for name, parameter in parameters.items():
             if checksum(parameter.data) != self.before[name]:
                 raise PatchError(
@@ -132,9 +124,7 @@ class TensorPatch:
         Raises:
             PatchError: missing, truncated or corrupt file, or not a patch of tensors.
         """
-        values, metadata = read_safetensors(Path(path), PatchError, "save the patch anew")
-        if metadata.get("kind") != "tensor patch" or metadata.get("schema") != SCHEMA:
-            raise PatchError(f"{path} is not a patch of tensors of schema {SCHEMA}.")
+        values, metadata = read_patch(path, "tensor patch", "patch of tensors")
         before, after = metadata.get("before", {}), metadata.get("after", {})
         damaged = [n for n in {*values, *before, *after} if n not in values or checksum(values[n]) != after.get(n)]
         if damaged or before.keys() != after.keys():
@@ -155,7 +145,7 @@ class TensorPatch:
 
 
 class TensorWriter:
-    """Remembers parameters before they are changed, and writes their final values; made by :func:`writing_tensors`."""
+    """Remembers parameters before they are changed, and writes their final values; made by `writing_tensors`."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

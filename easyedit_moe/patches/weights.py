@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,17 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 from easyedit_moe.algebra.routed_keys import FactoredUpdate
 from easyedit_moe.errors import NumericalError, PatchError
-from easyedit_moe.moe.fingerprint import model_fingerprint
 from easyedit_moe.moe.layers import MoELayer, MoELayerView
+from easyedit_moe.patches.checks import SCHEMA, check_model, check_not_applied, read_patch, versions
 from easyedit_moe.storage.checksums import checksum
-from easyedit_moe.storage.tensors import read_safetensors, write_safetensors
-
-SCHEMA = 1
+from easyedit_moe.storage.tensors import write_safetensors
 
 
 @dataclass(frozen=True)
@@ -67,15 +63,9 @@ class WeightPatch:
         Raises:
             PatchError: already applied, or made for another model. NumericalError: non-finite result.
         """
-        if self.originals:
-            raise PatchError("This patch is already applied; revert it first.")
+        check_not_applied(self.originals)
         view = MoELayerView(model)
-        found = model_fingerprint(view)
-        if found != self.fingerprint:
-            raise PatchError(
-                f"This patch was made for another model: expected fingerprint {self.fingerprint[:16]}, found "
-                f"{found[:16]}. Load the model it was made for, in the same dtype."
-            )
+        check_model(view, self.fingerprint)
         with writing(view) as writer:
             for layer, update in self.steps:
                 self._check_fits(view, layer, update)
@@ -149,9 +139,7 @@ class WeightPatch:
         Raises:
             PatchError: missing, truncated or corrupt file, or not a patch.
         """
-        tensors, metadata = read_safetensors(Path(path), PatchError, "save the patch anew")
-        if metadata.get("kind") != "patch" or metadata.get("schema") != SCHEMA:
-            raise PatchError(f"{path} is not a patch of schema {SCHEMA}.")
+        tensors, metadata = read_patch(path, "patch", "patch")
         try:
             steps = [(int(layer), _loaded_update(tensors, i)) for i, layer in enumerate(metadata["layers"])]
             return WeightPatch(steps, metadata["fingerprint"], metadata["provenance"])
@@ -199,7 +187,7 @@ class WeightPatch:
 
 
 class PatchWriter:
-    """Writes updates and remembers what they overwrite; made by :func:`writing`."""
+    """Writes updates and remembers what they overwrite; made by `writing`."""
 
     def __init__(self, view: MoELayerView) -> None:
         self.view = view
@@ -275,20 +263,8 @@ def _loaded_update(tensors: Mapping[str, Tensor], i: int) -> FactoredUpdate:
     return FactoredUpdate(tensors[f"{i}.left"], tuple(tensors[f"{i}.experts"].tolist()), columns, right)
 
 
-def versions() -> dict[str, str]:
-    """Versions that a result depends on."""
-    from easyedit_moe import __version__
-
-    return {
-        "easyedit_moe": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
-
-
 _TILE = {"cpu": 400_000}
-"""Numbers per tile of a write: on a CPU what its cache holds, elsewhere (:data:`_LARGE_TILE`) enough to fill a GPU."""
+"""Numbers per tile of a write: on a CPU what its cache holds, elsewhere (`_LARGE_TILE`) enough to fill a GPU."""
 _LARGE_TILE = 2**26
 
 

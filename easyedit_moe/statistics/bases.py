@@ -50,7 +50,7 @@ def content_hash(tensors: Iterable[Tensor]) -> str:
     for tensor in tensors:
         state.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
         data = tensor.detach().contiguous().cpu()
-        state.update(data.reshape(-1).view(torch.uint8).numpy())
+        state.update(data.reshape(-1).view(torch.uint8).numpy().data)
     return state.hexdigest()
 
 
@@ -79,7 +79,7 @@ def layer_basis(moe: MoELayer, hparams: MoTEHyperParams, moments: LayerMoments |
 
     Raises:
         CacheError: a cached file is corrupt or of another model. HyperParamsError, NumericalError: see
-        :func:`~easyedit_moe.algebra.tucker.tucker_basis`.
+        `easyedit_moe.algebra.tucker.tucker_basis`.
     """
     hp = hparams
     sigma_in = moments.pooled() if moments and hp.whitening in ("in", "both") else None

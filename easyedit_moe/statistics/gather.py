@@ -40,7 +40,7 @@ def layer_statistics(
 
     Where torch.distributed was initialised, all of its processes must call this, and all return the same.
 
-    Warns :class:`CoverageWarning` about experts that too few tokens reached.
+    Warns `CoverageWarning` about experts that too few tokens reached.
 
     Raises:
         DataError: the corpus can't be read. CacheError: a cached file is corrupt or of another model.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -128,7 +128,7 @@ class Sums:
         self._rows.clear()
 
     def _keys(self, real: Tensor) -> tuple[Tensor, Tensor]:
-        routing, self._routing = self._routing, None
+        routing, self._routing = cast(Routing, self._routing), None  # the experts were called before the block was done
         if len(routing.hidden) != len(real):  # the experts saw padding, too
             self._rows.clear()
             routing = Routing(routing.hidden[real], routing.expert[real], routing.gate[real])
@@ -193,7 +193,7 @@ def _tensor_cores(wanted: bool) -> Iterator[None]:
 
 
 class Progress(Protocol):
-    """Where sums are kept between rounds; see :class:`easyedit_moe.statistics.gather.checkpoint.MomentsCheckpoint`."""
+    """Where sums are kept between rounds; see `easyedit_moe.statistics.checkpoint.MomentsCheckpoint`."""
 
     def resume(self, sums: dict[int, Sums]) -> tuple[int, list[int]]:
         """Fill ``sums`` from what was kept; the next round, and the layers that are done."""
@@ -221,7 +221,14 @@ def collect_moments(
     processes share the texts and all return the same.
 
     Args:
+        view: of the model.
+        tok: its tokenizer.
+        texts: the corpus.
+        layers: MoE layers, increasing.
+        max_length: tokens at which a text is cut.
+        dtype: of the sums.
         batch_size: texts in one forward, of at most ``BATCH_TOKENS`` tokens.
+        progress: show a progress bar.
         coverage_target: a layer is done once each of its experts was reached by this many times ``h`` tokens; None
             takes all texts.
         checkpoint: keeps the sums after rounds, so that an interrupted run can be taken up.

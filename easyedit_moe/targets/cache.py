@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.errors import CacheError
 from easyedit_moe.facts.requests import EditRequest
@@ -19,7 +18,7 @@ from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.statistics.cache import statistics_folder
 from easyedit_moe.storage.checksums import checksum
 from easyedit_moe.storage.tensors import digest, read_safetensors, write_safetensors
-from easyedit_moe.targets.search import TargetSettings, TargetVectors, fact_contexts, find_targets, warn_missed
+from easyedit_moe.targets.search import TargetSearch, TargetVectors, fact_contexts, warn_missed
 
 SCHEMA = 1
 _FIELDS = ("delta", "initial_nll", "final_nll", "reached", "steps")
@@ -39,26 +38,17 @@ def weights_hash(view: MoELayerView) -> str:
 
 
 def cached_targets(
-    folder: str | Path,
-    model_name: str,
-    fingerprint: str,
-    view: MoELayerView,
-    tok: PreTrainedTokenizerBase,
-    requests: Sequence[EditRequest],
-    layer: int,
-    prefixes: Sequence[str],
-    settings: TargetSettings,
-    progress: bool = True,
+    folder: str | Path, model_name: str, fingerprint: str, search: TargetSearch, requests: Sequence[EditRequest]
 ) -> TargetVectors:
-    """As :func:`~easyedit_moe.targets.search.compute_targets`, but what lies in ``folder`` is read, not found anew.
+    """As `TargetSearch.targets`, but what lies in ``folder`` is read, not found anew.
 
     What is found is written as soon as its chunk is done, so that an interrupted search goes on.
 
     Raises:
-        CacheError: a file that is truncated, corrupt or of something else; what :func:`compute_targets` raises.
+        CacheError: a file that is truncated, corrupt or of something else; what `TargetSearch.targets` raises.
     """
-    place = statistics_folder(folder, model_name, fingerprint) / weights_hash(view)[:16]
-    keys = [_key(fingerprint, place.name, tok, request, layer, prefixes, settings) for request in requests]
+    place = statistics_folder(folder, model_name, fingerprint) / weights_hash(search.view)[:16]
+    keys = [_key(fingerprint, place.name, search, request) for request in requests]
     paths = [place / f"target-{digest(key)[:24]}.safetensors" for key in keys]
     rows: dict[int, dict[str, Tensor]] = {
         i: _read(path, key) for i, (path, key) in enumerate(zip(paths, keys, strict=True)) if path.exists()
@@ -72,31 +62,23 @@ def cached_targets(
             write_safetensors(paths[i], rows[i], {"schema": SCHEMA, "kind": "target", "key": keys[i]})
 
     if missing:
-        find_targets(view, tok, [requests[i] for i in missing], layer, prefixes, settings, progress, keep)
+        search.find([requests[i] for i in missing], keep)
     targets = TargetVectors(*(torch.stack([rows[i][name] for i in range(len(requests))]) for name in _FIELDS))
     warn_missed(requests, targets)
     return targets
 
 
-def _key(
-    fingerprint: str,
-    weights: str,
-    tok: PreTrainedTokenizerBase,
-    request: EditRequest,
-    layer: int,
-    prefixes: Sequence[str],
-    settings: TargetSettings,
-) -> dict[str, Any]:
-    kept = {name: value for name, value in asdict(settings).items() if name != "batch_size"}
-    contexts = [[*c.ids, c.fact] for c in fact_contexts(tok, request, prefixes, settings.fact_token)]
+def _key(fingerprint: str, weights: str, search: TargetSearch, request: EditRequest) -> dict[str, Any]:
+    kept = {name: value for name, value in asdict(search.settings).items() if name != "batch_size"}
+    found = fact_contexts(search.tok, request, search.prefixes, search.settings.fact_token)
     return {
         "fingerprint": fingerprint,
         "weights": weights,
-        "layer": layer,
+        "layer": search.layer,
         "settings": kept,
         "subject": request.subject,
-        "contexts": contexts,
-        "target": encode_target(tok, request.target_new),
+        "contexts": [[*context.ids, context.fact] for context in found],
+        "target": encode_target(search.tok, request.target_new),
     }
 
 

@@ -21,7 +21,9 @@ from transformers import PreTrainedTokenizerBase
 from easyedit_moe.errors import EditingWarning, RequestError, TargetNotReachedWarning, not_finite
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.facts.tokens import encode_prompt, encode_target, pad_id
+from easyedit_moe.hparams import SolverHyperParams, UnKEHyperParams
 from easyedit_moe.moe.capture import frozen_parameters, inference_mode_of
+from easyedit_moe.moe.config import text_config
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.moe.upper_layers import ShiftedSequence, UpperLayers
 
@@ -42,7 +44,7 @@ class TargetSettings:
         clamp_norm_factor: bound on ``||delta|| / ||h||``.
         early_stop_loss: a request whose loss falls below leaves the batch.
         batch_size: token sequences in one forward.
-        fact_token: see :func:`easyedit_moe.facts.tokens.encode_prompt`.
+        fact_token: see `easyedit_moe.facts.tokens.encode_prompt`.
     """
 
     steps: int
@@ -53,6 +55,15 @@ class TargetSettings:
     early_stop_loss: float
     batch_size: int
     fact_token: str
+
+    @staticmethod
+    def of(hparams: SolverHyperParams | UnKEHyperParams) -> TargetSettings:
+        """The settings that hyper-parameters say."""
+        hp = hparams
+        return TargetSettings(
+            hp.v_num_grad_steps, hp.v_lr, hp.kl_factor, hp.v_weight_decay, hp.clamp_norm_factor, hp.early_stop_loss,
+            hp.target_batch_size, hp.fact_token,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -101,10 +112,8 @@ def fact_contexts(
 
 
 def check_lengths(view: MoELayerView, lengths: Sequence[int]) -> None:
-    """Raise :class:`RequestError` where prompt plus target exceed the model's context."""
-    config = view.model.config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    limit = getattr(text, "max_position_embeddings", None)
+    """Raise `RequestError` where prompt plus target exceed the model's context."""
+    limit = getattr(text_config(view.model), "max_position_embeddings", None)
     if limit is not None and max(lengths) > limit:
         raise RequestError(
             f"A prompt with its context prefix and target has {max(lengths)} tokens; the model's context has {limit}."
@@ -132,55 +141,75 @@ def compute_targets(
     settings: TargetSettings,
     progress: bool = True,
 ) -> TargetVectors:
-    """Optimise the shifts of all requests at the output of ``layer``; see the module's docstring.
+    """Optimise the shifts of all requests at the output of ``layer``; see `TargetSearch.targets`."""
+    return TargetSearch(view, tok, layer, tuple(prefixes), settings, progress).targets(requests)
 
-    Warns :class:`TargetNotReachedWarning` for requests whose target is not the most likely answer at the end, and
-    :class:`EditingWarning` for those whose target already was at the start.
 
-    Raises:
-        RequestError: a subject not in its prompt, or a prompt too long. NumericalError: a loss that is not finite.
+@dataclass(frozen=True)
+class TargetSearch:
+    """The search of target vectors at one place of a model.
+
+    Attributes:
+        view: of the model.
+        tok: its tokenizer.
+        layer: at whose output the shifts are added.
+        prefixes: context prefixes, each put before every prompt.
+        settings: of the optimisation.
+        progress: whether to show a bar.
     """
-    targets = find_targets(view, tok, requests, layer, prefixes, settings, progress)
-    warn_missed(requests, targets)
-    return targets
 
+    view: MoELayerView
+    tok: PreTrainedTokenizerBase
+    layer: int
+    prefixes: tuple[str, ...]
+    settings: TargetSettings
+    progress: bool = True
 
-def find_targets(
-    view: MoELayerView,
-    tok: PreTrainedTokenizerBase,
-    requests: Sequence[EditRequest],
-    layer: int,
-    prefixes: Sequence[str],
-    settings: TargetSettings,
-    progress: bool = True,
-    receive: Callable[[Sequence[int], TargetVectors], None] | None = None,
-) -> TargetVectors:
-    """:func:`compute_targets` without a warning about missed targets; hands each chunk to ``receive`` when it is done.
+    def targets(self, requests: Sequence[EditRequest]) -> TargetVectors:
+        """Shifts of all requests; see the module's docstring.
 
-    ``receive`` gets the numbers of the chunk's requests and their targets.
-    """
-    groups = [_rows_of(tok, t, request, prefixes, settings.fact_token) for t, request in enumerate(requests)]
-    check_lengths(view, [len(row.ids) for rows in groups for row in rows])
-    results: dict[int, tuple] = {}
-    bar = tqdm(total=len(groups), desc="targets", unit="request", disable=not progress, leave=False)
-    with inference_mode_of(view.model), frozen_parameters(view.model), bar:
-        waiting = sorted(range(len(groups)), key=lambda t: _lengths(groups[t]))
-        limit = settings.batch_size
-        while waiting:
-            size = _next_chunk([groups[t] for t in waiting], limit)
-            chosen = waiting[:size]
-            solved = _solve_or_none(view, pad_id(tok), layer, [groups[t] for t in chosen], settings, bar)
-            if solved is None:
-                limit = sum(len(groups[t]) for t in chosen) // 2
-                logger.warning("Memory ran out; going on with at most %d token sequences in one forward.", limit)
-                continue
-            results.update({t: tuple(value[i] for value in solved) for i, t in enumerate(chosen)})
-            if receive is not None:
-                receive(chosen, TargetVectors(*solved[:5]))
-            waiting = waiting[size:]
-    stacked = [torch.stack([results[t][k] for t in range(len(requests))]) for k in range(6)]
-    _warn_known(requests, known=stacked[5])
-    return TargetVectors(*stacked[:5])
+        Warns `TargetNotReachedWarning` for requests whose target is not the most likely answer at the end, and
+        `EditingWarning` for those whose target already was at the start.
+
+        Raises:
+            RequestError: a subject not in its prompt, or a prompt too long. NumericalError: a loss that is not finite.
+        """
+        found = self.find(requests)
+        warn_missed(requests, found)
+        return found
+
+    def find(
+        self,
+        requests: Sequence[EditRequest],
+        receive: Callable[[Sequence[int], TargetVectors], None] | None = None,
+    ) -> TargetVectors:
+        """As `targets`, without a warning about missed ones; hands each chunk to ``receive`` when it is done.
+
+        ``receive`` gets the numbers of the chunk's requests and their targets.
+        """
+        view, tok, settings = self.view, self.tok, self.settings
+        groups = [_rows_of(tok, t, request, self.prefixes, settings.fact_token) for t, request in enumerate(requests)]
+        check_lengths(view, [len(row.ids) for rows in groups for row in rows])
+        results: dict[int, tuple[Tensor, ...]] = {}
+        bar = tqdm(total=len(groups), desc="targets", unit="request", disable=not self.progress, leave=False)
+        with inference_mode_of(view.model), frozen_parameters(view.model), bar:
+            waiting = sorted(range(len(groups)), key=lambda t: _lengths(groups[t]))
+            limit = settings.batch_size
+            while waiting:
+                size = _next_chunk([groups[t] for t in waiting], limit)
+                chosen = waiting[:size]
+                solved = _solve_or_none(view, pad_id(tok), self.layer, [groups[t] for t in chosen], settings, bar)
+                if solved is None:
+                    limit = sum(len(groups[t]) for t in chosen) // 2
+                    logger.warning("Memory ran out; going on with at most %d token sequences in one forward.", limit)
+                    continue
+                results.update({t: tuple(value[i] for value in solved) for i, t in enumerate(chosen)})
+                if receive is not None:
+                    receive(chosen, TargetVectors(*solved[:5]))
+                waiting = waiting[size:]
+        stacked = [torch.stack([results[t][k] for t in range(len(requests))]) for k in range(6)]
+        _warn_known(requests, known=stacked[5])
+        return TargetVectors(*stacked[:5])
 
 
 def _lengths(rows: list[_Row]) -> tuple[int, int]:
@@ -231,7 +260,7 @@ def _rows_of(
     tok: PreTrainedTokenizerBase, owner: int, request: EditRequest, prefixes: Sequence[str], fact_token: str
 ) -> list[_Row]:
     target = encode_target(tok, request.target_new)
-    rows = []
+    rows: list[_Row] = []
     for context in fact_contexts(tok, request, prefixes, fact_token):
         end = len(context.ids)
         predict = tuple(range(end - 1, end - 1 + len(target)))
@@ -249,12 +278,12 @@ def _warn_known(requests: Sequence[EditRequest], known: Tensor) -> None:
             f"{len(already)} of {len(requests)} targets already are the model's answer, the first for "
             f"{requests[already[0]].prompt!r} -> {requests[already[0]].target_new!r}.",
             EditingWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
 def warn_missed(requests: Sequence[EditRequest], targets: TargetVectors) -> None:
-    """Warn :class:`TargetNotReachedWarning` about the targets that are not the most likely answer."""
+    """Warn `TargetNotReachedWarning` about the targets that are not the most likely answer."""
     missed = [i for i, flag in enumerate(targets.reached.tolist()) if not flag]
     if missed:
         worst = max(missed, key=lambda i: float(targets.final_nll[i]))
@@ -263,7 +292,7 @@ def warn_missed(requests: Sequence[EditRequest], targets: TargetVectors) -> None
             f"{requests[worst].target_new!r} at NLL {float(targets.final_nll[worst]):.2f} per token. More "
             "v_num_grad_steps, a larger v_lr or clamp_norm_factor, or earlier layers may help.",
             TargetNotReachedWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -321,7 +350,8 @@ class _Problem:
         """Rows of the requests that are still active; the others leave the forward."""
         staying = torch.isin(self.owner[kept], active)
         self.upper.select(torch.nonzero(staying).squeeze(1))
-        self.reference = self.reference[going.to(self.reference.device)]
+        if self.reference is not None:
+            self.reference = self.reference[going.to(self.reference.device)]
         return kept[staying]
 
     def _adam(self, delta: Tensor, first: Tensor, second: Tensor, active: Tensor, grad: Tensor, step: int) -> None:

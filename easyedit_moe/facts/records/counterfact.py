@@ -13,15 +13,18 @@ from easyedit_moe.facts.requests import EditRequest, parse_request
 
 def parse_rome_counterfact(item: Mapping[str, Any]) -> Parsed:
     """counterfact.json and multi_counterfact.json: requested_rewrite, paraphrase_prompts, neighborhood_prompts."""
-    request = _comparable(parse_request(item), "target_true")
-    neighbours = tuple((prompt, request.ground_truth) for prompt in texts(item["neighborhood_prompts"]))
+    request = parse_request(item)
+    true = _true_answer(request, "target_true")
+    neighbours = tuple((prompt, true) for prompt in texts(item["neighborhood_prompts"]))
     return EvaluationRecord(request, texts(item["paraphrase_prompts"]), neighbours), ()
 
 
 def parse_easyedit_counterfact(item: Mapping[str, Any]) -> Parsed:
     """What CounterFactDataset reads: prompt, subject, target_new, ground_truth, rephrase_prompt, locality_prompt,
-    locality_ground_truth, and in some files portability ("New Question", "New Answer")."""
-    request = _comparable(parse_request(item), "ground_truth")
+    locality_ground_truth, and in some files portability ("New Question", "New Answer").
+    """
+    request = parse_request(item)
+    _true_answer(request, "ground_truth")
     prompts, answers = texts(item.get("locality_prompt")), texts(item.get("locality_ground_truth"))
     if len(prompts) != len(answers):
         raise RequestError(f"{len(prompts)} locality prompts, but {len(answers)} answers.")
@@ -31,7 +34,8 @@ def parse_easyedit_counterfact(item: Mapping[str, Any]) -> Parsed:
     return record, reasons
 
 
-def _comparable(request: EditRequest, name: str) -> EditRequest:
+def _true_answer(request: EditRequest, name: str) -> str:
+    """The answer that the new one is compared with; RequestError where the key ``name`` gave none."""
     if request.ground_truth is None or not request.ground_truth.strip():
         raise RequestError(f"'{name}' is missing.")
-    return request
+    return request.ground_truth

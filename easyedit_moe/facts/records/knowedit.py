@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from easyedit_moe.errors import DataError, RequestError
 from easyedit_moe.facts.records.record import Parsed, absent, first_answer, grouped_record, texts
@@ -19,7 +19,7 @@ def parse_knowedit(item: Mapping[str, Any]) -> Parsed:
     concept and labels instead of prompt, subject and target_new.
 
     Answers are a text, a list of alternatives, or a list of answers with their aliases. Of the groups, those count that
-    the benchmark defines: :data:`LOCALITY` and :data:`PORTABILITY`.
+    the benchmark defines: `LOCALITY` and `PORTABILITY`.
     """
     request = parse_request(
         {
@@ -35,13 +35,13 @@ def parse_knowedit(item: Mapping[str, Any]) -> Parsed:
     )
 
 
-def is_sanitation(items: Any) -> bool:
+def is_sanitation(items: Any) -> TypeGuard[Mapping[str, Any]]:
     """Whether this is the content of a Sanitation file, which is a dict of two lists."""
     return isinstance(items, Mapping) and any(forget in items and keep in items for forget, keep in SANITATION)
 
 
 def parse_sanitation(item: Mapping[str, Any]) -> Parsed:
-    """One question to forget from :func:`sanitation_items`: question, subject, ground_truth, target_new, retained."""
+    """One question to forget from `sanitation_items`: question, subject, ground_truth, target_new, retained."""
     request = parse_request(
         {
             "prompt": item.get("question"),

@@ -59,16 +59,16 @@ def read_json(path: str | Path) -> Any:
 
 
 def parse_records(items: Sequence[Mapping[str, Any]] | Mapping[str, Any], where: str = "the data") -> RecordSet:
-    """Records of one layout, recognised by the first item that has one; see :func:`load_records`."""
+    """Records of one layout, recognised by the first item that has one; see `load_records`."""
     if is_sanitation(items):
         return _parse_all(sanitation_items(items, where), ("token_accuracy", parse_sanitation), where)
-    listed = isinstance(items, Sequence) and not isinstance(items, str)
-    if not listed or not any(isinstance(item, Mapping) for item in items):
+    listed = items if isinstance(items, Sequence) and not isinstance(items, str) else ()
+    if not any(isinstance(item, Mapping) for item in listed):
         raise DataError(f"{where} must hold a non-empty list of records; found {type(items).__name__}.")
-    layout = next((found for item in items if isinstance(item, Mapping) and (found := _layout_of(item))), None)
+    layout = next((found for item in listed if isinstance(item, Mapping) and (found := _layout_of(item))), None)
     if layout is None:
-        raise DataError(_unknown(next(item for item in items if isinstance(item, Mapping)), where))
-    return _parse_all(items, layout, where)
+        raise DataError(_unknown(next(item for item in listed if isinstance(item, Mapping)), where))
+    return _parse_all(listed, layout, where)
 
 
 def _layout_of(item: Mapping[str, Any]) -> Layout | None:

@@ -59,7 +59,7 @@ class RecordSet:
 
     Attributes:
         records: in the file's order.
-        protocol: the one of :data:`PROTOCOLS` that the layout calls for.
+        protocol: the one of `PROTOCOLS` that the layout calls for.
         skipped: (position, reason) of each record that can't be used.
         dropped: (position, reason) of each probe that a usable record lost because it has no answer or is malformed.
     """
@@ -123,11 +123,12 @@ def absent(value: Any) -> bool:
 
 
 def first_answer(value: Any) -> str | None:
-    """The usual one of :func:`alternatives`, if any."""
+    """The usual one of `alternatives`, if any."""
     return next(iter(alternatives(value)), None)
 
 
 def probe_groups(groups: Mapping[str, Any], reasons: list[str]) -> tuple[ProbeGroup, ...]:
+    """The usable probes of each group, groups without one left out; ``reasons`` gets why each other one is not."""
     out = []
     for name, entries in groups.items():
         if absent(entries):
@@ -151,7 +152,8 @@ def _probes(entry: Any) -> list[Probe]:
     """One probe, or several where "prompt" is a list: its n-th prompt then goes with the n-th of as many answers."""
     if not isinstance(entry, Mapping):
         raise RequestError(f"A probe must be a dict with 'prompt' and 'ground_truth'; found {entry!r}.")
-    prompts, truth = texts(entry.get("prompt")), entry.get("ground_truth")
+    prompts = texts(entry.get("prompt"))
+    truth: Any = entry.get("ground_truth")
     if not prompts:
         raise RequestError("'prompt' is missing.")
     paired = len(prompts) > 1 and not isinstance(truth, str) and isinstance(truth, Sequence)

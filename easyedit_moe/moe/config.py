@@ -1,0 +1,18 @@
+"""A model's configuration, which PyTorch's types do not know of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+def model_config(model: nn.Module) -> Any:
+    """The whole configuration of a transformers model."""
+    return model.config
+
+
+def text_config(model: nn.Module) -> Any:
+    """The part that describes the language model: all of it, unless the model is multimodal."""
+    config = model_config(model)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
