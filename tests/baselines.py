@@ -16,6 +16,7 @@ from easyedit_moe.editor import MoEEditor
 from easyedit_moe.editors import EditResult, make_editor
 from easyedit_moe.editors.training import Masters
 from easyedit_moe.errors import DenseModelError, EditingWarning, LayerError, NumericalError, RequestError
+from easyedit_moe.facts.requests import parse_requests
 from easyedit_moe.hparams import MoEHyperParams, hyperparams_class
 from easyedit_moe.patches.tensors import TensorWriter
 
@@ -35,7 +36,7 @@ def settings(method: str, **changes: Any) -> MoEHyperParams:
 def edit(model: nn.Module, hp: MoEHyperParams, facts: Sequence[Any], **options: Any) -> EditResult:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", EditingWarning)
-        return make_editor(hp, progress=False).edit(model, TOK, facts, **options)
+        return make_editor(hp, progress=False).edit(model, TOK, parse_requests(facts), **options)
 
 
 def answer_nll(model: nn.Module, facts: Sequence[dict[str, str]]) -> Tensor:

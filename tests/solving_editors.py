@@ -22,6 +22,7 @@ from easyedit_moe.editors import (
     MoTEEditor,
     make_editor,
 )
+from easyedit_moe.facts.requests import parse_requests
 from easyedit_moe.hparams import MoEHyperParams, hyperparams_class
 
 METHODS = {
@@ -54,7 +55,7 @@ def plain_ridge(data: Path, variant: str = "Global", **changes: Any) -> MoEHyper
 
 
 def edit(model: nn.Module, hp: MoEHyperParams, facts: Sequence[Any], **options: Any) -> EditResult:
-    return make_editor(hp, progress=False).edit(model, TOK, facts, **options)
+    return make_editor(hp, progress=False).edit(model, TOK, parse_requests(facts), **options)
 
 
 def changed_parameters(before: dict[str, Any], model: nn.Module) -> set[str]:

@@ -11,6 +11,8 @@ import transformers as hf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 
+from easyedit_moe.facts.requests import EditRequest, parse_requests
+
 TEXTS = [
     "Danielle Darrieux speaks French and lives in Paris.",
     "The mother tongue of Zoë Łukasz is Polish; Zoë lives in Rome.",
@@ -334,6 +336,11 @@ def requests(count: int = 3) -> list[dict[str, str]]:
     ]
     names = ("prompt", "subject", "target_new", "ground_truth")
     return [dict(zip(names, fact, strict=True)) for fact in facts[:count]]
+
+
+def facts(count: int = 3) -> list[EditRequest]:
+    """The same edits, parsed, as editors take them."""
+    return parse_requests(requests(count))
 
 
 def state_of(model: nn.Module) -> dict[str, object]:

@@ -259,19 +259,10 @@ def tucker_basis(
     Raises:
         HyperParamsError: rank, sweeps, whitening, eps or method out of range. NumericalError: weights not finite.
     """
-    if whitening not in WHITENING:
-        raise HyperParamsError(f"whitening must be one of {', '.join(WHITENING)}; found {whitening!r}.")
-    if hooi_sweeps < 0:
-        raise HyperParamsError(f"hooi_sweeps must be >= 0; found {hooi_sweeps}.")
-    if method not in METHODS:
-        raise HyperParamsError(f"method must be one of {', '.join(METHODS)}; found {method!r}.")
+    _check_choices(whitening, hooi_sweeps, method)
     shape = (len(weights), *weights[0].shape)
-    ranks = [
-        resolve_rank(rank, size, name)
-        for rank, size, name in zip(
-            (rank_expert, rank_out, rank_in), shape, ("rank_expert", "rank_out", "rank_in"), strict=True
-        )
-    ]
+    named = {"rank_expert": rank_expert, "rank_out": rank_out, "rank_in": rank_in}
+    ranks = [resolve_rank(rank, size, name) for (name, rank), size in zip(named.items(), shape, strict=True)]
     s_in = s_out = None
     if whitening in ("in", "both"):
         s_in = whitening_factor(_required(sigma_in, "sigma_in", whitening), whitening_eps)
@@ -281,6 +272,28 @@ def tucker_basis(
         tensor = torch.cat([chunk for _, chunk in stack.experts()])
         tensor = torch.linalg.solve_triangular(s_out.to(tensor.dtype), tensor, upper=False)
         stack = _Stack(tensor, None, chunk_numbers)
+    factors, error = _decomposed(stack, shape, ranks, hooi_sweeps, method)
+    u_expert, u_out, u_in = factors
+    if s_in is not None:
+        u_in = torch.linalg.solve_triangular(s_in.T, u_in, upper=True)
+    if s_out is not None:
+        u_out = s_out @ u_out
+    return TuckerBasis(u_expert, u_out, u_in, error)
+
+
+def _check_choices(whitening: str, hooi_sweeps: int, method: str) -> None:
+    if whitening not in WHITENING:
+        raise HyperParamsError(f"whitening must be one of {', '.join(WHITENING)}; found {whitening!r}.")
+    if hooi_sweeps < 0:
+        raise HyperParamsError(f"hooi_sweeps must be >= 0; found {hooi_sweeps}.")
+    if method not in METHODS:
+        raise HyperParamsError(f"method must be one of {', '.join(METHODS)}; found {method!r}.")
+
+
+def _decomposed(
+    stack: _Stack, shape: tuple[int, ...], ranks: Sequence[int], hooi_sweeps: int, method: str
+) -> tuple[list[Tensor], float]:
+    """Factors of the three modes, and the relative error of what they keep."""
     factors, energies = [], []
     for mode, rank in enumerate(ranks):
         if mode > 0 and (method == "randomised" or (method == "auto" and _wins_randomised(rank, shape[mode]))):
@@ -293,13 +306,7 @@ def tucker_basis(
         for mode, rank in enumerate(ranks):
             gram = _total(_chunk_gram(chunk, mode) for chunk in _project(stack, factors, skip=mode))
             factors[mode] = _leading(gram, rank)
-    error = _relative_error(stack, factors, energies)
-    u_expert, u_out, u_in = factors
-    if s_in is not None:
-        u_in = torch.linalg.solve_triangular(s_in.T, u_in, upper=True)
-    if s_out is not None:
-        u_out = s_out @ u_out
-    return TuckerBasis(u_expert, u_out, u_in, error)
+    return factors, _relative_error(stack, factors, energies)
 
 
 def _relative_error(stack: _Stack, factors: list[Tensor], energies: list[tuple[int, float, float]]) -> float:

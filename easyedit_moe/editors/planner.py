@@ -217,44 +217,42 @@ def plan(
     """
     Workload(budget=budget).checked_budget()
     edits = hparams.batch_size if edits is None else edits
-    held = shapes.parameters
-    stages: list[Stage] = []
-    settings: dict[str, int] = {}
-
-    def add(make: Callable[[int], Stage], name: str = "", size: int = 0) -> None:
-        nonlocal held
-        stage = make(size)
-        while budget is not None and size > 1 and held + stage.kept + stage.working > budget:
-            size //= 2
-            stage = make(size)
-        if name:
-            settings[name] = size
-        stages.append(stage)
-        held += stage.kept
-
+    fitted = _Fitted(budget, shapes.parameters)
     contexts = len(hparams.context_prefixes) + 1
     tokens = edits * contexts
     rows = tokens + (earlier_edits * contexts if hparams.remember_edits else 0)
     if hparams.needs_statistics:
-        add(lambda n: statistics_stage(shapes, hparams, n), "statistics_batch_size", 16)
+        fitted.add(lambda n: statistics_stage(shapes, hparams, n), "statistics_batch_size", 16)
     if hparams.metric != "identity":
-        add(lambda _: metric_stage(shapes, hparams))
+        fitted.add(lambda _: metric_stage(shapes, hparams))
     if isinstance(hparams, MoTEHyperParams):
-        add(lambda n: basis_stage(shapes, hparams, n), "basis_chunk_numbers", CHUNK_NUMBERS)
-    length = prompt_tokens + target_tokens
-    add(
-        lambda n: targets_stage(shapes, hparams.layers[-1], tokens, length, n),
-        "target_batch_size",
-        hparams.target_batch_size,
-    )
-    add(
-        lambda n: capture_stage(shapes, hparams, tokens, rows, prompt_tokens, n),
-        "capture_batch_size",
-        hparams.capture_batch_size,
-    )
-    add(lambda _: solve_stage(shapes, hparams, rows))
-    add(lambda _: write_stage(shapes, hparams, rows, device, batches))
-    return MemoryPlan(shapes, tuple(hparams.layers), edits, tuple(stages), settings, budget)
+        fitted.add(lambda n: basis_stage(shapes, hparams, n), "basis_chunk_numbers", CHUNK_NUMBERS)
+    length, last = prompt_tokens + target_tokens, hparams.layers[-1]
+    most, captured = hparams.target_batch_size, hparams.capture_batch_size
+    fitted.add(lambda n: targets_stage(shapes, last, tokens, length, n), "target_batch_size", most)
+    fitted.add(lambda n: capture_stage(shapes, hparams, tokens, rows, prompt_tokens, n), "capture_batch_size", captured)
+    fitted.add(lambda _: solve_stage(shapes, hparams, rows))
+    fitted.add(lambda _: write_stage(shapes, hparams, rows, device, batches))
+    return MemoryPlan(shapes, tuple(hparams.layers), edits, tuple(fitted.stages), fitted.settings, budget)
+
+
+class _Fitted:
+    """Stages in turn, each with the largest size, halved from its default, at which it fits the budget."""
+
+    def __init__(self, budget: int | None, held: int) -> None:
+        self.budget, self.held = budget, held
+        self.stages: list[Stage] = []
+        self.settings: dict[str, int] = {}
+
+    def add(self, make: Callable[[int], Stage], name: str = "", size: int = 0) -> None:
+        stage = make(size)
+        while self.budget is not None and size > 1 and self.held + stage.kept + stage.working > self.budget:
+            size //= 2
+            stage = make(size)
+        if name:
+            self.settings[name] = size
+        self.stages.append(stage)
+        self.held += stage.kept
 
 
 def activations(shapes: Shapes, tokens: int) -> int:

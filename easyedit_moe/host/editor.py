@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.editor import EditCalls, Scorer
-from easyedit_moe.errors import HyperParamsError
+from easyedit_moe.errors import HostError, HyperParamsError
 from easyedit_moe.facts.easyedit_requests import HostRequest, checked_batches
 from easyedit_moe.host.padding import name_for_host, padded
 from easyedit_moe.hparams import MoEHyperParams
@@ -98,7 +98,8 @@ class HostEditor(EditCalls, host.BaseEditor):
         host.LOG.info(f"{entry['case_id']} editing: {rewrite['prompt']} -> {rewrite['target_new']}  \n\n {dict(entry)}")
 
     def _finished(self, metrics: list[dict[str, Any]]) -> None:
-        host.summary_metrics(metrics)
+        if hasattr(host, "summary_metrics"):  # it only writes a log and a file beside it
+            host.summary_metrics(metrics)
 
 
 class EasyEditScorer:
@@ -152,6 +153,8 @@ class EasyEditScorer:
 
     def _sentences(self, wanted: Any) -> Any:
         e = self.editor
+        if not hasattr(host, "compute_sent_metric"):
+            raise HostError("This EasyEdit has no compute_sent_metric, which metric_kwargs ask for; leave them out.")
         return host.compute_sent_metric(
             e.model, e.model, e.model_name, e.hparams, e.tok, metric_kwargs=wanted, device=e.hparams.device
         )

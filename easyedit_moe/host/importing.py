@@ -28,14 +28,11 @@ GET_IT = (
 
 SYMBOLS = {
     "easyeditor.util.alg_dict": ("ALG_DICT",),
-    "easyeditor.editors.editor": (
-        "BaseEditor", "LOG", "compute_edit_quality", "compute_sent_metric", "finalize_locality_metrics", "make_logs",
-        "summary_metrics",
-    ),
+    "easyeditor.editors.editor": ("BaseEditor", "LOG", "finalize_locality_metrics", "make_logs"),
     "easyeditor.editors.batch_editor": ("BatchEditor.is_batchable_method",),
     "easyeditor.editors.utils": ("CALLABLE_RESTORE_ALGS",),
     "easyeditor.evaluate": ("compute_edit_quality",),
-}  # fmt: skip
+}
 """What we use of EasyEdit, by module; `check_symbols` names the first that is missing."""
 
 

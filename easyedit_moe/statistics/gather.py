@@ -50,19 +50,8 @@ def layer_statistics(
     # Another tokenizer, or other special tokens, shows on the first few texts already.
     tokens = corpus_hash([str(encode_text(tok, text)) for text in texts[:8]])
     folder = statistics_folder(hparams.stats_dir, hparams.model_name, fingerprint)
-    keys = {
-        layer: StatisticsKey(
-            fingerprint,
-            layer,
-            corpus,
-            tokens,
-            len(texts),
-            hparams.max_length,
-            hparams.mom2_dtype,
-            hparams.coverage_target,
-        )
-        for layer in layers
-    }
+    cut, dtype, target = hparams.max_length, hparams.mom2_dtype, hparams.coverage_target
+    keys = {n: StatisticsKey(fingerprint, n, corpus, tokens, len(texts), cut, dtype, target) for n in layers}
     # What is missing on one process is collected by all.
     there = {layer: bool(least_over_processes(int((folder / key.file_name()).exists()))) for layer, key in keys.items()}
     moments = {

@@ -255,14 +255,19 @@ def collect_moments(
                     _add_batch(view, batch, pad_id(tok), active)
                 bar.update(size)
             if coverage_target is not None:
-                totals = {layer: sum_over_processes(one.counts) for layer, one in active.items()}
-                done = done + [layer for layer, one in active.items() if one.covered(totals[layer], coverage_target)]
+                done = done + _covered(active, coverage_target)
             if checkpoint:
                 checkpoint.keep(sums, number + 1, done)
     found = {layer: one.finish() for layer, one in sums.items()}
     if not all(value.num_tokens for value in found.values()):
         raise DataError(f"None of the {len(texts)} texts has a token to collect statistics from.")
     return found
+
+
+def _covered(active: dict[int, Sums], coverage_target: float) -> list[int]:
+    """Layers each of whose experts, over all processes, was reached often enough."""
+    totals = {layer: sum_over_processes(one.counts) for layer, one in active.items()}
+    return [layer for layer, one in active.items() if one.covered(totals[layer], coverage_target)]
 
 
 def _shards(texts: Sequence[str], max_length: int) -> list[list[str]]:

@@ -3,13 +3,14 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from solving_editors import METHODS, TOK, VARIANTS, changed_parameters, down_projections, edit, hparams, plain_ridge
-from tiny import FAMILIES, TEXTS, assert_same_state, requests, state_of, tiny_model
+from tiny import FAMILIES, TEXTS, assert_same_state, facts, requests, state_of, tiny_model
 from torch import Tensor, nn
 
 import easyedit_moe
@@ -25,9 +26,9 @@ from easyedit_moe.editors import (
     editor_class,
     make_editor,
     method_names,
-    register_editor,
     solving,
 )
+from easyedit_moe.editors.prepared import Prepared
 from easyedit_moe.errors import (
     CoverageWarning,
     DataError,
@@ -42,8 +43,11 @@ from easyedit_moe.errors import (
 from easyedit_moe.facts.requests import parse_requests
 from easyedit_moe.hparams import MoEHyperParams, hyperparams_class, presets
 from easyedit_moe.moe.capture import capture_facts
+from easyedit_moe.moe.fingerprint import model_fingerprint
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.patches.weights import WeightPatch
+from easyedit_moe.statistics.gather import layer_statistics
+from easyedit_moe.statistics.moments import LayerMoments
 from easyedit_moe.targets.search import fact_contexts
 
 APPLY = {
@@ -163,15 +167,25 @@ def test_ranks_restrict_mote(data: Path) -> None:
         assert singular[rank - 1] > 1e-5 * singular[0]
 
 
+def moments_of(model: nn.Module, editor: Any) -> LayerMoments:
+    """The statistics of layer 2, which preparing wrote to the cache and did not keep."""
+    view = MoELayerView(model)
+    return layer_statistics(view, TOK, editor.hparams, [2], model_fingerprint(view))[2]
+
+
+def gains(prepared: Prepared) -> dict[int, float]:
+    return {index: layer.gain for index, layer in prepared.layers.items()}
+
+
 def test_nullspace_protects_preserved_keys(data: Path) -> None:
     editor = make_editor(hparams(data, layers=[2]), progress=False)
     model = tiny_model()
-    editor.edit(model, TOK, requests(3))
+    editor.edit(model, TOK, facts(3))
     change = stacked(model, 2) - stacked(tiny_model(), 2)
     free = tiny_model()
     edit(free, plain_ridge(data, layers=[2]), requests(3))
     unprotected = stacked(free, 2) - stacked(tiny_model(), 2)
-    moments, space = editor.prepared.moments[2].keys.double(), editor.prepared.metrics[2]
+    moments, space = moments_of(model, editor).keys.double(), editor.prepared.layers[2].metric
     for j in torch.nonzero(change.flatten(1).norm(dim=1)).flatten().tolist():
         assert 0 < space.ranks[j] < 24
         values, vectors = torch.linalg.eigh(moments[j])
@@ -182,12 +196,12 @@ def test_nullspace_protects_preserved_keys(data: Path) -> None:
 
 def test_experts_may_be_frozen_for_lack_of_statistics(data: Path) -> None:
     editor = make_editor(hparams(data, layers=[2], low_coverage="frozen", min_coverage=60), progress=False)
-    counts = editor.prepare(tiny_model(), TOK).moments[2].counts
+    counts = editor.prepare(tiny_model(), TOK).layers[2].coverage
     frozen = counts < 60
     assert frozen.any()
     assert not frozen.all()
     model = tiny_model()
-    editor.edit(model, TOK, requests(6))
+    editor.edit(model, TOK, facts(6))
     change = (stacked(model, 2) - stacked(tiny_model(), 2)).flatten(1).norm(dim=1)
     assert (change[frozen] == 0).all()
     assert change.sum() > 0
@@ -300,7 +314,8 @@ def test_mote_spreads_its_core_by_each_layers_own_factors(data: Path) -> None:
     model, manual, facts = tiny_model(), tiny_model(), requests(3)
     editor = make_editor(hp, progress=False)
     result = editor.edit(model, TOK, facts)
-    bases, metrics = editor.prepared.bases, editor.prepared.metrics
+    bases = {i: layer.basis for i, layer in editor.prepared.layers.items()}
+    metrics = {i: layer.metric for i, layer in editor.prepared.layers.items()}
     keys, _ = captured(manual, hp, 2, facts)
     core = solve_core(keys, result.targets[0].delta, hp.lambda_reg, metrics[2], bases[2])
     for left, layer in ((2, 1), (1, 2)):
@@ -316,7 +331,7 @@ def test_bcd_visits_all_experts_in_the_published_order(data: Path) -> None:
     editor = make_editor(hp, progress=False)
     result = editor.edit(model, TOK, [fact])
     keys, _ = captured(manual, hp, 2, [fact])
-    delta, metric = result.targets[0].delta, editor.prepared.metrics[2]
+    delta, metric = result.targets[0].delta, editor.prepared.layers[2].metric
     update, _ = solve_bcd(keys, delta, 1.0, metric, expert_orders(8, 1, 42))
     add(manual, 2, update.dense(8))
     check_equal(model, manual, [2])
@@ -326,8 +341,8 @@ def test_bcd_visits_all_experts_in_the_published_order(data: Path) -> None:
 
 def test_granitemoe_residuals_are_divided_by_its_multiplier(data: Path) -> None:
     editor = make_editor(plain_ridge(data), progress=False)
-    assert editor.prepare(tiny_model("granitemoe"), TOK).gains == pytest.approx({1: 0.22, 2: 0.22}, rel=1e-3)
-    assert editor.prepare(tiny_model(), TOK).gains == {1: 1.0, 2: 1.0}
+    assert gains(editor.prepare(tiny_model("granitemoe"), TOK)) == pytest.approx({1: 0.22, 2: 0.22}, rel=1e-3)
+    assert gains(editor.prepare(tiny_model(), TOK)) == {1: 1.0, 2: 1.0}
 
 
 # ---------------------------------------------------------------- MoE-ROME
@@ -385,10 +400,10 @@ def test_remembered_edits_are_kept(variant: str, data: Path) -> None:
 def test_alphaedit_remembers_and_memory_is_a_value(data: Path) -> None:
     hp = hparams(data, "MoE-AlphaEdit")
     model, editor = tiny_model(), make_editor(hp, progress=False)
-    first = editor.edit(model, TOK, requests(2))
+    first = editor.edit(model, TOK, facts(2))
     snapshot = {layer: list(parts) for layer, parts in first.memory.keys.items()}
     assert {layer: [k.num_tokens for k in parts] for layer, parts in snapshot.items()} == {1: [2], 2: [2]}
-    second = editor.edit(model, TOK, requests(4)[2:], first.memory)
+    second = editor.edit(model, TOK, facts(4)[2:], first.memory)
     assert first.memory.keys == snapshot
     assert {layer: len(parts) for layer, parts in second.memory.keys.items()} == {1: 2, 2: 2}
     assert EditMemory().keys == {}
@@ -496,9 +511,9 @@ def test_a_singular_system(data: Path) -> None:
 def test_unusable_requests_change_nothing(data: Path) -> None:
     model = tiny_model()
     before = state_of(model)
-    for facts in ([], requests(1) * 2, [requests(1)[0] | {"subject": "Peru"}]):
+    for given in ([], requests(1) * 2, [requests(1)[0] | {"subject": "Peru"}]):
         with pytest.raises(RequestError):
-            edit(model, hparams(data), facts)
+            edit(model, hparams(data), given)
     assert_same_state(before, state_of(model))
 
 
@@ -544,9 +559,9 @@ def test_later_batches_reuse_what_was_prepared(data: Path, monkeypatch: pytest.M
     model, editor, calls = tiny_model(), make_editor(hparams(data, "MoTE"), progress=False), []
     plain = solving.layer_statistics
     monkeypatch.setattr(solving, "layer_statistics", lambda *a: calls.append(1) or plain(*a))
-    first = editor.edit(model, TOK, requests(2))
+    first = editor.edit(model, TOK, facts(2))
     prepared = editor.prepared
-    second = editor.edit(model, TOK, requests(4)[2:])
+    second = editor.edit(model, TOK, facts(4)[2:])
     assert editor.prepared is prepared
     assert len(calls) == 1
     assert set(first.seconds) == {"statistics", "targets", "solve", "write", "evaluate"}
@@ -557,26 +572,26 @@ def test_later_batches_reuse_what_was_prepared(data: Path, monkeypatch: pytest.M
 
 def test_another_model_is_prepared_anew(data: Path) -> None:
     editor = make_editor(hparams(data), progress=False)
-    editor.edit(tiny_model(), TOK, requests(2))
+    editor.edit(tiny_model(), TOK, facts(2))
     one = editor.prepared.fingerprint
     other = tiny_model(seed=1)
-    patch = editor.edit(other, TOK, requests(2)).patch
+    patch = editor.edit(other, TOK, facts(2)).patch
     assert patch.fingerprint == editor.prepared.fingerprint != one
     fresh = tiny_model(seed=1)
     edit(fresh, hparams(data), requests(2))
     assert_same_state(state_of(other), state_of(fresh))
     smaller = tiny_model("gpt_oss")
-    editor.edit(smaller, TOK, requests(2)).patch.revert(smaller)
+    editor.edit(smaller, TOK, facts(2)).patch.revert(smaller)
     assert_same_state(state_of(tiny_model("gpt_oss")), state_of(smaller))
 
 
 def test_prepared_values_can_be_handed_on(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hp = hparams(data)
     prepared = make_editor(hp, progress=False).prepare(tiny_model(), TOK)
-    assert prepared.experts == {1: 8, 2: 8}
+    assert {i: layer.num_experts for i, layer in prepared.layers.items()} == {1: 8, 2: 8}
     monkeypatch.setattr(solving, "layer_statistics", None)
     model, plain = tiny_model(), tiny_model()
-    GlobalEditor(hp, prepared, progress=False).edit(model, TOK, requests(2))
+    GlobalEditor(hp, prepared, progress=False).edit(model, TOK, facts(2))
     monkeypatch.undo()
     edit(plain, hp, requests(2))
     assert_same_state(state_of(model), state_of(plain))
@@ -688,17 +703,23 @@ def test_registry_knows_every_method() -> None:
     for method, cls in METHODS.items():
         assert editor_class(method) is cls
         assert cls.method == method
-        assert cls.hparams_class is hyperparams_class(method)
+        assert method in hyperparams_class(method).methods
     assert editor_class("MoEEdit") is MoEEditEditor
 
 
 def test_registry_refuses_duplicates_and_unknown_names() -> None:
-    with pytest.raises(MethodError, match="'Global' is already registered, by GlobalEditor"):
-        register_editor(type("Again", (GlobalEditor,), {}))
+    row = presets.find_method("Global")
+    presets.register_method(row)
+    with pytest.raises(MethodError, match=r"'Global' is already taken, by easyedit_moe\.editors\.global_:GlobalEditor"):
+        presets.register_method(replace(row, editor="elsewhere:Editor"))
+    with pytest.raises(MethodError, match="'MoEEdit' is already taken"):
+        presets.register_method(replace(row, name="MoEEdit"))
     with pytest.raises(MethodError, match=r"Unknown method 'MoTE2'\. Did you mean 'MoTE'\?"):
-        register_editor(type("New", (GlobalEditor,), {"method": "MoTE2"}))
+        editor_class("MoTE2")
     with pytest.raises(MethodError, match=r"Did you mean 'MoE-AlphaEdit'\?"):
-        editor_class("AlphaEdit")
+        editor_class("MoEAlphaEdit")
+    with pytest.raises(MethodError, match="nowhere:Editor, which can't be imported"):
+        presets.located("nowhere:Editor")
     assert set(method_names()) == set(presets.METHODS)
 
 

@@ -30,6 +30,7 @@ from easyedit_moe.errors import (
 from easyedit_moe.evaluation.metrics import evaluate
 from easyedit_moe.evaluation.scoring import score_targets
 from easyedit_moe.facts.records import load_records, parse_records
+from easyedit_moe.facts.requests import parse_requests
 from easyedit_moe.facts.tokens import encode_text
 from easyedit_moe.hparams import MEMoEHyperParams, load_hyperparams
 
@@ -61,7 +62,7 @@ def hparams(corpus: Path, **changes: Any) -> MEMoEHyperParams:
 
 
 def edit(model: nn.Module, hp: MEMoEHyperParams, facts: Sequence[Any]) -> EditResult:
-    return make_editor(hp, progress=False).edit(model, TOK, facts)
+    return make_editor(hp, progress=False).edit(model, TOK, parse_requests(facts))
 
 
 def nll(model: nn.Module, facts: Sequence[dict[str, str]]) -> list[float]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import TEXTS, requests, tiny_model, tiny_tokenizer
+from tiny import TEXTS, facts, tiny_model, tiny_tokenizer
 from torch import Tensor, nn
 
 from easyedit_moe.editors import EditResult, make_editor
@@ -42,7 +42,7 @@ def edit(model: nn.Module, corpus: Path, alg_name: str = "Global", **changes: An
         "context_prefixes": ["The fox: "], "nullspace_relative": True, "nullspace_threshold": 1e-3, "lambda_reg": 1e-3,
     }  # fmt: skip
     hp = hyperparams_class(alg_name).from_dict(values | changes)
-    return make_editor(hp, progress=False).edit(model, TOK, requests(4))
+    return make_editor(hp, progress=False).edit(model, TOK, facts(4))
 
 
 def spread(model: nn.Module, folder: Path, **places: str) -> nn.Module:

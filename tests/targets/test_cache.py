@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import requests, tiny_model, tiny_tokenizer
+from tiny import facts, requests, tiny_model, tiny_tokenizer
 from torch import nn
 
 from easyedit_moe.editors import make_editor
@@ -19,10 +19,9 @@ from easyedit_moe.facts.requests import parse_requests
 from easyedit_moe.hparams import GlobalHyperParams
 from easyedit_moe.moe.fingerprint import model_fingerprint
 from easyedit_moe.moe.layers import MoELayerView
-from easyedit_moe.targets import cache as target_cache
 from easyedit_moe.targets import search as targets
 from easyedit_moe.targets.cache import cached_targets, weights_hash
-from easyedit_moe.targets.search import TargetSettings, TargetVectors
+from easyedit_moe.targets.search import TargetSearch, TargetSettings, TargetVectors
 
 TOK = tiny_tokenizer()
 SETTINGS = TargetSettings(3, 0.1, 0.0625, 0.1, 4.0, 0.05, 256, "subject_last")
@@ -40,23 +39,21 @@ class Cache:
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder, self.found = folder / "targets", []
-        plain = target_cache.find_targets
+        plain = TargetSearch.find
 
-        def counting(view: Any, tok: Any, facts: Any, *args: Any) -> TargetVectors:
+        def counting(search: TargetSearch, facts: Any, *args: Any) -> TargetVectors:
             self.found.append(len(facts))
-            return plain(view, tok, facts, *args)
+            return plain(search, facts, *args)
 
-        monkeypatch.setattr(target_cache, "find_targets", counting)
+        monkeypatch.setattr(TargetSearch, "find", counting)
 
     def __call__(
         self, model: nn.Module, facts: Any, layer: int = 1, prefixes: Any = (), tok: Any = TOK, **changes: Any
     ) -> TargetVectors:
         view = MoELayerView(model)
         settings = dataclasses.replace(SETTINGS, **changes)
-        return cached_targets(
-            self.folder, "tiny", model_fingerprint(view), view, tok, parse_requests(facts), layer, prefixes, settings,
-            progress=False,
-        )  # fmt: skip
+        search = TargetSearch(view, tok, layer, tuple(prefixes), settings, progress=False)
+        return cached_targets(self.folder, "tiny", model_fingerprint(view), search, parse_requests(facts))
 
     def files(self) -> list[Path]:
         return sorted(self.folder.rglob("*.safetensors"))
@@ -204,15 +201,15 @@ def test_editors_use_it_where_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "v_num_grad_steps": 3,
     }  # fmt: skip
     model = tiny_model()
-    plain = make_editor(GlobalHyperParams.from_dict(values), progress=False).edit(model, TOK, requests(2))
+    plain = make_editor(GlobalHyperParams.from_dict(values), progress=False).edit(model, TOK, facts(2))
     plain.patch.revert(model)
     assert not cache.found
     editor = make_editor(GlobalHyperParams.from_dict(values | {"target_cache_dir": str(cache.folder)}), progress=False)
     for _ in range(2):
-        result = editor.edit(model, TOK, requests(2))
+        result = editor.edit(model, TOK, facts(2))
         same(result.targets[0], plain.targets[0])
         result.patch.revert(model)
     assert cache.found == [2]
-    second = editor.edit(model, TOK, requests(2))
-    editor.edit(model, TOK, requests(2), second.memory)
+    second = editor.edit(model, TOK, facts(2))
+    editor.edit(model, TOK, facts(2), second.memory)
     assert cache.found == [2, 2], "after an edit, targets are others"
