@@ -61,6 +61,16 @@ def provenance(hparams: MoEHyperParams, facts: Sequence[EditRequest]) -> dict[st
     return {"hparams": hparams.to_dict(), "requests": [vars(fact) for fact in facts]}
 
 
+class _FromTable:
+    """An attribute of editors and their classes that the table of methods knows; an instance may have its own."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: Any, owner: type[Editor]) -> str:
+        return str(getattr(presets.find_method(owner.method if instance is None else instance.method), self.name))
+
+
 class Editor(ABC):
     """Base of all editors; an instance holds hyper-parameters and what is reused between batches."""
 
@@ -78,15 +88,10 @@ class Editor(ABC):
         self.hparams = hparams
         self.progress = progress
 
-    @property
-    def edits(self) -> str:
-        """What is changed: "experts", "dense site", "layer" or "adapter"."""
-        return presets.find_method(self.method).edits
-
-    @property
-    def code(self) -> str:
-        """Whose code does it: "easyedit_moe" or "easyeditor"."""
-        return presets.find_method(self.method).code
+    edits = _FromTable("edits")
+    """What is changed: "experts", "dense site", "layer" or "adapter"."""
+    code = _FromTable("code")
+    """Whose code does it: "easyedit_moe" or "easyeditor"."""
 
     def prepare(self, model: nn.Module, tok: PreTrainedTokenizerBase) -> Any:
         """Check that the model has what is edited, and make what depends on the unedited model only.

@@ -36,7 +36,7 @@ from easyedit_moe.patches.weights import PatchWriter, writing
 from easyedit_moe.statistics.gather import layer_statistics
 from easyedit_moe.statistics.moments import LayerMoments
 from easyedit_moe.targets.cache import cached_targets
-from easyedit_moe.targets.search import TargetSearch, TargetSettings, TargetVectors, fact_contexts
+from easyedit_moe.targets.search import TargetSearch, TargetSettings, TargetVectors, compute_targets, fact_contexts
 
 logger = logging.getLogger(__name__)
 
@@ -203,11 +203,12 @@ class BatchSolve:
 
     def find_targets(self) -> TargetVectors:
         """Target vectors of these requests, found or read."""
-        search = TargetSearch(self.view, self.tok, *self.editor.target_settings(), self.editor.progress)
+        settings, progress = self.editor.target_settings(), self.editor.progress
         folder = self.hparams.target_cache_dir
         with self.watch.stage("targets"):
             if folder is None:
-                return search.targets(self.facts)
+                return compute_targets(self.view, self.tok, self.facts, *settings, progress)
+            search = TargetSearch(self.view, self.tok, *settings, progress)
             return cached_targets(folder, self.hparams.model_name, self.prepared.fingerprint, search, self.facts)
 
     def aim(self, targets: TargetVectors) -> None:

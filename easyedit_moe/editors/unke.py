@@ -63,10 +63,9 @@ class UnKEEditor(Editor):
     method = "UnKE"
     hparams: UnKEHyperParams
 
-    @property
-    def edits(self) -> str:
-        """What is changed: "layer" where all of it is trained, else "experts"."""
-        return "layer" if self.hparams.train == "layer" else "experts"
+    def __init__(self, hparams: UnKEHyperParams, progress: bool = True) -> None:
+        super().__init__(hparams, progress)
+        vars(self)["edits"] = "layer" if hparams.train == "layer" else "experts"
 
     @classmethod
     def plan_for(cls, hparams: UnKEHyperParams, model: nn.Module, workload: Workload) -> MemoryPlan:

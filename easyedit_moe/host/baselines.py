@@ -104,6 +104,8 @@ class BaselineEditor(Editor):
     def __init__(self, hparams: BaselineHyperParams, progress: bool = True) -> None:
         load()
         self.hparams, self.progress, self.method = hparams, progress, hparams.method
+        packed = ".experts" in hparams.values.get("rewrite_module_tmp", "")
+        vars(self)["edits"] = "experts" if packed else "dense site"
         self.alg_name = hparams.values["alg_name"]
         self._settings()  # a wrong key shows before statistics are made for it
         self._model: weakref.ref[nn.Module] | None = None
@@ -113,11 +115,6 @@ class BaselineEditor(Editor):
         self._caches = HostCaches()
         self._prepared: tuple[str, dict[str, Any]] | None = None
         self._wrapped: Any = None
-
-    @property
-    def edits(self) -> str:
-        """What is changed: "experts" where the site is a packed expert parameter, else "dense site"."""
-        return "experts" if ".experts" in self.hparams.values.get("rewrite_module_tmp", "") else "dense site"
 
     @classmethod
     def plan_for(cls, hparams: BaselineHyperParams, model: nn.Module, workload: Workload) -> MemoryPlan:

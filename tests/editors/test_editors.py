@@ -313,7 +313,7 @@ def test_mote_spreads_its_core_by_each_layers_own_factors(data: Path) -> None:
     hp = hparams(data, "MoTE", spread="update", rank_expert=4, rank_out=16, rank_in=12)
     model, manual, facts = tiny_model(), tiny_model(), requests(3)
     editor = make_editor(hp, progress=False)
-    result = editor.edit(model, TOK, facts)
+    result = editor.edit(model, TOK, parse_requests(facts))
     bases = {i: layer.basis for i, layer in editor.prepared.layers.items()}
     metrics = {i: layer.metric for i, layer in editor.prepared.layers.items()}
     keys, _ = captured(manual, hp, 2, facts)
@@ -329,7 +329,7 @@ def test_bcd_visits_all_experts_in_the_published_order(data: Path) -> None:
     fact = next(f for f in requests(6) if int(captured(tiny_model(), hp, 2, [f])[0].expert.max()) < 7)
     model, manual = tiny_model(), tiny_model()
     editor = make_editor(hp, progress=False)
-    result = editor.edit(model, TOK, [fact])
+    result = editor.edit(model, TOK, parse_requests([fact]))
     keys, _ = captured(manual, hp, 2, [fact])
     delta, metric = result.targets[0].delta, editor.prepared.layers[2].metric
     update, _ = solve_bcd(keys, delta, 1.0, metric, expert_orders(8, 1, 42))
@@ -364,7 +364,7 @@ def test_rome_edits_one_fact_at_a_time(data: Path, monkeypatch: pytest.MonkeyPat
     assert [len(t.delta) for t in result.targets] == [1, 1, 1]
     editor = make_editor(hp, progress=False)
     for fact in requests(3):
-        editor.edit(singly, TOK, [fact])
+        editor.edit(singly, TOK, parse_requests([fact]))
     assert_same_state(state_of(together), state_of(singly))
     result.patch.revert(together)
     assert_same_state(before, state_of(together))
@@ -383,10 +383,10 @@ def test_remembered_edits_are_kept(variant: str, data: Path) -> None:
     for remember in (False, True):
         hp = hparams(data, variant, layers=[2], remember_edits=remember, lambda_reg=1e-3)
         model, editor = tiny_model(), make_editor(hp, progress=False)
-        first = editor.edit(model, TOK, facts[:3])
+        first = editor.edit(model, TOK, parse_requests(facts[:3]))
         assert bool(first.memory.keys) == remember
         keys, outputs = captured(model, hp, 2, facts[:3])
-        second = editor.edit(model, TOK, facts[3:], first.memory)
+        second = editor.edit(model, TOK, parse_requests(facts[3:]), first.memory)
         drift[remember] = float((fact_output(model, 2, facts[:3]) - outputs).norm())
         kept[remember] = float(second.patch.steps[0][1].apply(keys).norm())
         assert [k.num_tokens for k in second.memory.keys.get(2, [])] == ([3, 3] if remember else [])
@@ -444,7 +444,7 @@ def test_an_error_at_the_second_layer(
 
 
 @pytest.mark.parametrize(
-    "function", ["compute_targets", "capture_facts", "parse_requests", "check_keys", "model_fingerprint"]
+    "function", ["compute_targets", "capture_facts", "fact_contexts", "check_keys", "model_fingerprint"]
 )
 def test_an_error_anywhere(function: str, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model().train()

@@ -30,12 +30,14 @@ from easyedit_moe.errors import (
     RequestError,
 )
 from easyedit_moe.facts.records import parse_records
+from easyedit_moe.facts.requests import parse_requests
 from easyedit_moe.host.baseline_hparams import CLASSES, HOST_METHODS, BaselineHyperParams
 from easyedit_moe.host.baselines import BaselineEditor
 from easyedit_moe.host.dense_statistics import input_moments, write_projectors
 from easyedit_moe.hparams import hparams_folder, read_yaml
 
 FACTS = requests(4)
+PARSED = parse_requests(FACTS)
 O_PROJ = "model.layers.{}.self_attn.o_proj"
 SITES = {"qwen3_moe": O_PROJ, "gpt_oss": O_PROJ, "qwen3_5_moe": "model.layers.{}.linear_attn.out_proj"}
 
@@ -123,7 +125,7 @@ def test_batches_accumulate_and_everything_comes_back(
     before = everything(model, tok)
     sites = expected_sites(model, editor.hparams)
     patches, states = [], []
-    for batch in (FACTS[:2], FACTS[2:]):
+    for batch in (PARSED[:2], PARSED[2:]):
         result = editor.edit(model, tok, batch)
         patches.append(result.patch)
         states.append(state_of(model))
@@ -192,19 +194,19 @@ def test_a_failure_half_way_restores(
 ) -> None:
     model, tok = tiny_model(family), tiny_tokenizer(pad=False)
     editor = BaselineEditor(settings(data, method))
-    editor.edit(model, tok, FACTS[3:]).patch.restore(model)  # statistics are there
+    editor.edit(model, tok, PARSED[3:]).patch.restore(model)  # statistics are there
     before = everything(model, tok)
     with monkeypatch.context() as patching:
         fail_at(method, 2, patching)
         with pytest.raises(HostError, match=f"EasyEdit's {method} failed: RuntimeError: planted"):
-            editor.edit(model, tok, FACTS[:2])
+            editor.edit(model, tok, PARSED[:2])
     assert_nothing_changed(before, everything(model, tok))
-    first = editor.edit(model, tok, FACTS[:2])
+    first = editor.edit(model, tok, PARSED[:2])
     after_first = everything(model, tok)
     with monkeypatch.context() as patching:
         fail_at(method, 2, patching)
         with pytest.raises(HostError, match="planted"):
-            editor.edit(model, tok, FACTS[2:])
+            editor.edit(model, tok, PARSED[2:])
     assert_nothing_changed(after_first, everything(model, tok))
     first.patch.restore(model)
     assert_nothing_changed(before, everything(model, tok))
@@ -267,7 +269,7 @@ def test_files_are_what_easyedit_reads(family: str, host: ModuleType, data: Path
     threshold = float(spectra[0].median() + spectra[1].median()) / 2
     hp = settings(data, "AlphaEdit", stats_dir=str(tmp_path / "stats"), nullspace_threshold=threshold)
     editor = BaselineEditor(hp)
-    editor.edit(model, tok, FACTS[:1]).patch.restore(model)
+    editor.edit(model, tok, PARSED[:1]).patch.restore(model)
     label, files = editor._prepare(model, tok)
     model.config._name_or_path = label
     for name in names:
@@ -285,7 +287,7 @@ def test_files_are_what_easyedit_reads(family: str, host: ModuleType, data: Path
         torch.testing.assert_close(found, null @ null.T, rtol=0, atol=1e-6 / float(gap) + 1e-4)
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "stats").rglob("*") if path.is_file()}
     assert len(written) == 3
-    BaselineEditor(hp).edit(tiny_model(family), tok, FACTS[:1])  # read again, not made again
+    BaselineEditor(hp).edit(tiny_model(family), tok, PARSED[:1])  # read again, not made again
     assert written == {path: path.stat().st_mtime_ns for path in (tmp_path / "stats").rglob("*") if path.is_file()}
     assert not (tmp_path / "null_space_project.pt").exists()
 
@@ -294,13 +296,13 @@ def test_files_are_what_easyedit_reads(family: str, host: ModuleType, data: Path
 def test_models_of_one_name_share_nothing(method: str, host: ModuleType, data: Path, tmp_path: Path) -> None:
     hp = settings(data, method, stats_dir=str(tmp_path / "stats"))
     tok, first, second, alone = tiny_tokenizer(), tiny_model(), tiny_model(seed=1), tiny_model(seed=1)
-    BaselineEditor(hp).edit(alone, tok, FACTS[:2])
+    BaselineEditor(hp).edit(alone, tok, PARSED[:2])
     editor = BaselineEditor(hp)
-    editor.edit(first, tok, FACTS[:2])
-    editor.edit(second, tok, FACTS[:2])
+    editor.edit(first, tok, PARSED[:2])
+    editor.edit(second, tok, PARSED[:2])
     assert_same_state(state_of(alone), state_of(second))
     again = tiny_model(seed=1)
-    BaselineEditor(hp).edit(again, tok, FACTS[:2])
+    BaselineEditor(hp).edit(again, tok, PARSED[:2])
     assert_same_state(state_of(alone), state_of(again))
     assert len(list((tmp_path / "stats").iterdir())) == 2
     assert moved(state_of(first), second)
@@ -311,7 +313,7 @@ def test_caches_that_were_there_before_are_there_afterwards(host: ModuleType, da
     inverse = importlib.import_module("easyeditor.models.rome.compute_u")
     alpha = importlib.import_module("easyeditor.models.alphaedit.AlphaEdit_main")
     clean = tiny_model()
-    BaselineEditor(settings(data, "AlphaEdit")).edit(clean, tiny_tokenizer(), FACTS[:2])
+    BaselineEditor(settings(data, "AlphaEdit")).edit(clean, tiny_tokenizer(), PARSED[:2])
     mine = {
         (rome, "CONTEXT_TEMPLATES_CACHE"): ["{}", "Mine. {}"], (inverse, "inv_mom2_cache"): {"mine": torch.ones(2)},
         (alpha, "P"): torch.ones(2, 3, 3), (alpha, "P_loaded"): True, (alpha, "cache_c"): torch.ones(2, 3, 3),
@@ -322,8 +324,8 @@ def test_caches_that_were_there_before_are_there_afterwards(host: ModuleType, da
         for (module, name), value in mine.items():
             setattr(module, name, value)
         model = tiny_model()
-        BaselineEditor(settings(data, "AlphaEdit")).edit(model, tiny_tokenizer(), FACTS[:2])
-        BaselineEditor(settings(data, "ROME")).edit(tiny_model(), tiny_tokenizer(), FACTS[:1])
+        BaselineEditor(settings(data, "AlphaEdit")).edit(model, tiny_tokenizer(), PARSED[:2])
+        BaselineEditor(settings(data, "ROME")).edit(tiny_model(), tiny_tokenizer(), PARSED[:1])
         for (module, name), value in mine.items():
             assert getattr(module, name) is value
         assert torch.equal(alpha.cache_c, torch.ones(2, 3, 3))
@@ -345,7 +347,7 @@ def test_rome_is_easyedit_s_rome(host: ModuleType, data: Path) -> None:
 
     model, tok = tiny_model(), tiny_tokenizer()
     editor = BaselineEditor(settings(data, "ROME"))
-    editor.edit(model, tok, FACTS[:1])
+    editor.edit(model, tok, PARSED[:1])
     plain = tiny_model()
     label, files = editor._prepare(model, tok)
     plain.config._name_or_path = label
@@ -378,7 +380,7 @@ def test_a_batch_of_unequal_lengths_trains_on_the_targets_only(method: str, host
     log.addHandler(handler)
     log.setLevel(logging.DEBUG)
     try:
-        BaselineEditor(settings(data, method)).edit(model, tok, FACTS)
+        BaselineEditor(settings(data, method)).edit(model, tok, PARSED)
     finally:
         log.removeHandler(handler)
         log.setLevel(level)
@@ -469,7 +471,7 @@ def test_a_wrong_site_is_named_and_nothing_changes(
     model, tok = tiny_model(), tiny_tokenizer()
     before = everything(model, tok)
     with pytest.raises(error, match=message):
-        BaselineEditor(settings(data, method, **changes)).edit(model, tok, FACTS[:1])
+        BaselineEditor(settings(data, method, **changes)).edit(model, tok, PARSED[:1])
     assert_nothing_changed(before, everything(model, tok))
 
 

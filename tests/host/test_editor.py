@@ -175,7 +175,7 @@ def test_sequential_edits_accumulate_to_the_weights_of_stand_alone_editing(famil
     assert changed(before, model) == down_projections(model, [1, 2])
     assert_same_state(state_of(own), state_of(model))
     assert_same_scores(metrics, ours)
-    assert len(both.host._memory.keys[1]) == 4
+    assert len(both.host.memory.keys[1]) == 4
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -239,7 +239,7 @@ def test_a_trial_between_sequential_edits_leaves_no_trace(pair: Any) -> None:
         editor.edit(PROMPTS[i], TARGETS[i], subject=SUBJECTS[i], sequential_edit=i != 1, verbose=False)
     assert_same_state(state_of(other.host.model), state_of(one.host.model))
     one.host.forget_edits()
-    assert one.host._memory is None
+    assert one.host.memory is None
 
 
 @pytest.mark.parametrize("kind", [str, tuple])
@@ -389,9 +389,9 @@ def test_an_edit_whose_scoring_fails_is_taken_back(
     if sequential:
         lists = {name: values[:kept] for name, values in LISTS.items()}
         getattr(both.own, call)(**lists, sequential_edit=True, verbose=False)
-        assert len(both.host._memory.keys[1]) == len(both.own.memory.keys[1])
+        assert len(both.host.memory.keys[1]) == len(both.own.memory.keys[1])
     else:
-        assert both.host._memory is None
+        assert both.host.memory is None
     assert_same_state(state_of(both.own.model), state_of(both.host.model))
     assert both.host.hparams.batch_size == 2
 
