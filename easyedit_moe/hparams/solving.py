@@ -145,7 +145,7 @@ class MoEEditHyperParams(SolverHyperParams):
     num_passes: int = 4
     """Passes over all experts, >= 1. Papers: 4 / 10 / 2 for Qwen3-30B / GPT-OSS / Qwen3.6."""
     seed: int = 42
-    """Seed of the orders in which experts are visited. Published code: 42."""
+    """Seed of the orders in which experts are visited. MoEEdit's published code: 42."""
 
     def _check_ranges(self) -> None:
         super()._check_ranges()

@@ -482,7 +482,7 @@ def test_keys_are_checked_before_any_work(host: ModuleType, data: Path) -> None:
     del hp.values["v_lr"]
     with pytest.raises(HyperParamsError, match=r"missing.*v_lr"):
         BaselineEditor(hp)
-    with pytest.raises(RequestError, match="subject"):
+    with pytest.raises(RequestError, match="an editor takes EditRequest values; found dict"):
         BaselineEditor(settings(data, "MEMIT")).edit(
             tiny_model(), tiny_tokenizer(), [{"prompt": "a", "target_new": "b"}]
         )
