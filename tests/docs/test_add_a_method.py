@@ -24,7 +24,7 @@ def test_the_example_of_the_page(tmp_path: Path) -> None:
         "from easyedit_moe import load_hyperparams, load_model, method_names\n"
         "from easyedit_moe.errors import HyperParamsError\n"
         "assert method_names()[-1] == 'Top-expert' and metrics[0]['post']['rewrite_acc'] == [1.0], metrics\n"
-        "assert metrics[0]['pre']['rewrite_acc'] == [0.0]\n"
+        "assert metrics[0]['pre']['rewrite_acc'][0] < 1\n"
         "fresh, _ = load_model('factworld', 'float32', 'cpu')\n"
         "same = zip(fresh.parameters(), model.parameters(), strict=True)\n"
         "assert all(torch.equal(a, b) for a, b in same), 'undo is bit-exact'\n"
