@@ -388,3 +388,52 @@ def test_what_cannot_be_constructed(data: Path, tmp_path: Path) -> None:
         MoEEditor.from_hparams(hparams(data, model_name=str(tmp_path / "missing")))
     with pytest.raises(HyperParamsError, match="is not there"):
         MoEEditor.from_hparams(hparams(data, device=99))
+
+
+@pytest.mark.parametrize("call", ["edit", "batch_edit", "edit_requests"])
+def test_a_request_is_parsed_once(call: str, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from easyedit_moe.facts import easyedit_requests
+    from easyedit_moe.facts import requests as parsing
+
+    seen: list[str] = []
+    plain = parsing.parse_request
+
+    def counting(record: Any) -> EditRequest:
+        seen.append(record["prompt"])
+        return plain(record)
+
+    for module in (parsing, easyedit_requests):
+        monkeypatch.setattr(module, "parse_request", counting)
+    given = [
+        dict(zip(("prompt", "target_new", "subject"), values, strict=True))
+        for values in zip(PROMPTS, TARGETS, SUBJECTS, strict=True)
+    ]
+    if call == "edit_requests":
+        make().edit_requests(given, verbose=False)
+    else:
+        getattr(make(batch_size=2), call)(PROMPTS, TARGETS, subject=SUBJECTS, verbose=False)
+    assert seen == PROMPTS
+
+
+def test_editors_refuse_what_was_not_parsed(make: Any) -> None:
+    editor = make()
+    before = state_of(editor.model)
+    record = {"prompt": PROMPTS[0], "target_new": TARGETS[0], "subject": SUBJECTS[0]}
+    with pytest.raises(RequestError, match=r"takes EditRequest values; found dict.*parse_requests"):
+        editor.editor.edit(editor.model, TOK, [record])
+    assert_same_state(before, state_of(editor.model))
+    for field, value in (("prompt", " "), ("subject", "Peru"), ("target_new", None), ("ground_truth", 3)):
+        with pytest.raises(RequestError):
+            EditRequest(**(record | {field: value}))
+
+
+def test_answers_by_free_generation(make: Any) -> None:
+    editor = make()
+    before = state_of(editor.model)
+    generate = editor.model.generate
+    editor.model.generate = lambda *args, **kwargs: generate(*args, **{**kwargs, "max_new_tokens": 2})
+    results, _, _ = editor.generate_edit(PROMPTS[:2], TARGETS[:2], subject=SUBJECTS[:2], rephrase_prompts=PROMPTS[:2])
+    assert [set(entry["post"]) for entry in results] == [{"rewrite_ans", "rephrase_ans"}] * 2
+    assert all(isinstance(entry["pre"]["rewrite_ans"], str) for entry in results)
+    del editor.model.generate
+    assert_same_state(before, state_of(editor.model))

@@ -35,3 +35,21 @@ def test_gate_calls_the_command_of_the_readme() -> None:
         line for line in (root / ".ci" / "run").read_text().splitlines() if line.startswith("python3 -m venv")
     )
     assert command in (root / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import easyedit_moe",
+        "from easyedit_moe.commands.app import app\n"
+        "try:\n    app(['--help'])\nexcept SystemExit as end:\n    assert not end.code",
+        "from easyedit_moe.commands.app import app\n"
+        "try:\n    app(['compare', '--help'])\nexcept SystemExit as end:\n    assert not end.code",
+    ],
+    ids=["import", "help", "help of a command"],
+)
+def test_nothing_heavy_is_imported(code: str) -> None:
+    heavy = "{'torch', 'transformers', 'peft', 'numpy', 'matplotlib', 'easyeditor'}"
+    check = f"{code}\nimport sys\nassert not {heavy} & set(sys.modules), {heavy} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
