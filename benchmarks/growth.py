@@ -40,9 +40,13 @@ class Options:
     """On a CPU at half of Qwen3-30B-A3B's width and experts, on CUDA at its own shape."""
 
     experts: str = "16,32,64,128,256,512"
+    """Numbers of experts E."""
     tokens: str = "1,10,100,1000,10000"
+    """Edits solved together, T."""
     made: str = "0,200,1000,4000"
+    """Edits made before, which are remembered."""
     layers: str = "1,2,3,4,5,6"
+    """Numbers of critical layers."""
     passes: int = 4
     repeats: int = 3
     device: str = "cpu"

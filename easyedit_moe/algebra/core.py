@@ -109,12 +109,7 @@ def _slots_by_expert(keys: RoutedKeys) -> list[Tensor]:
 
 
 def solve_mote(
-    keys: RoutedKeys,
-    residual: Tensor,
-    lambda_reg: float,
-    metric: Metric,
-    basis: TuckerBasis,
-    form: str = "auto",
+    keys: RoutedKeys, residual: Tensor, lambda_reg: float, metric: Metric, basis: TuckerBasis, form: str = "auto"
 ) -> FactoredCore | Tensor:
     """Ridge on the Tucker core (MoTE, arXiv 2605.16686), float64: factored from the dual, ``[re, ro, ri]`` from the
     primal form.
@@ -143,12 +138,7 @@ def solve_mote(
 
 
 def solve_core(
-    keys: RoutedKeys,
-    residual: Tensor,
-    lambda_reg: float,
-    metric: Metric,
-    basis: TuckerBasis,
-    form: str = "auto",
+    keys: RoutedKeys, residual: Tensor, lambda_reg: float, metric: Metric, basis: TuckerBasis, form: str = "auto"
 ) -> Tensor:
     """The core of `solve_mote` as a dense ``[re, ro, ri]``: for tests and small problems only."""
     core = solve_mote(keys, residual, lambda_reg, metric, basis, form)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from easyedit_moe.editors.moe_lora import PeftEditor, adapters_of
-from easyedit_moe.editors.training import Masters, Step, TrainingJob, check_writable
+from easyedit_moe.editors.trainable import check_writable
+from easyedit_moe.editors.training import Masters, Step, TrainingJob
 from easyedit_moe.editors.training_planner import Trained
 from easyedit_moe.errors import LayerError
 from easyedit_moe.hparams import LoRAHyperParams

@@ -9,15 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from easyedit_moe.editors.training import (
-    Masters,
-    Step,
-    TrainingEditor,
-    TrainingJob,
-    check_writable,
-    expert_parameters,
-    trainable,
-)
+from easyedit_moe.editors.trainable import check_writable, expert_parameters, trainable
+from easyedit_moe.editors.training import Masters, Step, TrainingEditor, TrainingJob
 from easyedit_moe.editors.training_planner import Trained
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.facts.tokens import encode_prompt, pad_id

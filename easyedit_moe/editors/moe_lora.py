@@ -11,16 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from easyedit_moe.editors.training import (
-    Masters,
-    Step,
-    TrainingEditor,
-    TrainingJob,
-    check_writable,
-    expert_parameters,
-    seeded,
-    trainable,
-)
+from easyedit_moe.editors.trainable import check_writable, expert_parameters, seeded, trainable
+from easyedit_moe.editors.training import Masters, Step, TrainingEditor, TrainingJob
 from easyedit_moe.editors.training_planner import Trained
 from easyedit_moe.errors import DependencyError, LayoutError
 from easyedit_moe.facts.requests import EditRequest

@@ -7,8 +7,7 @@ rounded values after each step. With bf16 weights a step of 1e-4 would otherwise
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
@@ -21,14 +20,13 @@ from transformers import PreTrainedTokenizerBase
 from easyedit_moe.editors.base import Editor, EditResult, provenance
 from easyedit_moe.editors.planner import MemoryPlan, Workload, shapes_of
 from easyedit_moe.editors.training_planner import Trained, plan_training
-from easyedit_moe.errors import LayoutError, NumericalError, not_finite
+from easyedit_moe.errors import NumericalError, not_finite
 from easyedit_moe.evaluation.scoring import answer_logits
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.facts.tokens import encode_target, pad_id
 from easyedit_moe.hparams import TrainingHyperParams
 from easyedit_moe.measure import Stopwatch
-from easyedit_moe.moe.capture import frozen_parameters, inference_mode_of
-from easyedit_moe.moe.layers import MoELayer, MoELayerView
+from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.patches.tensors import TensorWriter, writing_tensors
 from easyedit_moe.targets.search import check_lengths, fact_contexts
 
@@ -243,27 +241,6 @@ class Masters:
         return out
 
 
-@contextmanager
-def trainable(model: nn.Module, parameters: Iterable[nn.Parameter] = ()) -> Iterator[None]:
-    """Evaluation mode, gradients for ``parameters`` only; afterwards modes and ``requires_grad`` flags are as before.
-
-    Gradients are asked for by name and never stored, so that no ``.grad`` of the user's is touched.
-    """
-    with inference_mode_of(model), frozen_parameters(model), torch.enable_grad():
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        yield
-
-
-@contextmanager
-def seeded(model: nn.Module, seed: int) -> Iterator[None]:
-    """Torch's global generators are seeded inside, and afterwards in the state in which they were."""
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield
-
-
 def examples_of(
     tok: PreTrainedTokenizerBase, facts: Sequence[EditRequest], prefixes: Sequence[str]
 ) -> list[list[Example]]:
@@ -277,21 +254,6 @@ def examples_of(
         answer = tuple(encode_target(tok, fact.target_new))
         out.append([Example(c.ids, answer) for c in fact_contexts(tok, fact, prefixes, "last")])
     return out
-
-
-def expert_parameters(moe: MoELayer, part: str) -> dict[str, nn.Parameter]:
-    """Parameters of a layer's routed experts by full name: ``down_projections``, or ``experts`` for all of them."""
-    if part == "down_projections":
-        return {f"{moe.experts_name}.{name}": parameter for name, parameter in moe.experts.parameters()}
-    return {f"{moe.experts_name}.{name}": parameter for name, parameter in moe.experts.module.named_parameters()}
-
-
-def check_writable(parameters: Mapping[str, nn.Parameter]) -> None:
-    """Raise `LayoutError` for parameters that can't be trained: offloaded, or not of a float dtype."""
-    for name, parameter in parameters.items():
-        if parameter.is_meta or not parameter.is_floating_point() or type(parameter.data) is not Tensor:
-            where = "offloaded" if parameter.is_meta else f"a {type(parameter.data).__name__} of {parameter.dtype}"
-            raise LayoutError(f"{name} is {where}; training needs float weights on a GPU or on the CPU.")
 
 
 def finite_loss(loss: Tensor) -> float:

@@ -20,13 +20,8 @@ from easyedit_moe.editors.planner import (
     shapes_of,
     targets_stage,
 )
-from easyedit_moe.editors.training import (
-    Masters,
-    check_writable,
-    expert_parameters,
-    finite_loss,
-    trainable,
-)
+from easyedit_moe.editors.trainable import check_writable, expert_parameters, trainable
+from easyedit_moe.editors.training import Masters, finite_loss
 from easyedit_moe.editors.training_planner import (
     PROMPT_TOKENS,
     TARGET_TOKENS,

@@ -78,8 +78,8 @@ def layer_basis(moe: MoELayer, hparams: MoTEHyperParams, moments: LayerMoments |
     """The Tucker basis of one layer, cached beside the statistics under ``hparams.stats_dir``.
 
     Raises:
-        CacheError: a cached file is corrupt or of another model. HyperParamsError, NumericalError: see
-        `easyedit_moe.algebra.tucker.tucker_basis`.
+        CacheError: a cached file is corrupt or of another model.
+        HyperParamsError, NumericalError: see `easyedit_moe.algebra.tucker.tucker_basis`.
     """
     hp = hparams
     sigma_in = moments.pooled() if moments and hp.whitening in ("in", "both") else None
