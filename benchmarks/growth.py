@@ -39,6 +39,8 @@ LAMBDA = 1.0
 class Options:
     """On a CPU at half of Qwen3-30B-A3B's width and experts, on CUDA at its own shape."""
 
+    quick: bool = False
+    device: str = "cpu"
     experts: str = "16,32,64,128,256,512"
     """Numbers of experts E."""
     tokens: str = "1,10,100,1000,10000"
@@ -49,8 +51,6 @@ class Options:
     """Numbers of critical layers."""
     passes: int = 4
     repeats: int = 3
-    device: str = "cpu"
-    quick: bool = False
 
 
 def run(options: Options) -> list[dict[str, Any]]:
