@@ -95,6 +95,9 @@ class EditCalls(ABC):
     case_id_per_batch = False
     """Whether ``case_id`` starts anew in each batch, as EasyEdit's ``batch_edit`` has it."""
 
+    progress = True
+    """Whether editors show progress bars."""
+
     hparams: MoEHyperParams
     model: nn.Module
     tok: PreTrainedTokenizerBase
@@ -207,7 +210,7 @@ class EditCalls(ABC):
     def _edit(self, batch: Sequence[HostRequest]) -> EditResult:
         settings = replace(self.hparams)  # checked anew, since fields can be set after reading
         if self.editor is None or not _same_settings(self.editor.hparams, settings):
-            self.editor = make_editor(settings)
+            self.editor = make_editor(settings, self.progress)
         return self.editor.edit(self.model, self.tok, [request.fact for request in batch], self.memory)
 
     def _settle(self, result: EditResult, kept: bool) -> None:

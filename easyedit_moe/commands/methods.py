@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from easyedit_moe.commands.reporting import errors_reported
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+TABLE_WIDTH = 150
 
 
 def methods(
@@ -22,7 +27,6 @@ def methods(
 
 
 def _list() -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from easyedit_moe.hparams import hparams_folder, presets
@@ -32,12 +36,10 @@ def _list() -> None:
         models = ", ".join(sorted(path.stem for path in (hparams_folder() / method.name).glob("*.yaml")))
         needed = "yes" if method.statistics else "no"
         table.add_row(f"[bold]{method.name}[/]", method.code, method.edits, needed, method.source, models)
-    console = Console()
-    Console(width=max(console.width, 150)).print(table, highlight=False)
+    _print(table)
 
 
 def _show(path: str) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     with errors_reported():
@@ -47,5 +49,11 @@ def _show(path: str) -> None:
     table = Table("setting", "value", "said in", "source", title=path)
     for item in values:
         table.add_row(item.name, str(item.value), item.said_in, item.source)
-    console = Console()
-    Console(width=max(console.width, 150)).print(table, highlight=False)
+    _print(table)
+
+
+def _print(table: Table) -> None:
+    """In full width: a narrower terminal wraps whole lines."""
+    from rich.console import Console
+
+    Console(width=max(Console().width, TABLE_WIDTH)).print(table, highlight=False)

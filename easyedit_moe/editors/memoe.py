@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from easyedit_moe.editors.base import Editor, EditResult
 from easyedit_moe.editors.planner import MemoryPlan, Stage, Workload, activations, outline_of
 from easyedit_moe.editors.training_planner import PROMPT_TOKENS, TARGET_TOKENS, Trained, train_stage
 from easyedit_moe.errors import AdapterError, HyperParamsError
+from easyedit_moe.facts.anchors import SubjectMatcher
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.hparams import MEMoEHyperParams
 from easyedit_moe.measure import Stopwatch
@@ -74,8 +75,8 @@ class AdapterPatch:
                 detach(model)
             else:
                 self.adapter.put_back(self.before)
-                if self.adapter.matcher is not None:
-                    add_subjects(model, self.adapter.matcher.tok, self.adapter, [])
+                matcher = cast(SubjectMatcher, self.adapter.matcher)  # an attached adapter has one
+                add_subjects(model, matcher.tok, self.adapter, [])
         self.applied = False
 
     def weights_copy(self, model: nn.Module) -> Undo:

@@ -23,6 +23,11 @@ from easyedit_moe.patches.weights import tile_size
 
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k", "moe_top_k")
 
+PROMPT_TOKENS = 32
+"""Tokens of a prompt that plans assume."""
+TARGET_TOKENS = 4
+"""Tokens of a target that plans assume."""
+
 
 @dataclass(frozen=True)
 class Shapes:
@@ -189,8 +194,8 @@ def plan(
     hparams: SolverHyperParams,
     edits: int | None = None,
     earlier_edits: int = 0,
-    prompt_tokens: int = 32,
-    target_tokens: int = 4,
+    prompt_tokens: int = PROMPT_TOKENS,
+    target_tokens: int = TARGET_TOKENS,
     budget: int | None = None,
     device: str = "cpu",
     batches: int = 1,

@@ -10,11 +10,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from easyedit_moe.editors.planner import MemoryPlan, Shapes, Stage, Workload, activations
+from easyedit_moe.editors.planner import PROMPT_TOKENS, TARGET_TOKENS, MemoryPlan, Shapes, Stage, Workload, activations
 from easyedit_moe.hparams import TrainingHyperParams
-
-PROMPT_TOKENS = 32
-TARGET_TOKENS = 4
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from easyedit_moe.moe.capture import hooks, layer_output, run, stop_after
 from easyedit_moe.moe.layers import MoELayer, MoELayerView
 from easyedit_moe.patches.tensors import writing_tensors
 from easyedit_moe.statistics.corpus import load_texts
-from easyedit_moe.targets.search import TargetSearch, TargetSettings, TargetVectors, check_lengths, fact_contexts
+from easyedit_moe.targets.search import TargetSettings, TargetVectors, check_lengths, compute_targets, fact_contexts
 
 
 class UnKEEditor(Editor):
@@ -100,7 +100,7 @@ class UnKEEditor(Editor):
                 texts = self._preserved(tok, facts)
             if targets is None:
                 with watch.stage("targets"):
-                    targets = TargetSearch(view, tok, *self.target_settings(), self.progress).targets(facts)
+                    targets = compute_targets(view, tok, facts, *self.target_settings(), self.progress)
             with watch.stage("solve"):
                 problem = self._problem(view, tok, facts, targets, texts)
                 for name in parameters:

@@ -23,7 +23,7 @@ from easyedit_moe.errors import HostError, HyperParamsError, PatchError
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.facts.tokens import encode_text
 from easyedit_moe.host.baseline_hparams import CLASSES, BaselineHyperParams
-from easyedit_moe.host.baseline_planner import edited_parameters, needs_statistics, plan_baseline
+from easyedit_moe.host.baseline_planner import CORPUS_TOKENS, edited_parameters, needs_statistics, plan_baseline
 from easyedit_moe.host.caches import HostCaches
 from easyedit_moe.host.dense_statistics import (
     input_moments,
@@ -44,8 +44,6 @@ logger = logging.getLogger(__name__)
 
 SEED = 42
 """EasyEdit seeds with it on import; its context templates are sampled."""
-CORPUS_TOKENS = 512
-"""Tokens at which a text of the statistics corpus is cut."""
 
 
 @dataclass

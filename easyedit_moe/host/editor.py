@@ -33,6 +33,7 @@ class HostEditor(EditCalls, host.BaseEditor):
     """
 
     case_id_per_batch = True
+    progress = False
 
     def __init__(self, hparams: MoEHyperParams) -> None:
         """Load the model unless ``hparams.model_name`` is a pair.

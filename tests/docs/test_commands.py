@@ -8,12 +8,14 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
 from easyedit_moe.commands.app import app
+from easyedit_moe.hparams import presets
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -82,12 +84,22 @@ def test_links_resolve(page: Path) -> None:
 
 
 def test_every_page_is_in_the_site_s_navigation() -> None:
-    def leaves(node: object) -> list[str]:
+    def leaves(node: Any) -> list[str]:
         if isinstance(node, str):
             return [node]
         values = node.values() if isinstance(node, dict) else node
-        return [leaf for value in values for leaf in leaves(value)]  # type: ignore[union-attr]
+        return [leaf for value in values for leaf in leaves(value)]
 
     nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
     pages = [str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")]
     assert sorted(leaves(nav)) == sorted(pages)
+
+
+def test_the_methods_page_is_the_table_of_methods() -> None:
+    text = (ROOT / "docs" / "methods" / "index.md").read_text(encoding="utf-8")
+    found = [
+        tuple(row)
+        for row in re.findall(r"^\| \[`([^`]+)`\]\([^)]+\) \| (.+?) \| (.+?) \| (yes|no) \| (.+?) \|$", text, re.M)
+    ]
+    every = [*presets.own_methods(), *presets.host_methods()]
+    assert found == [(m.name, m.code, m.edits, "yes" if m.statistics else "no", m.source) for m in every]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from baselines import edit as train
 from baselines import settings as training_settings
-from tiny import requests, tiny_model
+from tiny import assert_same_state, requests, state_of, tiny_model, tiny_tokenizer
 from typer.testing import CliRunner
 
 from easyedit_moe.commands.app import app
@@ -88,8 +88,6 @@ def test_what_a_model_lacks_is_refused() -> None:
 
 @pytest.mark.parametrize("method", [m.name for m in presets.own_methods()])
 def test_preparing_checks_the_layers_and_changes_nothing(method: str) -> None:
-    from tiny import assert_same_state, state_of, tiny_tokenizer
-
     settings = resolve_hparams(method, "factworld", None, {"layers": [9]})
     model = tiny_model()
     before = state_of(model)
