@@ -1,0 +1,1 @@
+"""Edits as adapters in the formats that serving engines read."""
