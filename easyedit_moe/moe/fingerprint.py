@@ -42,12 +42,13 @@ def _fingerprint(
     without: Iterable[str],
     instead: Mapping[nn.Parameter, Tensor],
 ) -> str:
-    down = {parameter for moe in view.layers.values() for _, parameter in moe.experts.parameters()}
-    skip = {plain_name(name) for name in without}
+    skip = {parameter for moe in view.layers.values() for _, parameter in moe.experts.parameters()}
+    own = own_parameters(view.model)  # under every name that a shared parameter has
+    skip |= {own[name] for name in map(plain_name, without) if name in own}
     state = hashlib.sha256(kind.__name__.encode())
     for name, parameter in parameters:
         state.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-        if parameter in down or plain_name(name) in skip or parameter.is_meta:
+        if parameter in skip or parameter.is_meta:
             continue
         flat = instead.get(parameter, parameter).detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // _SAMPLES_PER_PARAMETER)]

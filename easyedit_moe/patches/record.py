@@ -99,8 +99,3 @@ def check_id(path: str | Path, patch: PatchRecord, metadata: Mapping[str, Any]) 
 def split_by_number(table: Mapping[str, Any]) -> dict[int, Any]:
     """A table of JSON with whole numbers as keys again."""
     return {int(key): value for key, value in table.items()}
-
-
-def first_of(names: Sequence[str], limit: int = 3) -> str:
-    """Some names for a message."""
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

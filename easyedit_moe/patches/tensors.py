@@ -48,11 +48,18 @@ class TensorReport:
         name: full name of the parameter.
         rounding_loss: ``||applied - intended|| / ||intended||``; what the parameter's dtype swallowed.
         update_norm: Frobenius norm of the intended change.
+        weight_norm: Frobenius norm of the parameter before; None where it was not measured.
     """
 
     name: str
     rounding_loss: float
     update_norm: float
+    weight_norm: float | None = None
+
+    @property
+    def relative_size(self) -> float | None:
+        """The norm of the change by that of the parameter before; None where that is zero or not known."""
+        return self.update_norm / self.weight_norm if self.weight_norm else None
 
 
 @dataclass
@@ -245,14 +252,14 @@ class TensorWriter:
         self.originals: dict[str, Tensor] = {}
         self.reports: list[TensorReport] = []
 
-        self._known: dict[str, str] = {}
-        first: dict[int, str] = {}
-        for name, parameter in self.parameters.items():
-            self._known[name] = first.setdefault(id(parameter), name)
+        self._kept: dict[nn.Parameter, str] = {}
 
     def keep(self, name: str) -> str:
-        """Remember a parameter as it is now, to be called before anything changes it; the one name it is kept by."""
-        known = self._known[plain_name(name)]
+        """Remember a parameter as it is now, to be called before anything changes it; the name it is kept by.
+
+        A parameter that several modules share is kept once, by the name that came first.
+        """
+        known = self._kept.setdefault(self.parameters[plain_name(name)], plain_name(name))
         if known not in self.originals:
             self.originals[known] = self.parameters[known].detach().to("cpu", copy=True)
         return known
@@ -275,7 +282,7 @@ class TensorWriter:
         norm = float((value - before).norm())
         lost = float((rounded.to(value.dtype) - value).norm())
         _copy(parameter, rounded)
-        self.reports.append(TensorReport(name, lost / norm if norm else 0.0, norm))
+        self.reports.append(TensorReport(name, lost / norm if norm else 0.0, norm, float(before.norm())))
         return self.reports[-1]
 
     def finish(self, metadata: Mapping[str, Any]) -> TensorPatch:
