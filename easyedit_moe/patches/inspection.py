@@ -22,11 +22,11 @@ def describe(patch: WeightPatch | TensorPatch, path: str | Path | None = None) -
         path: the file it is in, for its size.
 
     Returns:
-        ``kind``, ``id``, ``parent``, ``merged`` (ids of the parts of a merged patch), ``methods``, ``models``, ``facts``,
-        ``fingerprint``, ``base``, ``originals`` (the file can be reverted by itself), ``touched`` (of factored updates
-        per layer, of whole tensors per parameter), ``rounding_loss`` (the largest), ``warnings``, ``settings`` (of each
-        part), ``versions``, ``notes`` (whatever else its maker wrote) and ``bytes``. What is not known is None, and a
-        relative size is the norm of the update by that of the weight.
+        ``kind``, ``id``, ``parent``, ``merged`` (ids of the parts of a merged patch), ``methods``, ``models``,
+        ``facts``, ``fingerprint``, ``base``, ``originals`` (the patch can be reverted by itself), ``touched`` (of
+        factored updates per layer, of whole tensors per parameter), ``rounding_loss`` (the largest), ``warnings``,
+        ``settings`` (of each part), ``versions``, ``notes`` (whatever else its maker wrote) and ``bytes``. What is not
+        known is None, and a relative size is the norm of the update by that of the weight.
     """
     parts = patch.metadata.get("parts", [patch.metadata])
     settings = [part["hparams"] for part in parts if "hparams" in part]
@@ -65,11 +65,11 @@ def relative_sizes(patch: WeightPatch) -> dict[int, dict[int, float | None]]:
             before.setdefault((report.layer, expert), squared)
     found: dict[int, dict[int, float | None]] = {}
     for (layer, expert), factors in sorted(_factors(patch).items()):
-        squared = before.get((layer, expert))
+        weight = before.get((layer, expert))
         left = torch.cat([pair[0] for pair in factors], dim=1)
         right = torch.cat([pair[1] for pair in factors], dim=1)
         update = float(((left.T @ left) * (right.T @ right)).sum().clamp_min(0))
-        found.setdefault(layer, {})[expert] = (update / squared) ** 0.5 if squared else None
+        found.setdefault(layer, {})[expert] = (update / weight) ** 0.5 if weight else None
     return found
 
 
