@@ -24,15 +24,15 @@ def checksums(weights: Tensor) -> list[int]:
     A tensor that is not contiguous is copied; where that is too much at once, take a few of them at a time.
     """
     count = len(weights)
+    if not weights.numel():
+        return [0] * count
     flat = weights.detach().contiguous().view(count, -1)
     width = 8 // flat.element_size()
     if flat.shape[1] % width:
         flat = torch.nn.functional.pad(flat, (0, width - flat.shape[1] % width))
     # A slice of a parameter may begin anywhere, but 64 bits at a time are read from multiples of 64 bits.
-    words = (flat.clone() if flat.storage_offset() % width else flat).view(torch.int64)
+    words = (flat.clone() if flat.storage_offset() % width else flat).view(-1).view(torch.int64).view(count, -1)
     number = words.shape[1]
-    if not number:
-        return [0] * count
     side = max(1, math.isqrt(number))
     whole = number // side * side
     table, rest = words[:, :whole].unflatten(1, (-1, side)), words[:, whole:]

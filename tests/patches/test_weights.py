@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from planted_patches import EXPERTS, update_for, write
 from safetensors.torch import save_file
 from tiny import FAMILIES, assert_same_state, state_of, tiny_model
 from torch import Tensor, nn
@@ -17,23 +18,9 @@ from easyedit_moe.moe.fingerprint import model_fingerprint
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.patches import checks, groups
 from easyedit_moe.patches.weights import PatchWriter, WeightPatch, restore, writing
-from easyedit_moe.storage.checksums import checksum
 from easyedit_moe.storage.tensors import write_safetensors
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-EXPERTS = (0, 3, 6)
-
-
-def update_for(
-    view: MoELayerView, layer: int, scale: float = 0.02, experts: Sequence[int] = EXPERTS, seed: int = 0
-) -> FactoredUpdate:
-    """A random update of rank 1, 2, ... per expert, in float64 as solvers give it."""
-    layout = view.layers[layer].experts.layout
-    draw = torch.Generator().manual_seed(100 * seed + layer)
-    left = torch.randn(layout.d_model, 6, generator=draw, dtype=torch.float64) * scale
-    columns = tuple(torch.randperm(6, generator=draw)[: i + 1] for i in range(len(experts)))
-    right = tuple(torch.randn(layout.d_hidden, len(c), generator=draw, dtype=torch.float64) for c in columns)
-    return FactoredUpdate(left, tuple(experts), columns, right)
 
 
 def raw_weights(model: nn.Module, family: str, layer: int) -> Tensor:
@@ -50,14 +37,6 @@ def write_all(view: MoELayerView, updates: Sequence[tuple[int, FactoredUpdate]])
     with writing(view) as writer:
         for layer, update in updates:
             writer.write(layer, update)
-
-
-def write(model: nn.Module, layers: Sequence[int] = (1, 2), seed: int = 0, **options: Any) -> WeightPatch:
-    view = MoELayerView(model)
-    with writing(view) as writer:
-        for layer in layers:
-            writer.write(layer, update_for(view, layer, seed=seed, **options))
-        return writer.finish({"note": "test"}, model_fingerprint(view))
 
 
 # ---------------------------------------------------------------- write and revert
@@ -566,20 +545,3 @@ def test_an_interruption_between_tiles_undoes_them(family: str, after: int, monk
         write_all(view, [(1, update_for(view, 1))])
     assert len(calls) == after + 1
     assert_same_state(before, state_of(model))
-
-
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-@pytest.mark.parametrize("shape", [(3, 5), (16, 24), (7, 1)])
-def test_checksums_see_changes_and_moves(dtype: torch.dtype, shape: tuple[int, int]) -> None:
-    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    wanted = checksum(weight)
-    assert checksum(weight.clone()) == wanted
-    for i in range(weight.numel()):
-        changed = weight.clone()
-        changed.view(-1)[i] = -changed.view(-1)[i]
-        assert checksum(changed) != wanted
-        moved = weight.view(-1).clone()
-        moved[[i, (i + 1) % len(moved)]] = moved[[(i + 1) % len(moved), i]]
-        # Neighbours may be equal in bfloat16, and then nothing has moved.
-        same = torch.equal(moved.view(shape), weight)
-        assert (checksum(moved.view(shape)) == wanted) == same
