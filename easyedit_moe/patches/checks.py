@@ -50,6 +50,8 @@ def check_model(view: MoELayerView, fingerprint: str, without: Iterable[str] = (
     if fingerprint in (found, plain_fingerprint(view, without)):
         return
     missing = f" It was made on a model with patch {parent}: apply that one first." if parent else ""
+    if any(parameter.is_meta for parameter in view.model.parameters()):
+        missing += " Parts of this model are offloaded (on the meta device), and can't be compared."
     raise PatchError(
         f"This patch was made for another model: expected fingerprint {fingerprint[:16]}, found {found[:16]}. Load "
         f"the model it was made for, in the same dtype.{missing}"

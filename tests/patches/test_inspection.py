@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from planted_patches import EXPERTS, new_values, update_for, write, write_tensors
-from solving_editors import hparams
+from solving_editors import plain_ridge
 from tiny import facts, requests, tiny_model, tiny_tokenizer
 
 from easyedit_moe.editors import make_editor
@@ -38,7 +38,7 @@ def test_relative_sizes_are_those_of_the_weights(family: str, tmp_path: Path) ->
 
 def test_a_patch_of_an_editor(tmp_path: Path) -> None:
     model, path = tiny_model(), tmp_path / "p.safetensors"
-    patch = make_editor(hparams("Global"), progress=False).edit(model, tiny_tokenizer(), facts(2)).patch
+    patch = make_editor(plain_ridge(tmp_path), progress=False).edit(model, tiny_tokenizer(), facts(2)).patch
     patch.parent, patch.warnings = "0011223344556677", ["told"]
     patch.metadata["diagnosis"] = {"share": 0.5}
     patch.save(path, keep_originals=True)
