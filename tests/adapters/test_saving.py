@@ -164,6 +164,7 @@ def test_saved_beside_its_base_and_loaded_again(family: str, dtype: torch.dtype,
     assert_same_state(before, state_of(model))
     again, tok = load_with_adapter(tmp_path / "out")
     assert next(again.parameters()).dtype == dtype
+    assert MoEAdapter.load(tmp_path / "out").id == adapter.id
     assert find_adapter(again).facts == adapter.facts
     # As the very adapter computes on the checkpoint that transformers loads by itself.
     plain = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype).eval()
