@@ -55,7 +55,10 @@ class CheckpointNames:
     def __init__(self, folder: Path, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         shapes = {name: (entry.shape, entry.dtype) for name, entry in checkpoint.tensors.items()}
-        self.model, report = empty_load(empty_model(str(folder)), shapes)
+        try:
+            self.model, report = empty_load(empty_model(str(folder)), shapes)
+        except RuntimeError as error:
+            raise CheckpointError(f"transformers can't load what is in {folder}: {error}") from error
         self.missing = sorted(report["missing_keys"])
         self.parameters = dict(self.model.named_parameters())
 

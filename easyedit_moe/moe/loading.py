@@ -148,11 +148,19 @@ def empty_load(
     Returns:
         The model on the meta device, which remembers the conversions that were used, and transformers' report of keys
         that are missing, unexpected or of another shape.
+
+    Raises:
+        RuntimeError: tensors that can't be converted.
     """
     state = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in tensors.items()}
     with quiet_transformers():
         loaded: Any = type(model).from_pretrained(
-            None, config=model.config, state_dict=state, device_map={"": "meta"}, output_loading_info=True
+            None,
+            config=model.config,
+            state_dict=state,
+            device_map={"": "meta"},
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
     return loaded
 
