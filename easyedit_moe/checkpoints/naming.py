@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,12 @@ class CheckpointNames:
             raise CheckpointError(f"transformers can't load what is in {folder}: {error}") from error
         self.missing = sorted(report["missing_keys"])
         self.parameters = dict(self.model.named_parameters())
+
+    def of(self, checkpoint: Checkpoint) -> CheckpointNames:
+        """The same way to another checkpoint of the same names and shapes (edited MXFP4 layers may be dense there)."""
+        names = copy(self)
+        names.checkpoint = checkpoint
+        return names
 
     def pieces(self, name: str) -> tuple[Piece, ...]:
         """The tensors that hold a parameter, which together cover it.

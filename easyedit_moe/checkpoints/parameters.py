@@ -9,7 +9,6 @@ from torch import Tensor
 
 from easyedit_moe.checkpoints import mxfp4
 from easyedit_moe.checkpoints.naming import CheckpointNames, Piece, read_parameter, row_tensors, write_parameter
-from easyedit_moe.checkpoints.shards import Checkpoint
 from easyedit_moe.errors import CheckpointError
 
 
@@ -17,13 +16,11 @@ class StoredParameters:
     """Parameters by their names in memory, in the orientation they have there.
 
     Args:
-        names: where the checkpoint's tensors belong.
-        checkpoint: the files to read and write; by default those that ``names`` was made from.
+        names: the checkpoint, and where its tensors belong.
     """
 
-    def __init__(self, names: CheckpointNames, checkpoint: Checkpoint | None = None) -> None:
-        self.names = names
-        self.checkpoint = names.checkpoint if checkpoint is None else checkpoint
+    def __init__(self, names: CheckpointNames) -> None:
+        self.names, self.checkpoint = names, names.checkpoint
         self._pieces: dict[str, tuple[Piece, ...]] = {}
 
     def is_mxfp4(self, name: str) -> bool:

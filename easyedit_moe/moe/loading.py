@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,13 +22,15 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES as CONFIGS
 from transformers.utils import logging as logging_of_transformers
-from transformers.utils.quantization_config import Mxfp4Config
+from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
 from easyedit_moe.errors import DataError, HyperParamsError
 from easyedit_moe.hparams import DTYPES
 from easyedit_moe.moe.hub import Source, find_source
 
 logger = logging.getLogger(__name__)
+
+_DEQUANTISE: dict[str | None, Any] = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}
 
 
 def load_model(
@@ -40,8 +43,8 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model in evaluation mode, and its own tokenizer.
 
-    MXFP4 checkpoints (GPT-OSS) are dequantised. A multimodal checkpoint is loaded whole, and its text decoder is what
-    gets edited; of an omni checkpoint, which also speaks, its thinker is loaded.
+    MXFP4 checkpoints (GPT-OSS) and FP8 ones are dequantised. A multimodal checkpoint is loaded whole, and its text
+    decoder is what gets edited; of an omni checkpoint, which also speaks, its thinker is loaded.
 
     Args:
         model_name: hub name, folder, or "factworld" for the bundled model.
@@ -76,12 +79,12 @@ def load_model(
     options |= {"dtype": getattr(torch, dtype), "config": config}
     if device_map is not None or model_parallel:
         options["device_map"] = device_map if device_map is not None else "auto"
-    if _is_mxfp4(config):
-        logger.info("%s is MXFP4; it is dequantised, since edits need float weights.", model_name)
-        options["quantization_config"] = Mxfp4Config(dequantize=True)
+    if (dequantised := _dequantised(config)) is not None:
+        logger.info("%s is %s; it is dequantised, since edits need float weights.", model_name, quant_method(config))
+        options["quantization_config"] = dequantised
     model = _weights(model_name, source, _auto_class(config), options)
     if "quantization_config" in options:
-        model.to(getattr(torch, dtype))  # transformers 5.5 dequantises to bfloat16 whatever was asked for
+        _cast_dequantised(model, getattr(torch, dtype))
     if "device_map" not in options:
         model.to(where)
     return model.eval(), tok
@@ -198,10 +201,29 @@ def _language_part(config: Any) -> Any:
     return getattr(config, "thinker_config", None) or config
 
 
-def _is_mxfp4(config: Any) -> bool:
+def _cast_dequantised(model: nn.Module, dtype: torch.dtype) -> None:
+    """Bring bfloat16 to the dtype that was asked for, since transformers 5.5 dequantises to it whatever that is.
+
+    What transformers keeps in float32 by itself stays so, as in a plain load.
+    """
+    for parameter in model.parameters():
+        if parameter.dtype == torch.bfloat16 != dtype:
+            parameter.data = parameter.data.to(dtype)
+
+
+def quant_method(config: Any) -> str | None:
+    """How a checkpoint is quantised, such as "mxfp4" or "fp8"; None where it is not."""
     settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return None
     method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
-    return str(getattr(method, "value", method)).lower() == "mxfp4"
+    return str(getattr(method, "value", method)).lower()
+
+
+def _dequantised(config: Any) -> Any:
+    """The setting with which transformers dequantises a checkpoint while loading; None where there is none."""
+    method = quant_method(config)
+    return _DEQUANTISE[method](dequantize=True) if method in _DEQUANTISE else None
 
 
 def _device(device: int | str) -> torch.device:

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers as hf
+from quantised import to_fp8, to_mxfp4
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model, tiny_tokenizer
 
@@ -161,41 +161,16 @@ def test_a_gpu_that_is_not_there(device: int | str) -> None:
 # ---------------------------------------------------------------- MXFP4
 
 
-def test_mxfp4_is_recognised() -> None:
+def test_quantised_formats_are_recognised() -> None:
     raw = hf.GptOssConfig(quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]})
-    assert loading._is_mxfp4(raw)
-    assert loading._is_mxfp4(SimpleNamespace(quantization_config=hf.Mxfp4Config()))
-    assert not loading._is_mxfp4(hf.GptOssConfig())
-    assert not loading._is_mxfp4(SimpleNamespace(quantization_config=None))
-    assert not loading._is_mxfp4(SimpleNamespace(quantization_config={"quant_method": "fp8"}))
-    assert not loading._is_mxfp4(SimpleNamespace(quantization_config=hf.BitsAndBytesConfig(load_in_8bit=True)))
-
-
-FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
-
-
-def to_mxfp4(folder: Path) -> dict[str, torch.Tensor]:
-    """Replace the experts' weights in a saved GPT-OSS by random MXFP4 ones; returns what these mean."""
-    draw, kept, meaning = torch.Generator().manual_seed(0), {}, {}
-    for name, tensor in load_file(folder / "model.safetensors").items():
-        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
-            kept[name] = tensor.bfloat16()
-            continue
-        experts, width, height = tensor.shape
-        blocks = torch.randint(0, 256, (experts, height, width // 32, 16), generator=draw, dtype=torch.uint8)
-        scales = torch.randint(120, 126, (experts, height, width // 32), generator=draw, dtype=torch.uint8)
-        kept[f"{name}_blocks"], kept[f"{name}_scales"] = blocks, scales
-        pairs = torch.stack([FP4[(blocks & 15).long()], FP4[(blocks >> 4).long()]], dim=-1).flatten(3)
-        values = pairs * 2.0 ** (scales.float() - 127)[..., None]
-        meaning[name] = values.reshape(experts, height, width).transpose(1, 2)
-    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {
-        "quant_method": "mxfp4",
-        "modules_to_not_convert": ["model.embed_tokens", "lm_head"],
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    return meaning
+    assert loading.quant_method(raw) == "mxfp4"
+    assert loading.quant_method(SimpleNamespace(quantization_config=hf.Mxfp4Config())) == "mxfp4"
+    assert loading.quant_method(hf.GptOssConfig()) is None
+    assert loading.quant_method(SimpleNamespace(quantization_config=None)) is None
+    assert loading.quant_method(SimpleNamespace(quantization_config={"quant_method": "fp8"})) == "fp8"
+    bits = SimpleNamespace(quantization_config=hf.BitsAndBytesConfig(load_in_8bit=True))
+    assert loading._dequantised(bits) is None
+    assert loading.quant_method(bits) == "bitsandbytes"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -210,6 +185,15 @@ def test_mxfp4_checkpoints_are_dequantised(dtype: str, tmp_path: Path) -> None:
         assert torch.equal(parameters[name].float(), value), name
     with torch.no_grad():
         assert torch.isfinite(model(**tok("Zoë lives in", return_tensors="pt")).logits).all()
+
+
+def test_fp8_checkpoints_are_dequantised(tmp_path: Path) -> None:
+    meaning = to_fp8(saved(tmp_path))
+    model, _ = load_model(str(tmp_path))
+    view = MoELayerView(model)
+    for j in range(8):
+        name = f"model.layers.2.mlp.experts.{j}.down_proj.weight"
+        assert torch.equal(view.layers[2].experts.read(j), meaning[name].bfloat16())
 
 
 # ---------------------------------------------------------------- classes and names
