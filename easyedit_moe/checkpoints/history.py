@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from easyedit_moe.checkpoints.shards import read_json
 from easyedit_moe.errors import CheckpointError
@@ -21,13 +22,14 @@ class Edit:
     Attributes:
         id, parent: of the patch.
         method: that made it; an empty string where the patch does not say.
-        own: checksums of the matrices that this machine rounded differently from the one that made the patch.
+        own: for each matrix that this machine rounded differently from the one that made the patch, the checksum in
+            the patch and that of what was written.
     """
 
     id: str
     parent: str | None
     method: str = ""
-    own: dict[str, int] = field(default_factory=dict)
+    own: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def read_history(folder: Path) -> list[Edit]:
@@ -43,7 +45,7 @@ def read_history(folder: Path) -> list[Edit]:
     try:
         if content["schema"] != SCHEMA:
             raise ValueError(f"schema {content['schema']}")
-        return [Edit(**edit) for edit in content["edits"]]
+        return [_edit(entry) for entry in content["edits"]]
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); delete it if you know which patches lie here.") from error
 
@@ -51,3 +53,7 @@ def read_history(folder: Path) -> list[Edit]:
 def history_text(edits: Iterable[Edit]) -> str:
     """The content of the file."""
     return json.dumps({"schema": SCHEMA, "edits": [asdict(edit) for edit in edits]}, indent=2) + "\n"
+
+
+def _edit(entry: dict[str, Any]) -> Edit:
+    return Edit(entry["id"], entry["parent"], entry["method"], {k: (int(a), int(b)) for k, (a, b) in entry["own"].items()})
