@@ -12,8 +12,8 @@ from easyedit_moe.checkpoints.rewriting import Rewriting
 from easyedit_moe.checkpoints.shards import Checkpoint
 from easyedit_moe.checkpoints.staging import check_free, copy_files, new_folder, recover, replacing_in_place
 from easyedit_moe.checkpoints.targets import Patch, Target, check_applicable, targets_of
-from easyedit_moe.errors import CheckpointError
 from easyedit_moe.checkpoints.writing import write_patch
+from easyedit_moe.errors import CheckpointError
 from easyedit_moe.storage.checksums import checksum
 
 
@@ -65,11 +65,8 @@ def apply_patch(patch: Patch, folder: str | Path, out: str | Path | None = None,
 
 def edit_of(patch: Patch, stored: StoredParameters | None = None, targets: Sequence[Target] = ()) -> Edit:
     """A patch as an entry of a history, with the checksums of what was written where these are not the patch's own."""
-    own = {}
-    for target in targets if stored is not None else ():
-        found = checksum(target.read(stored))
-        if found != target.after:
-            own[target.key] = (target.after, found)
+    found = {} if stored is None else {target: checksum(target.read(stored)) for target in targets}
+    own = {target.key: (target.after, value) for target, value in found.items() if value != target.after}
     return Edit(patch.id, patch.parent, str(patch.metadata.get("method", "")), own)
 
 

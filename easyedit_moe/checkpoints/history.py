@@ -56,4 +56,5 @@ def history_text(edits: Iterable[Edit]) -> str:
 
 
 def _edit(entry: dict[str, Any]) -> Edit:
-    return Edit(entry["id"], entry["parent"], entry["method"], {k: (int(a), int(b)) for k, (a, b) in entry["own"].items()})
+    own = {key: (int(recorded), int(found)) for key, (recorded, found) in entry["own"].items()}
+    return Edit(str(entry["id"]), entry["parent"], str(entry["method"]), own)

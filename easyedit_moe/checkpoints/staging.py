@@ -139,8 +139,10 @@ def _locked(folder: Path) -> Iterator[None]:
     path = folder / _LOCK
     try:
         with FileLock(path, timeout=0):
-            yield
-            path.unlink(missing_ok=True)
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
     except Timeout as error:
         raise CheckpointError(f"Another command is changing {folder}; wait until it has ended.") from error
 

@@ -61,7 +61,7 @@ def targets_of(patch: Patch, names: CheckpointNames) -> list[Target]:
     view = MoELayerView(names.model, without_weights=True)
     for layer, update in patch.steps:
         if layer not in view.layers:
-            raise PatchError(f"This patch changes layer {layer}; the checkpoint's MoE layers are {sorted(view.layers)}.")
+            raise PatchError(f"This patch changes layer {layer}; the checkpoint has {sorted(view.layers)}.")
         patch.check_fits(view, layer, update)
     return [
         expert_target(patch, view.layers[layer], expert)
@@ -80,7 +80,7 @@ def expert_target(patch: WeightPatch, moe: MoELayer, expert: int) -> Target:
         moe.experts.layout.transposed,
         patch.before[moe.index][expert],
         patch.after[moe.index][expert],
-        dtype_named(patch.dtype),
+        dtype_named(patch.dtypes[moe.index]),
     )
 
 

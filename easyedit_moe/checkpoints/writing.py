@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from easyedit_moe.checkpoints.parameters import StoredParameters
 from easyedit_moe.checkpoints.targets import Patch, Target
-from easyedit_moe.errors import NumericalError
+from easyedit_moe.errors import NumericalError, PatchError
 from easyedit_moe.moe.layers import MoELayer, MoELayerView
+from easyedit_moe.patches.flips import flipped
+from easyedit_moe.patches.groups import Scratch, groups_of
 from easyedit_moe.patches.tensors import TensorPatch
-from easyedit_moe.patches.weights import Scratch, WeightPatch, write_groups
+from easyedit_moe.patches.weights import WeightPatch
+from easyedit_moe.storage.checksums import checksum
 
 
 def write_patch(patch: Patch, stored: StoredParameters, targets: Sequence[Target]) -> None:
@@ -24,8 +28,35 @@ def write_patch(patch: Patch, stored: StoredParameters, targets: Sequence[Target
     if isinstance(patch, TensorPatch):
         for target in targets:
             target.write(stored, patch.values[target.parameter])
+    elif patch.flips:
+        for target in targets:
+            turn(patch, target, stored, target.after)
     else:
         write_steps(patch, stored)
+
+
+def turn(patch: Patch, target: Target, stored: StoredParameters, expected: int) -> None:
+    """Turn the bits that a patch turned in one matrix, there or back.
+
+    Raises:
+        PatchError: what comes out does not have the expected checksum.
+    """
+    value = target.read(stored)
+    turned = flipped(value, flips_of(patch, target)).view(value.shape)
+    if checksum(turned) != expected:
+        raise PatchError(
+            f"The originals in the patch {patch.id} do not lead to what {target.parameter} should be. Where the patch "
+            "was applied without them, this machine may have rounded it differently: revert it with its base."
+        )
+    target.write(stored, turned)
+
+
+def flips_of(patch: Patch, target: Target) -> Tensor:
+    """The compressed bits of one matrix."""
+    if isinstance(patch, TensorPatch):
+        return patch.flips[target.parameter]
+    layer, expert = target.key.split(".")
+    return patch.flips[int(layer)][int(expert)]
 
 
 def write_steps(patch: WeightPatch, stored: StoredParameters) -> None:
@@ -38,8 +69,8 @@ def write_steps(patch: WeightPatch, stored: StoredParameters) -> None:
         if not update.is_finite():
             raise NumericalError(f"The update of layer {layer} holds NaN or infinity; nothing was written.")
         with torch.no_grad():
-            for group in write_groups(moe.experts.layout, update, lambda run, moe=moe: _read_run(stored, moe, run)):
-                group.add(layer, scratch)
+            for group in groups_of(moe, update, partial(_read_run, stored, moe)):
+                group.add(moe, scratch)
                 _write_run(stored, moe, group.experts, group.weights)
 
 
