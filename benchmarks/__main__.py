@@ -1,4 +1,4 @@
-"""``python -m benchmarks all|solvers|targets|statistics|end-to-end|growth``: tables out, JSON beside them."""
+"""``python -m benchmarks SUITE|all`` (the suites are in `benchmarks.registry`): tables out, JSON beside them."""
 
 from __future__ import annotations
 

@@ -39,4 +39,5 @@ SUITES = {
     "statistics": Suite("benchmarks.statistics", {"shape": "factworld", "layers": 2, "texts": 32, "repeats": 2}),
     "end-to-end": Suite("benchmarks.end_to_end"),
     "growth": Suite("benchmarks.growth"),
+    "checkpoints": Suite("benchmarks.checkpoints"),
 }

@@ -277,7 +277,12 @@ class MoEEditor(EditCalls):
             hparams = load_hyperparams(hparams)
         if model is None and tok is None:
             model, tok = load_model(
-                hparams.model_name, hparams.dtype, hparams.device, hparams.model_parallel, device_map
+                hparams.model_name,
+                hparams.dtype,
+                hparams.device,
+                hparams.model_parallel,
+                device_map,
+                hparams.trust_remote_code,
             )
         if model is None or tok is None:
             raise RequestError("Pass model and tok together, or neither.")

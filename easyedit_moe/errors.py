@@ -77,6 +77,10 @@ class AdapterError(PatchError):
     """An adapter that does not fit the model, inputs it can't work on, or files that are no adapter."""
 
 
+class CheckpointError(EditingError, ValueError):
+    """A checkpoint folder that can't be read, edited or saved rightly; nothing was written."""
+
+
 class DataError(EditingError, ValueError):
     """A data file that is missing or not in the expected layout."""
 

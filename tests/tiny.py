@@ -261,6 +261,39 @@ def tiny_multimodal(name: str = "qwen3_5_moe") -> nn.Module:
     return model.eval()
 
 
+def tiny_omni() -> nn.Module:
+    """A language model that also sees and hears, within a model that may speak (its talker left out)."""
+    text = {**CONFIGS["qwen3_moe"]().to_dict(), "model_type": "qwen3_omni_moe_text"}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+    vision = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+        "patch_size": 4,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0],
+    }
+    audio = {
+        "num_mel_bins": 16,
+        "encoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "encoder_ffn_dim": 16,
+        "d_model": 16,
+        "output_dim": 32,
+        "n_window": 4,
+        "downsample_hidden_size": 8,
+        "max_source_positions": 64,
+    }
+    thinker = {"text_config": text, "vision_config": vision, "audio_config": audio, "vision_start_token_id": 399}
+    model = hf.Qwen3OmniMoeForConditionalGeneration(
+        hf.Qwen3OmniMoeConfig(thinker_config=thinker, enable_audio_output=False)
+    )
+    randomise(model)
+    return model.eval()
+
+
 def token_ids(count: int, seed: int = 0) -> list[int]:
     """Random ids of ordinary tokens."""
     return torch.randint(2, VOCAB, (count,), generator=torch.Generator().manual_seed(seed)).tolist()

@@ -68,7 +68,15 @@ def compare(
             host.load()
         first = loading_settings(settings, model)
         task = load_task(
-            model, data, edits, skip, batch_size, dtype or first.dtype, device or first.device, first.model_parallel
+            model,
+            data,
+            edits,
+            skip,
+            batch_size,
+            dtype or first.dtype,
+            device or first.device,
+            first.model_parallel,
+            first.trust_remote_code,
         )
         result = run(
             task,

@@ -30,10 +30,13 @@ def plan(
     with errors_reported():
         overrides = {"dtype": dtype} if dtype else {}
         settings = resolve_hparams(method, model, hparams, overrides)
-        loaded_as = dtype or loading_settings([settings], model).dtype
+        loading = loading_settings([settings], model)
+        loaded_as = dtype or loading.dtype
         limit = int(budget * 1e9) if budget else None
         workload = Workload(edits or None, earlier, limit)
-        found = editor_class(method).plan_for(settings, empty_model(model, loaded_as), workload)
+        found = editor_class(method).plan_for(
+            settings, empty_model(model, loaded_as, loading.trust_remote_code), workload
+        )
     table = Table("stage", "kept", "while it runs", "peak", "", title=f"{settings.alg_name} on {model}, GB")
     table.add_row(
         "model", f"{found.shapes.parameters / 1e9:.3f}", "", f"{found.shapes.parameters / 1e9:.3f}", loaded_as

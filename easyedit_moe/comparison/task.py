@@ -34,7 +34,7 @@ class Task:
 
 def load_task(
     model_name: str, data: str, edits: int, skip: int, batch_size: int, dtype: str, device: int | str,
-    model_parallel: bool = False,
+    model_parallel: bool = False, trust_remote_code: bool = False,
 ) -> Task:  # fmt: skip
     """Load model and records; record ``skip`` is the first to be edited.
 
@@ -53,7 +53,7 @@ def load_task(
             logger.warning(
                 "%d %s of %s are unusable; the first, record %d: %s", len(left_out), what, data, number, reason
             )
-    model, tok = load_model(model_name, dtype, device, model_parallel)
+    model, tok = load_model(model_name, dtype, device, model_parallel, trust_remote_code=trust_remote_code)
     provenance = {
         "model": model_name,
         "model_fingerprint": model_fingerprint(MoELayerView(model)),

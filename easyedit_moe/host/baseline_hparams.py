@@ -65,6 +65,24 @@ class BaselineHyperParams:
         """The row's name."""
         return self.method
 
+    def named_for(self, stack: str) -> BaselineHyperParams:
+        """The same, where module names of a text model become those of a multimodal one whose layers are at ``stack``.
+
+        The names in the files start with ``model.``; behind a vision tower that is ``model.language_model.``.
+        """
+        root = stack.removesuffix("layers")
+        if root in ("model.", "") or not root.startswith("model."):
+            return self
+        named = {
+            key: root + value.removeprefix("model.")
+            for key, value in self.values.items()
+            if (key.endswith("_module_tmp") or key == "ln_f_module")
+            and isinstance(value, str)
+            and value.startswith("model.")
+            and not value.startswith(root)
+        }
+        return BaselineHyperParams(self.method, {**self.values, **named})
+
     def to_dict(self) -> dict[str, Any]:
         """The file's content."""
         return dict(self.values)

@@ -13,6 +13,7 @@ from easyedit_moe.editors.training_planner import PROMPT_TOKENS, TARGET_TOKENS
 from easyedit_moe.errors import LayerError
 from easyedit_moe.host.baseline_hparams import BaselineHyperParams
 from easyedit_moe.host.dense_statistics import module_of
+from easyedit_moe.moe.layers import decoder_stack
 
 TEMPLATES = 21
 """Sequences in which EasyEdit's ROME, MEMIT and AlphaEdit ask one request: sampled contexts and the bare prompt."""
@@ -60,6 +61,7 @@ def plan_baseline(hparams: BaselineHyperParams, model: nn.Module, workload: Work
     Raises:
         LayerError: a site that the model lacks. HyperParamsError: a budget that is not positive.
     """
+    hparams = hparams.named_for(decoder_stack(model)[1])
     shapes, layers = outline_of(model), tuple(hparams.values["layers"])
     asked = int(hparams.values.get("batch_size", 1)) if workload.edits is None else workload.edits
     name = hparams.values["alg_name"]

@@ -36,7 +36,7 @@ from easyedit_moe.host.padding import name_for_host, padded
 from easyedit_moe.measure import Stopwatch
 from easyedit_moe.moe.config import model_config
 from easyedit_moe.moe.fingerprint import model_fingerprint
-from easyedit_moe.moe.layers import MoELayerView
+from easyedit_moe.moe.layers import MoELayerView, decoder_stack
 from easyedit_moe.statistics.cache import statistics_folder
 from easyedit_moe.statistics.corpus import corpus_hash, load_texts
 from easyedit_moe.storage.checksums import checksum
@@ -187,6 +187,7 @@ class BaselineEditor(Editor):
         if self._model is None or self._model() is not model:
             self._start_anew()
             self._model = weakref.ref(model)
+            self.hparams = self.hparams.named_for(decoder_stack(model)[1])
 
     def _sites(self, model: nn.Module) -> list[str]:
         """Names of the parameters that the method writes (LoRA adds its own instead)."""

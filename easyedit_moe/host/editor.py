@@ -46,7 +46,13 @@ class HostEditor(EditCalls, host.BaseEditor):
         if isinstance(hparams.model_name, str):
             name = hparams.model_name
             hparams = replace(hparams)  # checked anew, since fields can be set after reading
-            self.model, self.tok = load_model(name, hparams.dtype, hparams.device, hparams.model_parallel)
+            self.model, self.tok = load_model(
+                name,
+                hparams.dtype,
+                hparams.device,
+                hparams.model_parallel,
+                trust_remote_code=hparams.trust_remote_code,
+            )
             # As EasyEdit does for methods that it does not know; nothing of ours depends on it.
             self.tok.padding_side = "left"
         else:

@@ -46,6 +46,8 @@ class MoEHyperParams:
     """Device to load on: "cpu", "cuda", "cuda:1" or a GPU's number. Ours: cpu."""
     model_parallel: bool = False
     """Spread the model over all devices (``device_map="auto"``). EasyEdit: false."""
+    trust_remote_code: bool = False
+    """Let code that comes with the checkpoint run; without it such a checkpoint is refused. Ours: false."""
     dtype: str = "bfloat16"
     """Dtype to load the model in: float32, bfloat16 or float16. Editing arithmetic is float32 or better anyway.
     Ours: bfloat16."""

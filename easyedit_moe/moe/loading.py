@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import transformers
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils.quantization_config import Mxfp4Config
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES as CONFIGS
+from transformers.utils import logging as logging_of_transformers
+from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
-from easyedit_moe import factworld
 from easyedit_moe.errors import DataError, HyperParamsError
 from easyedit_moe.hparams import DTYPES
+from easyedit_moe.moe.hub import Source, find_source
 
 logger = logging.getLogger(__name__)
+
+_DEQUANTISE: dict[str | None, Any] = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}
 
 
 def load_model(
@@ -31,11 +39,12 @@ def load_model(
     device: int | str = "cpu",
     model_parallel: bool = False,
     device_map: Any = None,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model in evaluation mode, and its own tokenizer.
 
-    MXFP4 checkpoints (GPT-OSS) are dequantised. A multimodal checkpoint without a text-only class is loaded whole; its
-    text decoder is what gets edited.
+    MXFP4 checkpoints (GPT-OSS) and FP8 ones are dequantised. A multimodal checkpoint is loaded whole, and its text
+    decoder is what gets edited; of an omni checkpoint, which also speaks, its thinker is loaded.
 
     Args:
         model_name: hub name, folder, or "factworld" for the bundled model.
@@ -43,34 +52,82 @@ def load_model(
         device: "cpu", "cuda", "cuda:1" or a GPU's number; unused with a device map.
         model_parallel: the same as ``device_map="auto"``.
         device_map: accelerate's map of modules to devices, or a name that transformers knows, such as "auto".
+        trust_remote_code: let the checkpoint's own code run; without it such a checkpoint is refused, and nobody asked.
 
     Raises:
-        HyperParamsError: unknown dtype or a GPU that is not there. DataError: the checkpoint can't be found or read, or
-            lacks weights.
+        HyperParamsError: unknown dtype or a GPU that is not there. DataError: the checkpoint can't be found or read,
+            has code of its own that is not trusted, or lacks weights.
     """
     if dtype not in DTYPES:
         raise HyperParamsError(f"dtype must be one of {', '.join(DTYPES)}; found {dtype!r}.")
-    name = str(factworld.model_path()) if model_name == factworld.MODEL_NAME else model_name
     where = _device(device)
+    source = find_source(model_name)
+    options: dict[str, Any] = {
+        "trust_remote_code": trust_remote_code,
+        "local_files_only": source.local_files_only,
+    }
+    config = _config(model_name, source, options)
     try:
-        config = AutoConfig.from_pretrained(name)
-        tok = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"The model {model_name!r} can't be loaded: {error}") from error
+        tok = AutoTokenizer.from_pretrained(source.name, **options)
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        raise DataError(f"The tokenizer of {model_name!r} can't be loaded: {error}") from error
     # transformers makes an empty tokenizer for some models that come without one.
     if not tok("a", add_special_tokens=False)["input_ids"]:
         raise DataError(f"The model {model_name!r} can't be loaded: it has no tokenizer files. Save them beside it.")
     if tok.pad_token_id is None:
         tok.pad_token = tok.eos_token
-    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "config": config}
+    options |= {"dtype": getattr(torch, dtype), "config": config}
     if device_map is not None or model_parallel:
         options["device_map"] = device_map if device_map is not None else "auto"
-    if _is_mxfp4(config):
-        logger.info("%s is MXFP4; it is dequantised, since edits need float weights.", model_name)
-        options["quantization_config"] = Mxfp4Config(dequantize=True)
+    if (dequantised := _dequantised(config)) is not None:
+        logger.info("%s is %s; it is dequantised, since edits need float weights.", model_name, quant_method(config))
+        options["quantization_config"] = dequantised
+    model = _weights(model_name, source, _auto_class(config), options)
+    if "quantization_config" in options:
+        _cast_dequantised(model, getattr(torch, dtype))
+    if "device_map" not in options:
+        model.to(where)
+    return model.eval(), tok
+
+
+def empty_model(model_name: str, dtype: str = "bfloat16", trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model on the meta device: its config is read, no weight is.
+
+    Raises:
+        DataError: no config by this name, or code of its own that is not trusted. HyperParamsError: unknown dtype.
+    """
+    if dtype not in DTYPES:
+        raise HyperParamsError(f"dtype must be one of {', '.join(DTYPES)}; found {dtype!r}.")
+    source = find_source(model_name)
+    options = {"trust_remote_code": trust_remote_code, "local_files_only": source.local_files_only}
+    config = _config(model_name, source, options)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # edits need float weights, so the model is loaded dequantised
+    with torch.device("meta"):
+        return _auto_class(config).from_config(config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
+
+
+def _config(model_name: str, source: Source, options: Mapping[str, Any]) -> Any:
+    """The config of what is loaded; DataError where it can't be read, or has code of its own that is not trusted."""
     try:
-        model, report = _auto_class(config).from_pretrained(name, output_loading_info=True, **options)
-    except (OSError, ValueError, SafetensorError) as error:
+        settings, _ = PretrainedConfig.get_config_dict(source.name, local_files_only=source.local_files_only)
+        if "auto_map" in settings and not options["trust_remote_code"] and settings.get("model_type") not in CONFIGS:
+            raise DataError(
+                f"The model {model_name!r} can't be loaded: it comes with code of its own. If you trust it, set "
+                "trust_remote_code=True (in a YAML: trust_remote_code: true)."
+            )
+        return _language_part(AutoConfig.from_pretrained(source.name, **options))
+    except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"The model {model_name!r} can't be loaded: {error}") from error
+
+
+def _weights(model_name: str, source: Source, auto: Any, options: Mapping[str, Any]) -> Any:
+    """The model with its weights; DataError where they can't be read or some are missing."""
+    try:
+        model, report = auto.from_pretrained(source.name, output_loading_info=True, **options)
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise DataError(f"The weights of {model_name!r} can't be loaded: {error}") from error
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
@@ -79,44 +136,94 @@ def load_model(
             f"{transformers.__version__} would draw at random; the first is {missing[0]}. Use the version of "
             "transformers that it was saved with, or another checkpoint."
         )
-    if "quantization_config" in options:
-        model.to(getattr(torch, dtype))  # transformers 5.5 dequantises to bfloat16 whatever was asked for
-    if "device_map" not in options:
-        model.to(where)
-    return model.eval(), tok
+    return model
 
 
-def empty_model(model_name: str, dtype: str = "bfloat16") -> PreTrainedModel:
-    """The model on the meta device: its config is read, no weight is.
+def empty_load(
+    model: PreTrainedModel, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """What transformers makes of a checkpoint with tensors of these shapes and dtypes, without reading one.
+
+    Args:
+        model: of the checkpoint's class and config, as `empty_model` makes it.
+        tensors: shape and dtype of each tensor, by its name in the checkpoint.
+
+    Returns:
+        The model on the meta device, which remembers the conversions that were used, and transformers' report of keys
+        that are missing, unexpected or of another shape.
 
     Raises:
-        DataError: no config by this name. HyperParamsError: unknown dtype.
+        RuntimeError: tensors that can't be converted.
     """
-    if dtype not in DTYPES:
-        raise HyperParamsError(f"dtype must be one of {', '.join(DTYPES)}; found {dtype!r}.")
-    name = str(factworld.model_path()) if model_name == factworld.MODEL_NAME else model_name
+    state = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in tensors.items()}
+    with quiet_transformers():
+        loaded: Any = type(model).from_pretrained(
+            None,
+            config=model.config,
+            state_dict=state,
+            device_map={"": "meta"},
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    return loaded
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and no warnings of transformers inside; as before afterwards."""
+    bars, level = logging_of_transformers.is_progress_bar_enabled(), logging_of_transformers.get_verbosity()
+    logging_of_transformers.disable_progress_bar()
+    logging_of_transformers.set_verbosity_error()
     try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"The config of {model_name!r} can't be loaded: {error}") from error
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # edits need float weights, so the model is loaded dequantised
-    with torch.device("meta"):
-        return _auto_class(config).from_config(config, dtype=getattr(torch, dtype))
+        yield
+    finally:
+        logging_of_transformers.set_verbosity(level)
+        if bars:
+            logging_of_transformers.enable_progress_bar()
 
 
 def _auto_class(config: Any) -> Any:
-    if type(config) in AutoModelForCausalLM._model_mapping:
-        return AutoModelForCausalLM
-    if type(config) in AutoModelForImageTextToText._model_mapping:
-        return AutoModelForImageTextToText
-    return AutoModelForCausalLM
+    """The class to load: for a multimodal checkpoint the whole model, unless it is one of the text part alone."""
+    whole = config.get_text_config() is not config if hasattr(config, "get_text_config") else False
+    named = getattr(config, "architectures", None) or []
+    order = [AutoModelForCausalLM, AutoModelForImageTextToText]
+    if whole and not any(name.endswith("ForCausalLM") for name in named):
+        order.reverse()
+    return next((auto for auto in order if _serves(auto, config)), AutoModelForCausalLM)
 
 
-def _is_mxfp4(config: Any) -> bool:
+def _serves(auto: Any, config: Any) -> bool:
+    return type(config) in auto._model_mapping
+
+
+def _language_part(config: Any) -> Any:
+    """The config of the part that understands text: of an omni model its thinker, else the whole."""
+    return getattr(config, "thinker_config", None) or config
+
+
+def _cast_dequantised(model: nn.Module, dtype: torch.dtype) -> None:
+    """Bring bfloat16 to the dtype that was asked for, since transformers 5.5 dequantises to it whatever that is.
+
+    What transformers keeps in float32 by itself stays so, as in a plain load.
+    """
+    for parameter in model.parameters():
+        if parameter.dtype == torch.bfloat16 != dtype:
+            parameter.data = parameter.data.to(dtype)
+
+
+def quant_method(config: Any) -> str | None:
+    """How a checkpoint is quantised, such as "mxfp4" or "fp8"; None where it is not."""
     settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return None
     method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
-    return str(getattr(method, "value", method)).lower() == "mxfp4"
+    return str(getattr(method, "value", method)).lower()
+
+
+def _dequantised(config: Any) -> Any:
+    """The setting with which transformers dequantises a checkpoint while loading; None where there is none."""
+    method = quant_method(config)
+    return _DEQUANTISE[method](dequantize=True) if method in _DEQUANTISE else None
 
 
 def _device(device: int | str) -> torch.device:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,8 +133,14 @@ def originals_of(moe: MoELayer, experts: list[int]) -> dict[int, Tensor]:
     return dict(zip(experts, kept, strict=True))
 
 
-def groups_of(moe: MoELayer, update: FactoredUpdate) -> Iterator[Group]:
-    """The experts of an update in runs of neighbours, each small enough that its sum fits a tile where one can be."""
+def groups_of(
+    moe: MoELayer, update: FactoredUpdate, weights: Callable[[tuple[int, ...]], Tensor] | None = None
+) -> Iterator[Group]:
+    """The experts of an update in runs of neighbours, each small enough that its sum fits a tile where one can be.
+
+    ``weights`` gives the matrices of a run ``[c, rows, columns]`` in the orientation of the storage; by default these
+    are views on the layer's own.
+    """
     layout, experts = moe.experts.layout, update.experts
     rank = max((len(columns) for columns in update.columns), default=0)
     largest = max(layout.d_model * layout.d_hidden, rank * (layout.d_model + layout.d_hidden))
@@ -144,14 +150,20 @@ def groups_of(moe: MoELayer, update: FactoredUpdate) -> Iterator[Group]:
         stop = start + 1
         while stop < len(experts) and stop - start < most and experts[stop] == experts[stop - 1] + 1:
             stop += 1
-        parameter = moe.experts.parameters_of(experts[start])[1].data
-        weights = parameter[experts[start] : experts[stop - 1] + 1] if parameter.dim() == 3 else parameter[None]
+        run = experts[start:stop]
         lefts = [update.left[:, columns] for columns in update.columns[start:stop]]
         rights = list(update.right[start:stop])
         if layout.transposed:
             lefts, rights = rights, lefts
-        yield Group(experts[start:stop], weights, _padded(lefts), _padded(rights).mT, layout.transposed)
+        stored = _stored(moe, run) if weights is None else weights(run)
+        yield Group(run, stored, _padded(lefts), _padded(rights).mT, layout.transposed)
         start = stop
+
+
+def _stored(moe: MoELayer, experts: tuple[int, ...]) -> Tensor:
+    """The down-projections of a run as one view on the parameter."""
+    parameter = moe.experts.parameters_of(experts[0])[1].data
+    return parameter[experts[0] : experts[-1] + 1] if parameter.dim() == 3 else parameter[None]
 
 
 def _padded(factors: list[Tensor]) -> Tensor:

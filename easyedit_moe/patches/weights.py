@@ -176,7 +176,7 @@ class WeightPatch(PatchRecord):
         view = MoELayerView(model)
         check_model(view, self.fingerprint, parent=self.parent)
         for layer, update in self.steps:
-            self._check_fits(view, layer, update)
+            self.check_fits(view, layer, update)
         check_unedited(self._compared(view), self.parent)
         with writing(view) as writer:
             if self.flips:
@@ -368,7 +368,8 @@ class WeightPatch(PatchRecord):
         }
 
     @staticmethod
-    def _check_fits(view: MoELayerView, layer: int, update: FactoredUpdate) -> None:
+    def check_fits(view: MoELayerView, layer: int, update: FactoredUpdate) -> None:
+        """Refuse an update of other experts than a layer has; PatchError."""
         moe = view.require([layer])[0]
         layout = moe.experts.layout
         d, h = update.left.shape[0], update.right[0].shape[0]

@@ -31,7 +31,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with process_group() as local_rank:
         on_gpus = torch.device(hparams.device).type == "cuda" if isinstance(hparams.device, str) else True
         device = f"cuda:{local_rank}" if on_gpus and local_rank is not None else hparams.device
-        model, tok = load_model(hparams.model_name, hparams.dtype, device, hparams.model_parallel)
+        model, tok = load_model(
+            hparams.model_name,
+            hparams.dtype,
+            device,
+            hparams.model_parallel,
+            trust_remote_code=hparams.trust_remote_code,
+        )
         view = MoELayerView(model)
         view.require(hparams.layers)
         layer_statistics(view, tok, hparams, hparams.layers, model_fingerprint(view))

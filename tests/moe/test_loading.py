@@ -1,19 +1,31 @@
 from __future__ import annotations
 
+import inspect
 import json
+import socket
+import threading
+import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import transformers as hf
+from quantised import to_fp8, to_mxfp4
 from safetensors.torch import load_file, save_file
-from tiny import tiny_model, tiny_tokenizer
+from tiny import tiny_model, tiny_multimodal, tiny_omni, tiny_tokenizer
+from transformers import dynamic_module_utils
 
+from easyedit_moe import editor
 from easyedit_moe.errors import DataError, HyperParamsError
-from easyedit_moe.moe import loading
+from easyedit_moe.hparams import load_hyperparams
+from easyedit_moe.moe import hub, loading
+from easyedit_moe.moe.embeddings import output_embeddings
 from easyedit_moe.moe.layers import MoELayerView
-from easyedit_moe.moe.loading import load_model
+from easyedit_moe.moe.loading import empty_model, load_model
 
 FAMILIES = ("qwen3_moe", "mixtral", "gpt_oss")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -161,41 +173,16 @@ def test_a_gpu_that_is_not_there(device: int | str) -> None:
 # ---------------------------------------------------------------- MXFP4
 
 
-def test_mxfp4_is_recognised() -> None:
+def test_quantised_formats_are_recognised() -> None:
     raw = hf.GptOssConfig(quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]})
-    assert loading._is_mxfp4(raw)
-    assert loading._is_mxfp4(SimpleNamespace(quantization_config=hf.Mxfp4Config()))
-    assert not loading._is_mxfp4(hf.GptOssConfig())
-    assert not loading._is_mxfp4(SimpleNamespace(quantization_config=None))
-    assert not loading._is_mxfp4(SimpleNamespace(quantization_config={"quant_method": "fp8"}))
-    assert not loading._is_mxfp4(SimpleNamespace(quantization_config=hf.BitsAndBytesConfig(load_in_8bit=True)))
-
-
-FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
-
-
-def to_mxfp4(folder: Path) -> dict[str, torch.Tensor]:
-    """Replace the experts' weights in a saved GPT-OSS by random MXFP4 ones; returns what these mean."""
-    draw, kept, meaning = torch.Generator().manual_seed(0), {}, {}
-    for name, tensor in load_file(folder / "model.safetensors").items():
-        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
-            kept[name] = tensor.bfloat16()
-            continue
-        experts, width, height = tensor.shape
-        blocks = torch.randint(0, 256, (experts, height, width // 32, 16), generator=draw, dtype=torch.uint8)
-        scales = torch.randint(120, 126, (experts, height, width // 32), generator=draw, dtype=torch.uint8)
-        kept[f"{name}_blocks"], kept[f"{name}_scales"] = blocks, scales
-        pairs = torch.stack([FP4[(blocks & 15).long()], FP4[(blocks >> 4).long()]], dim=-1).flatten(3)
-        values = pairs * 2.0 ** (scales.float() - 127)[..., None]
-        meaning[name] = values.reshape(experts, height, width).transpose(1, 2)
-    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {
-        "quant_method": "mxfp4",
-        "modules_to_not_convert": ["model.embed_tokens", "lm_head"],
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    return meaning
+    assert loading.quant_method(raw) == "mxfp4"
+    assert loading.quant_method(SimpleNamespace(quantization_config=hf.Mxfp4Config())) == "mxfp4"
+    assert loading.quant_method(hf.GptOssConfig()) is None
+    assert loading.quant_method(SimpleNamespace(quantization_config=None)) is None
+    assert loading.quant_method(SimpleNamespace(quantization_config={"quant_method": "fp8"})) == "fp8"
+    bits = SimpleNamespace(quantization_config=hf.BitsAndBytesConfig(load_in_8bit=True))
+    assert loading._dequantised(bits) is None
+    assert loading.quant_method(bits) == "bitsandbytes"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -212,6 +199,15 @@ def test_mxfp4_checkpoints_are_dequantised(dtype: str, tmp_path: Path) -> None:
         assert torch.isfinite(model(**tok("Zoë lives in", return_tensors="pt")).logits).all()
 
 
+def test_fp8_checkpoints_are_dequantised(tmp_path: Path) -> None:
+    meaning = to_fp8(saved(tmp_path))
+    model, _ = load_model(str(tmp_path))
+    view = MoELayerView(model)
+    for j in range(8):
+        name = f"model.layers.2.mlp.experts.{j}.down_proj.weight"
+        assert torch.equal(view.layers[2].experts.read(j), meaning[name].bfloat16())
+
+
 # ---------------------------------------------------------------- classes and names
 
 
@@ -219,3 +215,157 @@ def test_multimodal_configs_take_the_multimodal_class() -> None:
     assert loading._auto_class(hf.Qwen3MoeConfig()) is hf.AutoModelForCausalLM
     assert loading._auto_class(hf.GptOssConfig()) is hf.AutoModelForCausalLM
     assert loading._auto_class(hf.Qwen3VLMoeConfig()) is hf.AutoModelForImageTextToText
+
+
+def test_omni_models_are_loaded_by_their_thinker() -> None:
+    assert loading._language_part(hf.Qwen3OmniMoeConfig()).model_type == "qwen3_omni_moe_thinker"
+    assert loading._language_part(plain := hf.Qwen3MoeConfig()) is plain
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_moe", "qwen3_vl_moe"])
+def test_multimodal_checkpoints_are_loaded_whole(name: str, tmp_path: Path) -> None:
+    whole = tiny_multimodal(name)
+    whole.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    model, _ = load_model(str(tmp_path), "float32")
+    assert type(model) is type(whole)
+    assert {n for n, _ in model.named_parameters()} == {n for n, _ in whole.named_parameters()}
+    assert sorted(MoELayerView(model).layers) == [0, 1, 2, 3]
+    assert output_embeddings(model) is model.lm_head
+
+
+def test_omni_checkpoints_are_loaded_with_their_head(tmp_path: Path) -> None:
+    whole = tiny_omni()
+    whole.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    model, _ = load_model(str(tmp_path), "float32")
+    view = MoELayerView(model)
+    assert view.stack_name == "model.language_model.layers"
+    assert sorted(view.layers) == [0, 1, 2, 3]
+    assert torch.equal(output_embeddings(model).weight, whole.thinker.lm_head.weight)
+
+
+def test_a_text_part_saved_alone_stays_a_text_model() -> None:
+    config = hf.Qwen3_5MoeConfig(architectures=["Qwen3_5MoeForCausalLM"])
+    assert loading._auto_class(config) is hf.AutoModelForCausalLM
+
+
+# ---------------------------------------------------------------- code that comes with a checkpoint
+
+
+def with_own_code(folder: Path) -> Path:
+    """A checkpoint of a model type that transformers lacks, whose code leaves a mark when it runs."""
+    saved(folder)
+    config = json.loads((folder / "config.json").read_text())
+    names = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "own_moe", "auto_map": names}))
+    (folder / "own.py").write_text(
+        "from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM\n\n\n"
+        "class OwnConfig(Qwen3MoeConfig):\n    model_type = 'own_moe'\n\n\n"
+        "class OwnModel(Qwen3MoeForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    return folder
+
+
+def test_own_code_is_refused_without_a_question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(*_: object) -> str:
+        raise AssertionError("a question on standard input")
+
+    monkeypatch.setattr("builtins.input", asked)
+    folder = with_own_code(tmp_path)
+    for load in (load_model, empty_model):
+        with pytest.raises(DataError, match=r"code of its own.*trust_remote_code=True"):
+            load(str(folder))
+
+
+def test_trusted_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = with_own_code(tmp_path / "model")
+    assert type(empty_model(str(folder), trust_remote_code=True)).__name__ == "OwnModel"
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_hparams_say_whether_code_is_trusted(trusted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def load(*arguments: Any, **options: Any) -> None:
+        seen.update(inspect.signature(load_model).bind(*arguments, **options).arguments)
+        raise DataError("seen")
+
+    hparams = load_hyperparams("Global/factworld", trust_remote_code=trusted)
+    monkeypatch.setattr(editor, "load_model", load)
+    with pytest.raises(DataError, match="seen"):
+        editor.MoEEditor.from_hparams(hparams)
+    assert seen["trust_remote_code"] is trusted
+
+
+# ---------------------------------------------------------------- without a network
+
+
+@pytest.fixture
+def attempts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Tries to reach a network, each of which hangs for a while and fails; the hub is not known to be offline."""
+    found: list[str] = []
+
+    def fail(host: str, *_: object, **__: object) -> None:
+        found.append(host)
+        time.sleep(0.2)
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    return found
+
+
+@pytest.mark.parametrize("load", [load_model, empty_model])
+def test_a_hub_that_is_away_is_asked_once(load: Callable[[str], object], attempts: list[str]) -> None:
+    start = time.perf_counter()
+    with pytest.raises(DataError, match=r"'some/model' can't be loaded.*not in the hub's cache.*does not answer"):
+        load("some/model")
+    assert len(attempts) == 1
+    assert time.perf_counter() - start < 3
+
+
+def test_a_hub_that_hangs_is_given_up(attempts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(5))
+    start = time.perf_counter()
+    assert not hub.hub_answers(0.2)
+    assert time.perf_counter() - start < 2
+
+
+def test_folders_and_names_that_are_none_need_no_network(
+    attempts: list[str], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    load_model(str(folders["qwen3_moe"]))
+    load_model("factworld")
+    for name in (str(tmp_path / "nowhere"), "./nowhere", "a/b/c", "not a name", "~/model"):
+        with pytest.raises(DataError, match="can't be loaded"):
+            load_model(name)
+    assert not attempts
+
+
+def test_what_is_in_the_cache_is_read_from_it(
+    attempts: list[str], folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = folders["qwen3_moe"] / "config.json"
+    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda *_: str(config))
+    assert hub.find_source("some/model") == hub.Source("some/model", True)
+    assert len(attempts) == 1
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert hub.find_source("some/model") == hub.Source("some/model", True)
+    assert len(attempts) == 1
+
+
+def test_a_hub_that_answers_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    server = HTTPServer(("127.0.0.1", 0), type("Refusing", (BaseHTTPRequestHandler,), {"log_message": lambda *_: None}))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        monkeypatch.setattr(hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        assert hub.find_source("some/model") == hub.Source("some/model", False)  # an error is an answer
+    finally:
+        server.shutdown()
+        server.server_close()

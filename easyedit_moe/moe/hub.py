@@ -1,0 +1,99 @@
+"""Where a model's files are: bundled, in a folder, in the hub's cache, or on the hub, which is asked once, briefly."""
+
+from __future__ import annotations
+
+import logging
+import os
+import ssl
+import threading
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+
+from easyedit_moe import factworld
+from easyedit_moe.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+PATIENCE = 5.0
+"""Seconds that the hub has to answer."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What transformers is told about a model's place.
+
+    Attributes:
+        name: folder or hub name.
+        local_files_only: whether the network is left alone.
+    """
+
+    name: str
+    local_files_only: bool
+
+
+def find_source(model_name: str) -> Source:
+    """Where to read a model from, without waiting for a network that is not there.
+
+    Args:
+        model_name: hub name, folder, or "factworld" for the bundled model.
+
+    Raises:
+        DataError: a folder that does not exist, or a model of the hub that is not in the cache while the hub does not
+            answer.
+    """
+    if model_name == factworld.MODEL_NAME:
+        return Source(str(factworld.model_path()), True)
+    if Path(model_name).is_dir():
+        return Source(model_name, False)
+    if _is_path(model_name):
+        raise DataError(f"The model {model_name!r} can't be loaded: there is no such folder.")
+    cached = _is_cached(model_name)
+    offline = constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE", "").upper() in constants.ENV_VARS_TRUE_VALUES
+    if offline or not hub_answers():
+        if cached:
+            return Source(model_name, True)
+        reason = "HF_HUB_OFFLINE is set" if offline else f"{constants.ENDPOINT} does not answer"
+        raise DataError(
+            f"The model {model_name!r} can't be loaded: it is no folder here, it is not in the hub's cache, and "
+            f"{reason}. Give the folder of a downloaded checkpoint."
+        )
+    return Source(model_name, False)
+
+
+def hub_answers(seconds: float = PATIENCE) -> bool:
+    """Whether the hub answers at all within some seconds; one try."""
+    answered = threading.Event()
+
+    def ask() -> None:
+        try:
+            with urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=seconds):
+                answered.set()
+        except urllib.error.HTTPError:
+            answered.set()  # an answer, if no friendly one
+        except OSError as error:
+            # Certificates of the user's own are transformers' business; somebody did answer.
+            if isinstance(getattr(error, "reason", error), ssl.SSLError):
+                answered.set()
+            logger.debug("The hub does not answer: %s", error)
+
+    # Resolving a name can't be given a time limit, so it is waited for from outside.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answered.is_set()
+
+
+def _is_cached(model_name: str) -> bool:
+    try:
+        return isinstance(try_to_load_from_cache(model_name, "config.json"), str)
+    except HFValidationError as error:
+        raise DataError(f"The model {model_name!r} can't be loaded: no folder, and no hub name: {error}") from error
+
+
+def _is_path(model_name: str) -> bool:
+    return model_name.startswith((".", "/", "~")) or model_name.count("/") > 1 or "\\" in model_name
