@@ -1,0 +1,51 @@
+"""The diagnosis of an edit that wrote whole tensors: by training, or by a host's own methods."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from easyedit_moe.editors.diagnosis import EditDiagnosis, FactDiagnosis, ParameterDiagnosis, settings_of
+from easyedit_moe.editors.measuring import combined_loss, relative_update
+from easyedit_moe.facts.requests import EditRequest
+from easyedit_moe.patches.tensors import TensorPatch
+
+
+def diagnose_tensors(
+    hparams: Any, facts: Sequence[FactDiagnosis], patch: TensorPatch, steps: int | None
+) -> EditDiagnosis:
+    """What training did that is written.
+
+    Args:
+        hparams: of the method.
+        facts: what became of each request.
+        patch: the edit, applied.
+        steps: updates made; None where that says nothing of the facts.
+    """
+    reports = patch.reports
+    dtypes = {str(value.dtype).removeprefix("torch.") for value in patch.values.values()}
+    return EditDiagnosis(
+        hparams.alg_name,
+        tuple(facts),
+        parameters=tuple(ParameterDiagnosis(r.name, r.relative_size, r.rounding_loss) for r in reports),
+        dtype=", ".join(sorted(dtypes)) or getattr(hparams, "dtype", None),
+        changed=bool(patch.values),
+        rounding_loss=combined_loss([(r.rounding_loss, r.update_norm) for r in reports]),
+        steps=steps,
+        settings=settings_of(hparams),
+    )
+
+
+def diagnose_host(
+    method: str, facts: Sequence[EditRequest], model: nn.Module, originals: Mapping[str, Tensor]
+) -> EditDiagnosis:
+    """What is known of an edit by other code: how far each parameter moved from its original."""
+    parameters = [
+        ParameterDiagnosis(name, relative_update(model.get_parameter(name), original), None)
+        for name, original in originals.items()
+    ]
+    told = [FactDiagnosis(fact.prompt, fact.target_new, None, None, None, None) for fact in facts]
+    changed = any(one.relative_update != 0 for one in parameters) if parameters else None
+    return EditDiagnosis(method, tuple(told), parameters=tuple(parameters), changed=changed)
