@@ -99,7 +99,7 @@ class ParameterDiagnosis:
 
     Attributes:
         name: its full name.
-        relative_update: ``||W' - W|| / ||W||``, of the change that was wanted; None where W is zero.
+        relative_update: ``||W' - W|| / ||W||``, before W' was rounded where that is known; None where W is zero.
         rounding_loss: ``||applied - intended|| / ||intended||``; None where it is not known.
     """
 
@@ -185,10 +185,11 @@ def _null_space(d: EditDiagnosis) -> EditingWarning | None:
     ]
     if not empty:
         return None
-    of = " of its largest eigenvalue" if d.settings["nullspace_relative"] else ""
+    limit = f"{d.settings['nullspace_threshold']:g}"
+    limit += " of its largest" if d.settings["nullspace_relative"] else ""
     return NullSpaceWarning(
-        f"{len(empty)} of {len(d.hit)} experts that the facts are routed to ({_layers(empty)}) have an empty null space "
-        f"and can't be edited: no eigenvalue of their keys' moment is below {d.settings['nullspace_threshold']:g}{of}. "
+        f"{len(empty)} of {len(d.hit)} experts that the facts are routed to ({_layers(empty)}) have an empty null "
+        f"space and can't be edited: no eigenvalue of their keys' moment is below {limit}. "
         "Raise nullspace_threshold, or choose metric: identity."
     )
 
@@ -225,7 +226,7 @@ def _why_zero(d: EditDiagnosis) -> str:
     if "lambda_reg" in d.settings:
         return "Lower lambda_reg, and see that v_lr and v_num_grad_steps move the target vectors."
     if "lr" in d.settings:
-        return f"The loss does not depend on what is trained, or {_rate(d)} is too small: choose other layers, or raise it."
+        return f"What is trained does not reach the loss, or {_rate(d)} is too small: choose other layers, or raise it."
     return "Choose other layers, or larger steps."
 
 

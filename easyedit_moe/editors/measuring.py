@@ -51,7 +51,8 @@ def residual_shares(before: Tensor, after: Tensor, wanted: Tensor, per_fact: int
     """Per fact, the mean over its contexts of ``<after - before, wanted> / ||wanted||^2``; None where that is 0 / 0.
 
     Args:
-        before, after: hidden states ``[T, d]`` float32, the ``per_fact`` contexts of a fact side by side.
+        before: hidden states ``[T, d]`` float32, the ``per_fact`` contexts of a fact side by side.
+        after: the same of the edited model.
         wanted: the residuals that were wanted, ``[T, d]``.
         per_fact: contexts of each fact.
     """
@@ -70,7 +71,8 @@ def relative_updates(
     for layer, experts in originals.items():
         norms = [_norms(view.layers[layer].experts.read(expert), original) for expert, original in experts.items()]
         pairs = torch.stack(norms).tolist() if norms else []
-        found[layer] = {expert: moved / size if size else None for expert, (moved, size) in zip(experts, pairs)}
+        shares = [moved / size if size else None for moved, size in pairs]
+        found[layer] = dict(zip(experts, shares, strict=True))
     return found
 
 

@@ -61,7 +61,8 @@ def diagnose_solved(
         solved: the groups, in the order of the requests.
     """
     moved = relative_updates(view, patch.originals)
-    facts = [FactDiagnosis(**vars(o), residual_share=s) for g in solved for o, s in zip(g.outcomes, g.shares)]
+    told = [pair for group in solved for pair in zip(group.outcomes, group.shares, strict=True)]
+    facts = [FactDiagnosis(**vars(outcome), residual_share=share) for outcome, share in told]
     layers = []
     for layer in hparams.layers:
         hit = _hit(keys[layer]) if layer in keys else sorted(moved.get(layer, {}))

@@ -112,7 +112,7 @@ class TrainingEditor(Editor):
                     FactDiagnosis(fact.prompt, fact.target_new, old.nll, new.nll, new.most_likely, old.most_likely)
                     for fact, old, new in zip(facts, before, job.answers(), strict=True)
                 ]
-                diagnosis = diagnose_tensors(self.hparams, learnt, patch, job.steps)
+                diagnosis = diagnose_tensors(self.hparams, model, learnt, patch, job.steps)
         return EditResult(patch, watch.seconds, diagnosis=diagnosis)
 
 

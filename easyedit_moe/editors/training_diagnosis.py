@@ -10,27 +10,29 @@ from torch import Tensor, nn
 from easyedit_moe.editors.diagnosis import EditDiagnosis, FactDiagnosis, ParameterDiagnosis, settings_of
 from easyedit_moe.editors.measuring import combined_loss, relative_update
 from easyedit_moe.facts.requests import EditRequest
+from easyedit_moe.moe.wrappers import own_parameters
 from easyedit_moe.patches.tensors import TensorPatch
 
 
 def diagnose_tensors(
-    hparams: Any, facts: Sequence[FactDiagnosis], patch: TensorPatch, steps: int | None
+    hparams: Any, model: nn.Module, facts: Sequence[FactDiagnosis], patch: TensorPatch, steps: int
 ) -> EditDiagnosis:
     """What training did that is written.
 
     Args:
         hparams: of the method.
+        model: edited.
         facts: what became of each request.
         patch: the edit, applied.
-        steps: updates made; None where that says nothing of the facts.
+        steps: updates made.
     """
-    reports = patch.reports
-    dtypes = {str(value.dtype).removeprefix("torch.") for value in patch.values.values()}
+    reports, known = patch.reports, own_parameters(model)
+    dtypes = {str(known[report.name].dtype).removeprefix("torch.") for report in reports}
     return EditDiagnosis(
         hparams.alg_name,
         tuple(facts),
         parameters=tuple(ParameterDiagnosis(r.name, r.relative_size, r.rounding_loss) for r in reports),
-        dtype=", ".join(sorted(dtypes)) or getattr(hparams, "dtype", None),
+        dtype=", ".join(sorted(dtypes)) or None,
         changed=bool(patch.values),
         rounding_loss=combined_loss([(r.rounding_loss, r.update_norm) for r in reports]),
         steps=steps,

@@ -96,7 +96,8 @@ class TargetVectors:
 
     def rows(self, start: int, stop: int) -> TargetVectors:
         """The targets of requests ``start`` to ``stop``."""
-        return TargetVectors(*(None if value is None else value[start:stop] for value in vars(self).values()))
+        there = {name: value[start:stop] for name, value in vars(self).items() if value is not None}
+        return TargetVectors(**there)
 
 
 def fact_contexts(
