@@ -28,6 +28,8 @@ SCHEMA = 1
 WEIGHTS_FILE = "adapter.safetensors"
 CONFIG_FILE = "adapter.json"
 SUFFIX = ".safetensors"
+ADAPTER_FILE = "memoe_adapter.safetensors"
+"""The adapter's file beside a checkpoint."""
 KIND = "memoe-adapter"
 ADVICE = "save the adapter anew"
 
@@ -250,12 +252,14 @@ class MoEAdapter(nn.Module):
 
     @staticmethod
     def load(path: str | Path) -> MoEAdapter:
-        """Read a saved adapter, of one file or a folder; it is not attached yet.
+        """Read a saved adapter, of one file, a folder, or beside a checkpoint; it is not attached yet.
 
         Raises:
             AdapterError: missing, truncated or corrupt files, or two that do not belong together.
         """
         path = Path(path)
+        if (path / ADAPTER_FILE).is_file() and not (path / CONFIG_FILE).is_file():
+            path = path / ADAPTER_FILE
         if path.suffix == SUFFIX and not path.is_dir():
             content = _content_of_file(path)
             tensors, _ = read_safetensors(path, AdapterError, ADVICE)

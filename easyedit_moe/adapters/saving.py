@@ -12,12 +12,11 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from easyedit_moe.adapters.attachment import attach, find_adapter
 from easyedit_moe.adapters.base_saving import BaseSaving
-from easyedit_moe.adapters.moe_adapter import MoEAdapter
+from easyedit_moe.adapters.moe_adapter import ADAPTER_FILE, MoEAdapter
 from easyedit_moe.errors import AdapterError, DataError
 from easyedit_moe.moe.loading import load_model
 from easyedit_moe.storage.files import replacing
 
-ADAPTER_FILE = "memoe_adapter.safetensors"
 LOADER_FILE = "load_with_adapter.py"
 LOADER = """\
 import sys

@@ -109,8 +109,9 @@ class Group:
     def squared_weights(self) -> list[float]:
         """``||W_j||^2`` of each expert, as it is now."""
         dtype = torch.float64 if self.weights.dtype == torch.float64 else torch.float32
-        norms = torch.linalg.vector_norm(self.weights, dim=(1, 2), dtype=dtype).to(torch.float64)
-        found: list[float] = norms.square().tolist()
+        # One by one: on a CPU a reduction over all of a tensor is several times faster than one over some dimensions.
+        norms = torch.stack([torch.linalg.vector_norm(weight, dtype=dtype) for weight in self.weights])
+        found: list[float] = norms.to(torch.float64).square().tolist()
         return found
 
 

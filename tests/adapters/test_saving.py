@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import subprocess
 import sys
 import warnings
@@ -163,12 +164,17 @@ def test_saved_beside_its_base_and_loaded_again(family: str, dtype: torch.dtype,
     assert_same_state(before, state_of(model))
     again, tok = load_with_adapter(tmp_path / "out")
     assert next(again.parameters()).dtype == dtype
+    assert MoEAdapter.load(tmp_path / "out").id == adapter.id
     assert find_adapter(again).facts == adapter.facts
-    assert torch.equal(logits(again), logits(model))
+    # As the very adapter computes on the checkpoint that transformers loads by itself.
+    plain = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype).eval()
+    unedited = logits(plain)
+    attach(plain, TOK, detach(model))
+    assert torch.equal(logits(again), logits(plain))
+    assert not torch.equal(logits(again), unedited)
     assert tok("Lyon")["input_ids"] == TOK("Lyon")["input_ids"]
     detach(again)
-    detach(model)
-    assert torch.equal(logits(again), logits(model))
+    assert torch.equal(logits(again), unedited)
     with pytest.raises(AdapterError, match="no adapter to save"):
         save_with_adapter(model, TOK, tmp_path / "more")
     assert not (tmp_path / "more").exists()
@@ -207,8 +213,7 @@ def test_the_loader_script_answers(tmp_path: Path) -> None:
     script = tmp_path / "load_with_adapter.py"
     assert len(script.read_text(encoding="utf-8").splitlines()) == 5
     prompt = requests(1)[0]["prompt"]
-    done = subprocess.run(
-        [sys.executable, str(script), prompt], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
-    )
+    here = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, str(script), prompt], capture_output=True, text=True, check=True, env=here)
     expected = TOK.decode(model.generate(**TOK(prompt, return_tensors="pt"))[0])
     assert done.stdout.strip() == expected.strip()
