@@ -29,6 +29,7 @@ class Fit:
     @staticmethod
     def of(update: FactoredUpdate, keys: RoutedKeys, residual: Tensor) -> Fit:
         """Of one solution, for T keys and residuals ``[T, d]``."""
+        update = update.to(device=keys.key.device)
         moved, wanted = update.apply(keys), residual.to(update.left)
         inner = torch.stack([(wanted * wanted).sum(), (moved * wanted).sum(), (moved * moved).sum()])
         return Fit(*inner.tolist())

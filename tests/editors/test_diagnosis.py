@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from easyedit_moe import MoEEditor, load_hyperparams, load_model, make_editor
 from easyedit_moe.algebra.nullspace import ExpertProjector, NullSpace
 from easyedit_moe.comparison.compare import compare
-from easyedit_moe.comparison.task import Task
+from easyedit_moe.comparison.task import Task, load_task
 from easyedit_moe.editors import EditResult, apply_global_to_model
 from easyedit_moe.editors.diagnosis import (
     EditDiagnosis,
@@ -589,6 +589,16 @@ def test_a_threshold_that_leaves_nothing_of_the_bundled_model(method: str, bundl
         result = editor.edit(model, tok, bundled)
     assert any("The update is zero" in text for text in result.warnings)
     assert_same_state(before, state_of(model))
+
+
+def test_equal_scores_and_routing_have_their_reason_in_the_row(tmp_path: Path) -> None:
+    task = load_task("factworld", "factworld", 4, 200, 2, "float32", "cpu")
+    changes = {"nullspace_relative": True, "nullspace_threshold": 1e-12, "v_num_grad_steps": 2}
+    before, row = compare(task, [load_hyperparams("Global/factworld", stats_dir=str(tmp_path), **changes)]).rows
+    assert row.scores == before.scores
+    assert row.routing["edit"]["mean"] == row.routing["preservation"]["mean"] == 100
+    assert sum("nullspace_threshold" in text for text in row.warnings) == 4  # two batches, the cause and the effect
+    assert before.warnings == ()
 
 
 def test_a_good_edit_of_the_bundled_model_says_nothing(bundled: Any, tmp_path: Path) -> None:
