@@ -241,16 +241,21 @@ def _residual(d: EditDiagnosis) -> EditingWarning | None:
         f"{prompt!r}, {least:.0%} of it. "
     )
     solved = next((layer for layer in reversed(d.layers) if layer.fit is not None), None)
-    if solved is None or solved.fit is None or solved.fit >= LITTLE:
+    fit = 1.0 if solved is None or solved.fit is None else solved.fit
+    typical = sorted(short)[len(short) // 2][0]
+    if solved is not None and fit < LITTLE and (solved.shrinkage or 0.0) > LITTLE:
+        return RidgeTooLargeWarning(text + _shrunk(d, solved))
+    if solved is None or fit >= LITTLE or typical < LITTLE * fit:
         return ResidualNotReachedWarning(text + _why_not_as_solved(d))
-    shrinkage = solved.shrinkage or 0.0
-    if shrinkage <= LITTLE:
-        return ResidualNotReachedWarning(text + _why_not_solved(d, solved))
-    ridge = d.settings["lambda_reg"]
+    return ResidualNotReachedWarning(text + _why_not_solved(d, solved))
+
+
+def _shrunk(d: EditDiagnosis, layer: LayerDiagnosis) -> str:
+    ridge, shrinkage = d.settings["lambda_reg"], layer.shrinkage or 1.0
     also = f", with {d.remembered} keys that remember_edits keeps," if d.remembered else ""
-    return RidgeTooLargeWarning(
-        f"{text}lambda_reg {ridge:g}{also} shrinks the update of layer {solved.layer} to {1 - shrinkage:.1%} of what "
-        f"fits best. Lower lambda_reg below {ridge * (1 - shrinkage) / shrinkage:.1g}."
+    return (
+        f"lambda_reg {ridge:g}{also} shrinks the update of layer {layer.layer} to {1 - shrinkage:.1%} of what fits best. "
+        f"Lower lambda_reg below {ridge * (1 - shrinkage) / shrinkage:.1g}."
     )
 
 
@@ -259,7 +264,10 @@ def _why_not_as_solved(d: EditDiagnosis) -> str:
     if "optim_num_step" in d.settings:
         return f"Raise {_rate(d)} or optim_num_step ({d.settings['optim_num_step']}), or lower preserve_weight."
     if d.settings.get("spread") == "update":
-        return "The last layer's solution is shared out to all layers; spread: residual solves for each of them."
+        return (
+            "The last layer's solution is shared out to all layers (spread: update), which need not move the state as "
+            "it does; spread: residual, or a method with it, solves for each layer."
+        )
     return "Other layers, or fewer of them, may follow the solution better."
 
 

@@ -184,6 +184,10 @@ CASES = {
     "short by sharing out": (
         with_settings(SHORT, spread="update"), {ResidualNotReachedWarning: "spread: residual"},
     ),
+    "short by sharing out what fits little": (
+        with_settings(with_fact(with_layer(GOOD, fit=0.4, shrinkage=0.1), residual_share=-0.9), spread="update"),
+        {ResidualNotReachedWarning: "-90%.*spread: residual"},
+    ),
     "short for another reason": (SHORT, {ResidualNotReachedWarning: "layers"}),
     "short by few steps": (
         with_settings(replace(SHORT, layers=(), settings={"lr": 1e-4}), optim_num_step=3),
@@ -378,6 +382,11 @@ def test_experts_that_are_frozen_on_purpose(data: Path) -> None:
     result, found = told(teachable(), hp, easy(2))
     assert found == [NoUpdateWarning]
     assert "min_coverage" in result.warnings[0]
+
+
+def test_a_lambda_that_is_too_large_for_a_solution_that_is_shared_out(data: Path) -> None:
+    _, found = told(teachable(), plain_ridge(data, "MoTE/update", lambda_reg=300.0, **STRONG), easy(2))
+    assert found == [RidgeTooLargeWarning]
 
 
 @pytest.mark.parametrize("variant", ["Global", "MoTE", "MoEEdit-BCD", "MoE-MEMIT"])
