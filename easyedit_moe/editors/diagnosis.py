@@ -254,8 +254,8 @@ def _shrunk(d: EditDiagnosis, layer: LayerDiagnosis) -> str:
     ridge, shrinkage = d.settings["lambda_reg"], layer.shrinkage or 1.0
     also = f", with {d.remembered} keys that remember_edits keeps," if d.remembered else ""
     return (
-        f"lambda_reg {ridge:g}{also} shrinks the update of layer {layer.layer} to {1 - shrinkage:.1%} of what fits best. "
-        f"Lower lambda_reg below {ridge * (1 - shrinkage) / shrinkage:.1g}."
+        f"lambda_reg {ridge:g}{also} shrinks the update of layer {layer.layer} to {1 - shrinkage:.1%} of what fits "
+        f"best. Lower lambda_reg below {ridge * (1 - shrinkage) / shrinkage:.1g}."
     )
 
 
