@@ -97,8 +97,36 @@ class EditingWarning(UserWarning):
     """Something the user should know, though the edit goes on."""
 
 
+class KnownFactsWarning(EditingWarning):
+    """Facts whose target was the model's answer before the edit."""
+
+
 class TargetNotReachedWarning(EditingWarning):
-    """The optimisation of a target vector ended far from its target."""
+    """A target that is not the most likely answer: with its target vector, or after training."""
+
+
+class NoUpdateWarning(EditingWarning):
+    """An edit after which every weight is what it was before."""
+
+
+class RoundingWarning(NoUpdateWarning):
+    """An update that the weights' dtype swallowed."""
+
+
+class NullSpaceWarning(EditingWarning):
+    """Experts that the facts are routed to, but whose null space leaves no direction for an update."""
+
+
+class ResidualNotReachedWarning(EditingWarning):
+    """An update that moved the hidden state less than half of the way that was wanted."""
+
+
+class RidgeTooLargeWarning(ResidualNotReachedWarning):
+    """As `ResidualNotReachedWarning`, because lambda_reg shrank the update."""
+
+
+class LossUnchangedWarning(EditingWarning):
+    """Training that left the loss about where it was."""
 
 
 class CoverageWarning(EditingWarning):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-STAGES = ("statistics", "targets", "solve", "write", "evaluate")
+STAGES = ("statistics", "targets", "solve", "write", "diagnose", "evaluate")
 
 
 class Stopwatch:

@@ -28,6 +28,9 @@ from easyedit_moe.hparams import MEMoEHyperParams
 from easyedit_moe.moe.capture import hooks, model_device
 from easyedit_moe.statistics.corpus import load_texts
 
+REACHED = 0.5
+"""NLL in nats per token below which an edit counts as reached."""
+
 
 @dataclass(frozen=True)
 class AdapterReport:
@@ -35,12 +38,13 @@ class AdapterReport:
 
     Attributes:
         nll: mean NLL of the targets of this batch's edits after their bare prompts, without noise.
-        reached: edits whose NLL is below 0.5 nats per token.
+        reached: edits whose NLL is below `REACHED`.
         locality: KL(frozen, edited) in nats per token, at the last step.
         balance: load-balancing term, at the last step (1: even, E: all on one expert).
         load: share of the edits' routed tokens that each expert gets, without noise.
         steps: Adam steps.
         replayed: earlier edits that were trained along.
+        fact_nll: ``nll`` of each of this batch's edits.
     """
 
     nll: float
@@ -50,6 +54,12 @@ class AdapterReport:
     load: tuple[float, ...]
     steps: int
     replayed: int
+    fact_nll: tuple[float, ...] = ()
+
+    @property
+    def learnt(self) -> list[bool]:
+        """Of each of this batch's edits, whether it counts as reached."""
+        return [nll < REACHED for nll in self.fact_nll]
 
 
 def check_facts(
@@ -105,9 +115,9 @@ def train_adapter(
             schedule.step()
         adapter.eval()
         nll, load = job.result()
-    reached = int((nll < 0.5).sum())
+    reached, replayed = int((nll < REACHED).sum()), len(job.facts) - len(facts)
     return AdapterReport(
-        float(nll.mean()), reached, float(locality), float(balance), load, hparams.steps, len(job.facts) - len(facts)
+        float(nll.mean()), reached, float(locality), float(balance), load, hparams.steps, replayed, tuple(nll.tolist())
     )
 
 

@@ -29,7 +29,8 @@ class Row:
     """One line of the table: a method's scores after all edits, and what they cost.
 
     ``scores`` follow the papers' protocol, ``easyedit`` EasyEdit's own (None unless asked for). ``rounding_loss`` is
-    the largest share of an update that the weights' dtype swallowed at one write.
+    the largest share of an update that the weights' dtype swallowed at one write, ``warnings`` what was to be told of
+    the edits, batch by batch.
     """
 
     method: str
@@ -43,6 +44,7 @@ class Row:
     rounding_loss: float | None = None
     hparams: dict[str, Any] = field(default_factory=dict)
     easyedit: dict[str, Score] | None = None
+    warnings: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """For results.json."""
@@ -57,6 +59,7 @@ class Row:
             "peak_memory_bytes": self.peak_memory_bytes,
             "targets_reached": self.targets_reached,
             "rounding_loss": self.rounding_loss,
+            "warnings": list(self.warnings),
             "easyedit": None if self.easyedit is None else {name: asdict(s) for name, s in self.easyedit.items()},
             "hparams": self.hparams,
         }
@@ -158,15 +161,17 @@ def _run_method(
     editor = make_editor(hparams)
     memory, reached = None, None
     patches: list[Patch] = []
+    told: list[str] = []
     with _restored(model, patches):
         for start in range(0, len(task.records), task.batch_size):
             batch = [record.request for record in task.records[start : start + task.batch_size]]
             with warnings.catch_warnings():
-                # Targets that are not reached are counted in the row instead of being told batch by batch.
+                # They stand in the row instead of being told batch by batch.
                 warnings.simplefilter("ignore", EditingWarning)
                 result = _edit_batch(editor, task, batch, memory, ready, first=start == 0)
             memory = result.memory
             patches.append(result.patch)
+            told += result.warnings
             if result.targets:
                 reached = (reached or 0) + sum(int(t.reached.sum()) for t in result.targets)
             for stage, seconds in result.seconds.items():
@@ -178,7 +183,7 @@ def _run_method(
         theirs = quality(label) if quality else None
     return Row(
         label, editor.edits, editor.code, scores, similarity, watch.seconds, peak, reached, rounding,
-        hparams.to_dict(), theirs,
+        hparams.to_dict(), theirs, tuple(told),
     )  # fmt: skip
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy as copying
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from easyedit_moe.editors.diagnosis import EditDiagnosis, warnings_of
 from easyedit_moe.editors.planner import MemoryPlan, Workload
 from easyedit_moe.errors import HyperParamsError, RequestError
 from easyedit_moe.facts.requests import EditRequest, check_batch, parse_requests
@@ -58,10 +60,13 @@ class EditResult:
 
     Attributes:
         patch: what was written; it is applied.
-        seconds: per stage: statistics, targets, solve, write.
+        seconds: per stage: statistics, targets, solve, write, diagnose.
         memory: what the method wants to be given with the next sequential batch.
         targets: target vectors, for methods that have them.
         solver_reports: what the solvers say of their systems.
+        diagnosis: what the edit did to weights, hidden states and facts; None where the editor does not say. The
+            patch's metadata holds it, too.
+        warnings: what was warned of it; the patch has them, too.
     """
 
     patch: Patch
@@ -69,6 +74,21 @@ class EditResult:
     memory: Any = None
     targets: list[Any] = field(default_factory=list)
     solver_reports: list[Any] = field(default_factory=list)
+    diagnosis: EditDiagnosis | None = None
+    warnings: list[str] = field(default_factory=list)
+
+
+def _told(result: EditResult) -> EditResult:
+    """The result with its warnings, after they were given; the patch gets them and the diagnosis."""
+    if result.diagnosis is None:
+        return result
+    found = warnings_of(result.diagnosis)
+    texts = [str(warning) for warning in found]
+    result.patch.metadata |= {"diagnosis": result.diagnosis.to_dict(), "warnings": texts}
+    result.patch.warnings[:] = texts
+    for warning in found:
+        warnings.warn(warning, stacklevel=3)
+    return replace(result, warnings=texts)
 
 
 def provenance(hparams: MoEHyperParams, facts: Sequence[EditRequest]) -> dict[str, Any]:
@@ -172,13 +192,21 @@ class Editor(ABC):
         Raises:
             RequestError: no requests, or ones that conflict; targets of another number of them, or for a method
                 without target vectors. Further errors are those of `prepare` and of the method's solver or training.
+
+        Warns once for each cause that made the edit do nothing, or less than was wanted (classes under
+        `EditingWarning`), naming the setting to change.
         """
         check_batch(requests)
         if targets is not None and self.target_settings() is None:
             raise RequestError(f"{self.method} has no target vectors; found {type(targets).__name__}.")
         if targets is not None and len(targets.delta) != len(requests):
             raise RequestError(f"There are {len(targets.delta)} target vectors for {len(requests)} requests.")
-        return self.edit_batch(model, tok, list(requests), memory, targets)
+        result = self.edit_batch(model, tok, list(requests), memory, targets)
+        try:
+            return _told(result)
+        except BaseException:  # warnings may be errors, and then the edit was not
+            result.patch.restore(model)
+            raise
 
     @abstractmethod
     def edit_batch(

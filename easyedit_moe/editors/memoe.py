@@ -15,6 +15,7 @@ from easyedit_moe.adapters.attachment import add_subjects, attach, detach, find_
 from easyedit_moe.adapters.moe_adapter import AdapterConfig, Fact, MoEAdapter, base_fingerprint
 from easyedit_moe.adapters.training import check_facts, train_adapter
 from easyedit_moe.editors.base import Editor, EditResult, provenance
+from easyedit_moe.editors.diagnosis import EditDiagnosis, FactDiagnosis, settings_of
 from easyedit_moe.editors.planner import MemoryPlan, Stage, Workload, activations, outline_of
 from easyedit_moe.editors.training_planner import PROMPT_TOKENS, TARGET_TOKENS, Trained, train_stage
 from easyedit_moe.errors import AdapterError, HyperParamsError
@@ -191,7 +192,10 @@ class MEMoEEditor(Editor):
         finally:
             adapter.generator = None
         patch = AdapterPatch(adapter, before, provenance(self.hparams, requests))
-        return EditResult(patch, watch.seconds, None, [], [report])
+        told = zip(requests, report.fact_nll, report.learnt, strict=True)
+        learnt = tuple(FactDiagnosis(r.prompt, r.target_new, None, nll, reached, None) for r, nll, reached in told)
+        diagnosis = EditDiagnosis(self.method, learnt, steps=report.steps, settings=settings_of(self.hparams))
+        return EditResult(patch, watch.seconds, None, [], [report], diagnosis)
 
     def _config(self, model: nn.Module) -> AdapterConfig:
         hp = self.hparams

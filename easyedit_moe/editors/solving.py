@@ -21,8 +21,10 @@ from easyedit_moe.algebra.nullspace import NullSpace, null_space
 from easyedit_moe.algebra.routed_keys import FactoredUpdate, RoutedKeys
 from easyedit_moe.algebra.tucker import TuckerBasis
 from easyedit_moe.editors.base import Editor, EditResult, provenance
+from easyedit_moe.editors.measuring import Fit, residual_shares
 from easyedit_moe.editors.planner import MemoryPlan, Workload, plan, shapes_of
 from easyedit_moe.editors.prepared import EditMemory, Prepared, PreparedLayer
+from easyedit_moe.editors.solving_diagnosis import Solved, diagnose_solved
 from easyedit_moe.errors import LayerError, LayoutError
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.facts.tokens import encode_text, pad_id
@@ -36,7 +38,14 @@ from easyedit_moe.patches.weights import PatchWriter, writing
 from easyedit_moe.statistics.gather import layer_statistics
 from easyedit_moe.statistics.moments import LayerMoments
 from easyedit_moe.targets.cache import cached_targets
-from easyedit_moe.targets.search import TargetSearch, TargetSettings, TargetVectors, compute_targets, fact_contexts
+from easyedit_moe.targets.search import (
+    TargetSearch,
+    TargetSettings,
+    TargetVectors,
+    compute_targets,
+    fact_contexts,
+    outcomes,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +122,7 @@ class SolvingEditor(Editor):
         group = getattr(self.hparams, "edits_per_solve", None) or len(facts)
         used: list[TargetVectors] = []
         reports: list[Any] = []
+        solved: list[Solved] = []
         seen: dict[int, list[RoutedKeys]] = {}
         memory = memory or EditMemory()
         with writing(view) as writer:
@@ -125,10 +135,14 @@ class SolvingEditor(Editor):
                 reports += batch.reports
                 for layer, keys in batch.keys.items():
                     seen.setdefault(layer, []).append(keys)
+                solved.append(batch.solved(used[-1]))
             with watch.stage("write"):
                 patch = writer.finish(provenance(self.hparams, facts), prepared.fingerprint)
+            with watch.stage("diagnose"):
+                held = memory if self.hparams.remember_edits else EditMemory()
+                diagnosis = diagnose_solved(self.hparams, view, prepared, patch, seen, held, solved)
         kept = memory.extended(seen) if self.hparams.remember_edits else memory
-        return EditResult(patch, watch.seconds, kept, used, reports)
+        return EditResult(patch, watch.seconds, kept, used, reports, diagnosis)
 
     def _prepared_for(self, view: MoELayerView, model: nn.Module, tok: PreTrainedTokenizerBase) -> Prepared:
         if self.prepared is None or self.prepared.fingerprint != model_fingerprint(view):
@@ -200,6 +214,8 @@ class BatchSolve:
         self.writer, self.watch = writer, watch
         self.reports: list[Any] = []
         self.keys: dict[int, RoutedKeys] = {}
+        self.residuals: dict[int, Tensor] = {}
+        self.fits: dict[int, Fit] = {}
 
     def find_targets(self) -> TargetVectors:
         """Target vectors of these requests, found or read."""
@@ -207,8 +223,8 @@ class BatchSolve:
         folder = self.hparams.target_cache_dir
         with self.watch.stage("targets"):
             if folder is None:
-                return compute_targets(self.view, self.tok, self.facts, *settings, progress)
-            search = TargetSearch(self.view, self.tok, *settings, progress)
+                return compute_targets(self.view, self.tok, self.facts, *settings, progress, warn=False)
+            search = TargetSearch(self.view, self.tok, *settings, progress, warn=False)
             return cached_targets(folder, self.hparams.model_name, self.prepared.fingerprint, search, self.facts)
 
     def aim(self, targets: TargetVectors) -> None:
@@ -230,30 +246,45 @@ class BatchSolve:
         layers = self.hparams.layers
         if self.hparams.spread == "update":
             with self.watch.stage("solve"):
-                state = self._capture(layers[-1])
+                state = self._capture([layers[-1]])
+                self.before = state.outputs[layers[-1]]
                 solution = self._solve(layers[-1], state.keys[layers[-1]], self.delta)
             for left, layer in zip(range(len(layers), 0, -1), layers, strict=True):
                 self._write(layer, solution, 1 / left)
+            self._measure(start=layers[0])
             return
         wanted: Tensor | None = None
         written: int | None = None
         for left, layer in zip(range(len(layers), 0, -1), layers, strict=True):
             with self.watch.stage("solve"):
-                state = self._capture(layer, written)
+                state = self._capture([layer], written)
                 output = state.outputs[layers[-1]]
                 if wanted is None:
+                    self.before = output
                     wanted = output + self.delta.to(output.device)
                 solution = self._solve(layer, state.keys[layer], (wanted - output) / left)
             self._write(layer, solution, 1.0)
             written = layer
+        self._measure(start=layers[-1])
 
-    def _capture(self, layer: int, start: int | None = None) -> FactStates:
+    def _measure(self, start: int) -> None:
+        """See how far the fact tokens moved, in a forward from the first layer that it has not seen written."""
+        last = self.hparams.layers[-1]
+        with self.watch.stage("diagnose"):
+            after = self._capture([], start).outputs[last]
+            self.shares = residual_shares(self.before, after, self.delta, self.per_fact)
+
+    def solved(self, targets: TargetVectors) -> Solved:
+        """What became of these requests."""
+        return Solved(outcomes(self.facts, targets), int(targets.steps.max()), self.shares, self.fits)
+
+    def _capture(self, layers: Sequence[int], start: int | None = None) -> FactStates:
         last = self.hparams.layers[-1]
         return capture_facts(
             self.view,
             self.sequences,
             self.positions,
-            [layer],
+            layers,
             [last],
             pad_id(self.tok),
             self.hparams.capture_batch_size,
@@ -266,7 +297,7 @@ class BatchSolve:
         weight = 1 / sqrt(self.per_fact)
         keys = RoutedKeys(keys.expert, keys.gate * weight, keys.key)
         residual = residual.to(keys.key.device) * (weight / self.prepared.layers[layer].gain)
-        self.keys[layer] = keys
+        self.keys[layer], self.residuals[layer] = keys, residual
         earlier = self.memory.keys.get(layer, [])
         if earlier:
             everything = RoutedKeys.cat([*earlier, keys])
@@ -280,4 +311,8 @@ class BatchSolve:
     def _write(self, layer: int, solution: Any, share: float) -> None:
         with self.watch.stage("write"):
             update = self.editor.place(solution, self.prepared.layers[layer])
+        if layer in self.keys:
+            with self.watch.stage("diagnose"):
+                self.fits[layer] = Fit.of(update, self.keys[layer], self.residuals.pop(layer))
+        with self.watch.stage("write"):
             self.writer.write(layer, update.scale(share) if share != 1.0 else update)

@@ -18,7 +18,9 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.editors.base import Editor, EditResult, provenance
+from easyedit_moe.editors.diagnosis import FactDiagnosis
 from easyedit_moe.editors.planner import MemoryPlan, Workload, shapes_of
+from easyedit_moe.editors.training_diagnosis import diagnose_tensors
 from easyedit_moe.editors.training_planner import Trained, plan_training
 from easyedit_moe.errors import NumericalError, not_finite
 from easyedit_moe.evaluation.scoring import answer_logits
@@ -26,6 +28,7 @@ from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.facts.tokens import encode_target, pad_id
 from easyedit_moe.hparams import TrainingHyperParams
 from easyedit_moe.measure import Stopwatch
+from easyedit_moe.moe.capture import inference_mode_of
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.patches.tensors import TensorWriter, writing_tensors
 from easyedit_moe.targets.search import check_lengths, fact_contexts
@@ -45,6 +48,16 @@ class Step:
 
     number: int
     loss: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How a model answers one fact: the mean NLL per token of the answer over all contexts, and whether, after the bare
+    prompt, each of its tokens is the most likely one.
+    """
+
+    nll: float
+    most_likely: bool
 
 
 class TrainingEditor(Editor):
@@ -86,17 +99,29 @@ class TrainingEditor(Editor):
         check_lengths(view, [len(e.prompt) + len(e.answer) for group in examples for e in group])
         with writing_tensors(model) as writer:
             job = TrainingJob(self.hparams, model, pad_id(tok), examples, writer, self.progress)
+            with watch.stage("diagnose"):
+                before = job.answers()
             with watch.stage("solve"):
                 values = self.train(view, tok, facts, job)
             with watch.stage("write"):
                 for name, value in values.items():
                     writer.write(name, value)
                 patch = writer.finish(provenance(self.hparams, facts))
-        return EditResult(patch, watch.seconds)
+            with watch.stage("diagnose"):
+                learnt = [
+                    FactDiagnosis(fact.prompt, fact.target_new, old.nll, new.nll, new.most_likely, old.most_likely)
+                    for fact, old, new in zip(facts, before, job.answers(), strict=True)
+                ]
+                diagnosis = diagnose_tensors(self.hparams, model, learnt, patch, job.steps)
+        return EditResult(patch, watch.seconds, diagnosis=diagnosis)
 
 
 class TrainingJob:
-    """One batch of edits: its examples, and the loop that fits parameters to them."""
+    """One batch of edits: its examples, and the loop that fits parameters to them.
+
+    Attributes:
+        steps: updates made.
+    """
 
     def __init__(
         self,
@@ -109,6 +134,7 @@ class TrainingJob:
     ) -> None:
         self.hparams, self.model, self.pad, self.examples = hparams, model, pad, examples
         self.writer, self.progress = writer, progress
+        self.steps = 0
 
     @property
     def total_steps(self) -> int:
@@ -136,7 +162,6 @@ class TrainingJob:
         draw = torch.Generator().manual_seed(hp.seed)
         groups = [[t] for t in everything] if hp.order == "depth_first" else [everything]
         size = 1 if hp.order == "depth_first" else hp.train_batch_size
-        number = 0
         bar = tqdm(total=self.total_steps, desc="training", unit="step", disable=not self.progress, leave=False)
         with bar:
             for group in groups:
@@ -151,19 +176,37 @@ class TrainingJob:
                         bar.update()
                         if losses[-1] < hp.early_stop_loss:
                             continue
-                        number += 1
+                        self.steps += 1
                         masters.step(optimiser, [nll if penalty is None else nll + penalty().to(nll.device)])
-                        after_step(Step(number, losses[-1]))
+                        after_step(Step(self.steps, losses[-1]))
                         masters.clear()
                     if sum(losses) / len(losses) < hp.early_stop_loss:
                         break
 
     def nll(self, chosen: Sequence[int]) -> Tensor:
         """Mean over facts (and their contexts) of the mean NLL per token of the answer."""
+        return self._scored(chosen)[0].mean()
+
+    @torch.no_grad()
+    def answers(self) -> list[Answer]:
+        """How the model answers each fact as it is now, ``train_batch_size`` facts at a time."""
+        size, found = self.hparams.train_batch_size, []
+        with inference_mode_of(self.model):
+            for start in range(0, len(self.examples), size):
+                chosen = range(start, min(start + size, len(self.examples)))
+                losses, right = self._scored(chosen)
+                counts = [len(self.examples[t]) for t in chosen]
+                pairs = zip(losses.split(counts), right.split(counts), strict=True)
+                found += [Answer(float(nll.mean()), bool(hits[0])) for nll, hits in pairs]
+        return found
+
+    def _scored(self, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Per example of the facts ``chosen``: mean NLL per token of the answer, and whether each is most likely."""
         rows = [(e.prompt, e.answer) for t in chosen for e in self.examples[t]]
         logits, labels = answer_logits(self.model, rows, self.pad)
         losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
-        return (losses.sum(1) / (labels != -100).sum(1)).mean()
+        right = ((logits.argmax(-1) == labels) | (labels == -100)).all(1)
+        return losses.sum(1) / (labels != -100).sum(1), right
 
 
 class Masters:

@@ -12,6 +12,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.editors.base import Editor, EditResult, provenance
+from easyedit_moe.editors.diagnosis import FactDiagnosis
+from easyedit_moe.editors.measuring import residual_shares
 from easyedit_moe.editors.planner import (
     MemoryPlan,
     Stage,
@@ -22,6 +24,7 @@ from easyedit_moe.editors.planner import (
 )
 from easyedit_moe.editors.trainable import check_writable, expert_parameters, trainable
 from easyedit_moe.editors.training import Masters, finite_loss
+from easyedit_moe.editors.training_diagnosis import diagnose_tensors
 from easyedit_moe.editors.training_planner import (
     PROMPT_TOKENS,
     TARGET_TOKENS,
@@ -37,7 +40,14 @@ from easyedit_moe.moe.capture import hooks, layer_output, run, stop_after
 from easyedit_moe.moe.layers import MoELayer, MoELayerView
 from easyedit_moe.patches.tensors import writing_tensors
 from easyedit_moe.statistics.corpus import load_texts
-from easyedit_moe.targets.search import TargetSettings, TargetVectors, check_lengths, compute_targets, fact_contexts
+from easyedit_moe.targets.search import (
+    TargetSettings,
+    TargetVectors,
+    check_lengths,
+    compute_targets,
+    fact_contexts,
+    outcomes,
+)
 
 
 class UnKEEditor(Editor):
@@ -100,7 +110,7 @@ class UnKEEditor(Editor):
                 texts = self._preserved(tok, facts)
             if targets is None:
                 with watch.stage("targets"):
-                    targets = compute_targets(view, tok, facts, *self.target_settings(), self.progress)
+                    targets = compute_targets(view, tok, facts, *self.target_settings(), self.progress, warn=False)
             with watch.stage("solve"):
                 problem = self._problem(view, tok, facts, targets, texts)
                 for name in parameters:
@@ -111,7 +121,13 @@ class UnKEEditor(Editor):
                 for name, value in values.items():
                     writer.write(name, value)
                 patch = writer.finish(provenance(hp, facts))
-        return EditResult(patch, watch.seconds, targets=[targets])
+            with watch.stage("diagnose"):
+                with trainable(model), torch.no_grad():
+                    shares = _residual_shares(moe.layer, problem, targets.delta)
+                told = zip(outcomes(facts, targets), shares, strict=True)
+                found = [FactDiagnosis(**vars(outcome), residual_share=share) for outcome, share in told]
+                diagnosis = diagnose_tensors(hp, model, found, patch, int(targets.steps.max()))
+        return EditResult(patch, watch.seconds, targets=[targets], diagnosis=diagnosis)
 
     def target_settings(self) -> tuple[int, tuple[str, ...], TargetSettings]:
         """All that target vectors depend on besides model and requests: layer, context prefixes, optimisation."""
@@ -174,7 +190,8 @@ class UnKEEditor(Editor):
             if t >= 0:
                 wanted[i, fact] += targets.delta[t].to(wanted.device)
                 weight[i, fact] = fact_weight  # each fact counts once, however many contexts it has
-        return _Part(caught["args"], caught["kwargs"], wanted, weight)
+        where = [(i, fact, t) for i, (_, fact, t) in enumerate(rows) if t >= 0]
+        return _Part(caught["args"], caught["kwargs"], wanted, weight, where)
 
     def _fit(
         self, layer: nn.Module, parameters: dict[str, nn.Parameter], problem: Sequence[_Part]
@@ -201,12 +218,15 @@ def trained_parameters(moe: MoELayer, train: str) -> dict[str, nn.Parameter]:
 
 @dataclass(frozen=True)
 class _Part:
-    """A batch: what the layer is called with, the outputs wanted ``[B, S, d]`` and each token's weight ``[B, S]``."""
+    """A batch: what the layer is called with, the outputs wanted ``[B, S, d]`` and each token's weight ``[B, S]``, and
+    of each fact token its row, its position and its fact.
+    """
 
     args: tuple
     kwargs: dict[str, Any]
     wanted: Tensor
     weight: Tensor
+    facts: Sequence[tuple[int, int, int]]
 
 
 def _losses(layer: nn.Module, problem: Sequence[_Part], scale: float) -> Iterator[Tensor]:
@@ -215,6 +235,20 @@ def _losses(layer: nn.Module, problem: Sequence[_Part], scale: float) -> Iterato
         loss = scale * (part.weight * ((output.float() - part.wanted) ** 2).sum(-1)).sum()
         finite_loss(loss)
         yield loss
+
+
+def _residual_shares(layer: nn.Module, problem: Sequence[_Part], delta: Tensor) -> list[float | None]:
+    """Per fact, the share of the shift ``delta [T, d]`` that the layer's output now makes, the mean over contexts."""
+    states: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    for part in problem:
+        output = layer_output(layer(*part.args, **part.kwargs))
+        for i, position, t in part.facts:
+            shift = delta[t].to(part.wanted.device)
+            states.setdefault(t, []).append((part.wanted[i, position] - shift, output[i, position].float()))
+    pairs = [pair for t in sorted(states) for pair in states[t]]
+    before, after = (torch.stack(column) for column in zip(*pairs, strict=True))
+    per_fact = len(pairs) // len(delta)
+    return residual_shares(before, after, delta.repeat_interleave(per_fact, dim=0), per_fact)
 
 
 apply_unke_to_model = UnKEEditor.apply_to_model

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.editors.base import Editor, EditResult
 from easyedit_moe.editors.planner import MemoryPlan, Workload
+from easyedit_moe.editors.training_diagnosis import diagnose_host
 from easyedit_moe.errors import HostError, HyperParamsError, PatchError
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.facts.tokens import encode_text
@@ -179,8 +180,10 @@ class BaselineEditor(Editor):
         self._wrapped = edited
         if edited is model:
             state.put_back(model)
-            return EditResult(HostPatch(originals), watch.seconds)
-        return EditResult(HostPatch(originals, state), watch.seconds)
+        with watch.stage("diagnose"):
+            diagnosis = diagnose_host(self.method, facts, model, originals)
+        patch = HostPatch(originals) if edited is model else HostPatch(originals, state)
+        return EditResult(patch, watch.seconds, diagnosis=diagnosis)
 
     def _follow(self, model: nn.Module) -> None:
         """Caches and statistics of another model are not used on this one."""

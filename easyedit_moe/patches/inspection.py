@@ -30,7 +30,7 @@ def describe(patch: WeightPatch | TensorPatch, path: str | Path | None = None) -
     """
     parts = patch.metadata.get("parts", [patch.metadata])
     settings = [part["hparams"] for part in parts if "hparams" in part]
-    known = {"hparams", "requests", "versions", "parts", "merged"}
+    known = {"hparams", "requests", "versions", "warnings", "parts", "merged"}
     weights = isinstance(patch, WeightPatch)
     return {
         "kind": "factored updates of down-projections" if weights else "whole tensors",

@@ -18,10 +18,10 @@ from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.statistics.cache import statistics_folder
 from easyedit_moe.storage.checksums import checksum
 from easyedit_moe.storage.tensors import digest, read_safetensors, write_safetensors
-from easyedit_moe.targets.search import TargetSearch, TargetVectors, fact_contexts, warn_missed
+from easyedit_moe.targets.search import TargetSearch, TargetVectors, fact_contexts, warn_of_targets
 
 SCHEMA = 1
-_FIELDS = ("delta", "initial_nll", "final_nll", "reached", "steps")
+_FIELDS = ("delta", "initial_nll", "final_nll", "reached", "steps", "known")
 
 
 def weights_hash(view: MoELayerView) -> str:
@@ -64,7 +64,8 @@ def cached_targets(
     if missing:
         search.find([requests[i] for i in missing], keep)
     targets = TargetVectors(*(torch.stack([rows[i][name] for i in range(len(requests))]) for name in _FIELDS))
-    warn_missed(requests, targets)
+    if search.warn:
+        warn_of_targets(requests, targets)
     return targets
 
 
@@ -87,6 +88,7 @@ def _read(path: Path, key: dict[str, Any]) -> dict[str, Tensor]:
     tensors, metadata = read_safetensors(path, CacheError, advice)
     if metadata.get("kind") != "target" or metadata.get("schema") != SCHEMA or metadata.get("key") != key:
         raise CacheError(f"{path} is not the target of this request at these weights and settings; {advice}.")
+    tensors.setdefault("known", torch.tensor(False))  # earlier versions did not note it, and warned of nothing then
     if set(tensors) != set(_FIELDS) or not all(bool(torch.isfinite(value).all()) for value in tensors.values()):
         raise CacheError(f"{path} holds an incomplete or non-finite target; {advice}.")
     return tensors

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from easyedit_moe.errors import EditingWarning, RequestError, TargetNotReachedWarning, not_finite
+from easyedit_moe.errors import RequestError, not_finite
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.facts.tokens import encode_prompt, encode_target, pad_id
 from easyedit_moe.hparams import SolverHyperParams, UnKEHyperParams
@@ -26,6 +26,7 @@ from easyedit_moe.moe.capture import frozen_parameters, inference_mode_of
 from easyedit_moe.moe.config import text_config
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.moe.upper_layers import ShiftedSequence, UpperLayers
+from easyedit_moe.targets.outcomes import MORE_SEARCH, Outcome, known_warning, missed_warning
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +84,7 @@ class TargetVectors:
         initial_nll, final_nll: ``[T]``, mean over contexts of the mean NLL per target token.
         reached: ``[T]`` bool: after the bare prompt, every target token is now the most likely one.
         steps: ``[T]``, updates made.
+        known: ``[T]`` bool: as ``reached``, before the first update; None where nobody noted it.
     """
 
     delta: Tensor
@@ -90,10 +92,12 @@ class TargetVectors:
     final_nll: Tensor
     reached: Tensor
     steps: Tensor
+    known: Tensor | None = None
 
     def rows(self, start: int, stop: int) -> TargetVectors:
         """The targets of requests ``start`` to ``stop``."""
-        return TargetVectors(*(value[start:stop] for value in vars(self).values()))
+        there = {name: value[start:stop] for name, value in vars(self).items() if value is not None}
+        return TargetVectors(**there)
 
 
 def fact_contexts(
@@ -140,9 +144,10 @@ def compute_targets(
     prefixes: Sequence[str],
     settings: TargetSettings,
     progress: bool = True,
+    warn: bool = True,
 ) -> TargetVectors:
     """Optimise the shifts of all requests at the output of ``layer``; see `TargetSearch.targets`."""
-    return TargetSearch(view, tok, layer, tuple(prefixes), settings, progress).targets(requests)
+    return TargetSearch(view, tok, layer, tuple(prefixes), settings, progress, warn).targets(requests)
 
 
 @dataclass(frozen=True)
@@ -156,6 +161,7 @@ class TargetSearch:
         prefixes: context prefixes, each put before every prompt.
         settings: of the optimisation.
         progress: whether to show a bar.
+        warn: whether to warn of targets that were missed or known; editors do so themselves, once per edit.
     """
 
     view: MoELayerView
@@ -164,18 +170,20 @@ class TargetSearch:
     prefixes: tuple[str, ...]
     settings: TargetSettings
     progress: bool = True
+    warn: bool = True
 
     def targets(self, requests: Sequence[EditRequest]) -> TargetVectors:
         """Shifts of all requests; see the module's docstring.
 
         Warns `TargetNotReachedWarning` for requests whose target is not the most likely answer at the end, and
-        `EditingWarning` for those whose target already was at the start.
+        `KnownFactsWarning` for those whose target already was at the start.
 
         Raises:
             RequestError: a subject not in its prompt, or a prompt too long. NumericalError: a loss that is not finite.
         """
         found = self.find(requests)
-        warn_missed(requests, found)
+        if self.warn:
+            warn_of_targets(requests, found)
         return found
 
     def find(
@@ -183,7 +191,7 @@ class TargetSearch:
         requests: Sequence[EditRequest],
         receive: Callable[[Sequence[int], TargetVectors], None] | None = None,
     ) -> TargetVectors:
-        """As `targets`, without a warning about missed ones; hands each chunk to ``receive`` when it is done.
+        """As `targets`, without warnings; hands each chunk to ``receive`` when it is done.
 
         ``receive`` gets the numbers of the chunk's requests and their targets.
         """
@@ -205,11 +213,9 @@ class TargetSearch:
                     continue
                 results.update({t: tuple(value[i] for value in solved) for i, t in enumerate(chosen)})
                 if receive is not None:
-                    receive(chosen, TargetVectors(*solved[:5]))
+                    receive(chosen, TargetVectors(*solved))
                 waiting = waiting[size:]
-        stacked = [torch.stack([results[t][k] for t in range(len(requests))]) for k in range(6)]
-        _warn_known(requests, known=stacked[5])
-        return TargetVectors(*stacked[:5])
+        return TargetVectors(*(torch.stack([results[t][k] for t in range(len(requests))]) for k in range(6)))
 
 
 def _lengths(rows: list[_Row]) -> tuple[int, int]:
@@ -271,29 +277,19 @@ def _rows_of(
     return rows
 
 
-def _warn_known(requests: Sequence[EditRequest], known: Tensor) -> None:
-    already = [i for i, flag in enumerate(known.tolist()) if flag]
-    if already:
-        warnings.warn(
-            f"{len(already)} of {len(requests)} targets already are the model's answer, the first for "
-            f"{requests[already[0]].prompt!r} -> {requests[already[0]].target_new!r}.",
-            EditingWarning,
-            stacklevel=4,
-        )
+def outcomes(requests: Sequence[EditRequest], targets: TargetVectors) -> list[Outcome]:
+    """What the search came to, per request."""
+    known = [None] * len(requests) if targets.known is None else targets.known.tolist()
+    columns = (targets.initial_nll.tolist(), targets.final_nll.tolist(), targets.reached.tolist(), known)
+    return [Outcome(r.prompt, r.target_new, *row) for r, *row in zip(requests, *columns, strict=True)]
 
 
-def warn_missed(requests: Sequence[EditRequest], targets: TargetVectors) -> None:
-    """Warn `TargetNotReachedWarning` about the targets that are not the most likely answer."""
-    missed = [i for i, flag in enumerate(targets.reached.tolist()) if not flag]
-    if missed:
-        worst = max(missed, key=lambda i: float(targets.final_nll[i]))
-        warnings.warn(
-            f"{len(missed)} of {len(requests)} targets were not reached; the worst is {requests[worst].prompt!r} -> "
-            f"{requests[worst].target_new!r} at NLL {float(targets.final_nll[worst]):.2f} per token. More "
-            "v_num_grad_steps, a larger v_lr or clamp_norm_factor, or earlier layers may help.",
-            TargetNotReachedWarning,
-            stacklevel=4,
-        )
+def warn_of_targets(requests: Sequence[EditRequest], targets: TargetVectors) -> None:
+    """Warn `KnownFactsWarning` and `TargetNotReachedWarning`, each once, where there is reason to."""
+    found = outcomes(requests, targets)
+    for warning in (known_warning(found), missed_warning(found, MORE_SEARCH)):
+        if warning is not None:
+            warnings.warn(warning, stacklevel=4)
 
 
 class _Problem:

@@ -119,7 +119,7 @@ def test_command_writes_table_json_and_chart(folder: Path) -> None:
     assert [row["method"] for row in saved["rows"]] == ["pre-edit", *METHODS]
     for row in saved["rows"]:
         assert set(row["efficacy"]) >= {"mean", "stderr"}
-        assert set(row["seconds"]) == {"statistics", "targets", "solve", "write", "evaluate"}
+        assert set(row["seconds"]) == {"statistics", "targets", "solve", "write", "diagnose", "evaluate"}
         assert {"generalisation", "specificity", "utility", "routing_similarity", "peak_memory_bytes"} <= set(row)
     assert {row["edits"] for row in saved["rows"][1:]} == {"experts"}
     provenance = saved["provenance"]

@@ -564,7 +564,7 @@ def test_later_batches_reuse_what_was_prepared(data: Path, monkeypatch: pytest.M
     second = editor.edit(model, TOK, facts(4)[2:])
     assert editor.prepared is prepared
     assert len(calls) == 1
-    assert set(first.seconds) == {"statistics", "targets", "solve", "write", "evaluate"}
+    assert set(first.seconds) == {"statistics", "targets", "solve", "write", "diagnose", "evaluate"}
     assert all(first.seconds[s] > 0 for s in ("statistics", "targets", "solve", "write"))
     assert second.seconds["statistics"] < first.seconds["statistics"]
     assert first.patch.fingerprint == second.patch.fingerprint == prepared.fingerprint

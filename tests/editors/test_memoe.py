@@ -405,7 +405,7 @@ def test_patches_of_adapters_have_ids_and_provenance(corpus: Path) -> None:
     assert (first.parent, second.parent) == (None, first.id)
     assert first.id != second.id
     assert second.metadata["requests"][0]["prompt"] == requests(2)[1]["prompt"]
-    assert second.warnings == []
+    assert second.warnings == second.metadata["warnings"]
 
 
 def test_stand_alone_editor(corpus: Path) -> None:

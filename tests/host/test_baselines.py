@@ -26,6 +26,7 @@ from easyedit_moe.errors import (
     HyperParamsError,
     LayerError,
     MethodError,
+    NoUpdateWarning,
     NumericalError,
     RequestError,
 )
@@ -130,6 +131,13 @@ def test_batches_accumulate_and_everything_comes_back(
         patches.append(result.patch)
         states.append(state_of(model))
         assert result.seconds["solve"] > 0
+        assert result.warnings == []
+        told = {p.name: p.relative_update for p in result.diagnosis.parameters}
+        assert told.keys() == result.patch.originals.keys()
+        for name, original in result.patch.originals.items():
+            change = (model.get_parameter(name) - original).norm()
+            assert told[name] == pytest.approx(float(change / original.norm()), rel=1e-4)
+        assert result.diagnosis.changed is (None if method == "LoRA" and len(patches) == 1 else True)
     assert all(torch.isfinite(p).all() for p in model.parameters())
     if method == "LoRA":
         first, second = (s["parameters"] for s in states)
@@ -149,6 +157,12 @@ def test_batches_accumulate_and_everything_comes_back(
     assert_nothing_changed(before, everything(model, tok))
     patches[0].restore(model)  # again, without harm
     assert_nothing_changed(before, everything(model, tok))
+
+
+def test_an_edit_of_easyedit_s_that_does_nothing_says_so(host: ModuleType, data: Path) -> None:
+    with pytest.warns(NoUpdateWarning, match="every weight is what it was"):
+        result = BaselineEditor(settings(data, "FT", lr=0.0)).edit(tiny_model(), tiny_tokenizer(), PARSED[:2])
+    assert result.warnings == result.patch.warnings == result.patch.metadata["warnings"] != []
 
 
 def test_what_a_row_says_of_itself(host: ModuleType, data: Path) -> None:

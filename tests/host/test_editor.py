@@ -19,7 +19,7 @@ from torch import nn
 
 from easyedit_moe import factworld
 from easyedit_moe.editor import MoEEditor
-from easyedit_moe.errors import EditingWarning, HyperParamsError, RequestError
+from easyedit_moe.errors import EditingWarning, HyperParamsError, RequestError, RidgeTooLargeWarning
 from easyedit_moe.facts.records import load_records
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.hparams import MoEHyperParams, MoTEHyperParams
@@ -210,6 +210,23 @@ def test_normal_edit(sequential: bool, pair: Any) -> None:
         assert_same_state(state_of(both.own.model), state_of(model))
     else:
         assert_same_state(before, state_of(model))
+
+
+@pytest.mark.parametrize("call", ["edit", "batch_edit", "normal_edit"])
+def test_an_edit_that_does_nothing_says_so(call: str, pair: Any) -> None:
+    """... in both homes alike, once for each batch; EasyEdit's own ``apply_algo`` too."""
+    both = pair(metric="identity", lambda_reg=1e6, batch_size=4)
+    options = {} if call == "normal_edit" else {"verbose": False}
+    told = []
+    for editor in (both.host, both.own):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            getattr(editor, call)(prompts=PROMPTS, target_new=TARGETS, subject=SUBJECTS, **options)
+        told.append([str(w.message) for w in caught if issubclass(w.category, RidgeTooLargeWarning)])
+    assert told[0] == told[1]
+    assert len(told[0]) == (len(PROMPTS) if call == "edit" else 1)
+    with pytest.warns(RidgeTooLargeWarning):
+        both.host.apply_algo(both.host.model, both.host.tok, requests(2), both.host.hparams)
 
 
 def test_generate_edit(pair: Any) -> None:

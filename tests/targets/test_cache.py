@@ -19,6 +19,7 @@ from easyedit_moe.facts.requests import parse_requests
 from easyedit_moe.hparams import GlobalHyperParams
 from easyedit_moe.moe.fingerprint import model_fingerprint
 from easyedit_moe.moe.layers import MoELayerView
+from easyedit_moe.storage.tensors import read_safetensors, write_safetensors
 from easyedit_moe.targets import search as targets
 from easyedit_moe.targets.cache import cached_targets, weights_hash
 from easyedit_moe.targets.search import TargetSearch, TargetSettings, TargetVectors
@@ -214,3 +215,16 @@ def test_editors_use_it_where_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     second = editor.edit(model, TOK, facts(2))
     editor.edit(model, TOK, facts(2), second.memory)
     assert cache.found == [2, 2], "after an edit, targets are others"
+
+
+def test_files_that_do_not_say_what_was_known(cache: Cache) -> None:
+    """Those of earlier versions are read as before."""
+    first = cache(tiny_model(), requests(2))
+    for path in cache.files():
+        tensors, metadata = read_safetensors(path, CacheError, "")
+        tensors.pop("known")
+        write_safetensors(path, tensors, metadata)
+    again = cache(tiny_model(), requests(2))
+    assert cache.found == [2]
+    same(dataclasses.replace(again, known=first.known), first)
+    assert not again.known.any()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -547,6 +548,17 @@ def test_warning_about_targets_that_are_the_models_answer() -> None:
     assert found.reached[0]
     assert (found.steps[0], found.delta[0].norm()) == (0, 0)
     assert found.steps[1] == 6
+
+
+def test_whoever_warns_by_himself_is_not_warned() -> None:
+    view, settings = MoELayerView(tiny_model()), TargetSettings(1, 0.01, 0.0, 0.0, 1.0, 0.0, 8, "last")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = compute_targets(view, TOK, parse_requests(requests(2)), 1, (), settings, False, warn=False)
+    assert not found.reached.any()
+    assert not found.known.any()
+    assert found.rows(1, 2).known.shape == (1,)
+    assert replace(found, known=None).rows(1, 2).known is None
 
 
 def test_a_prefix_may_not_mention_the_subject() -> None:
