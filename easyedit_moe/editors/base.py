@@ -160,7 +160,8 @@ class Editor(ABC):
 
         Raises:
             RequestError: no requests, ones that conflict, or one without a subject for a method that uses it; targets
-                of another number of them, or for a method without target vectors. Further errors are those of `prepare` and of the method's solver or training.
+                of another number of them, or for a method without target vectors. Further errors are those of
+                `prepare` and of the method's solver or training.
         """
         check_batch(requests)
         self.check_subjects(requests)
