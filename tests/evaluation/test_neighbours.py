@@ -6,14 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from baselines import TOK, edit, settings
+from baselines import TOK
 from tiny import assert_same_state, requests, state_of, tiny_model, tiny_tokenizer
 
-from easyedit_moe.evaluation.metrics import evaluate
+from easyedit_moe import load_model
+from easyedit_moe.evaluation.metrics import Score, evaluate
 from easyedit_moe.evaluation.neighbours import ANSWER_TOKENS, answered
 from easyedit_moe.evaluation.portability import portability
 from easyedit_moe.evaluation.scoring import score_targets
-from easyedit_moe.facts.records import EvaluationRecord, Probe, ProbeGroup
+from easyedit_moe.facts.records import EvaluationRecord, Probe, ProbeGroup, load_records
 from easyedit_moe.facts.requests import parse_requests
 
 PROMPT = "Zoë lives in"
@@ -46,23 +47,27 @@ def test_the_answer_is_the_models_own(family: str) -> None:
 
 
 def test_a_model_that_says_nothing_leaves_the_prompt_unanswered() -> None:
-    class Silent(torch.nn.Linear):
+    class Silent(torch.nn.Module):
+        def get_input_embeddings(self) -> torch.nn.Module:
+            return torch.nn.Embedding(1, 1)
+
         def generate(self, input_ids: torch.Tensor, **options: object) -> torch.Tensor:
             return torch.cat([input_ids, torch.zeros(1, 1, dtype=torch.long)], dim=1)
 
-    (found,) = answered(Silent(1, 1), tiny_tokenizer(), [record()])
+    (found,) = answered(Silent(), tiny_tokenizer(), [record()])
     assert (found.unanswered, len(found.neighbours)) == ((PROMPT,), 1)
 
 
 def test_specificity_counts_what_changed() -> None:
-    model = tiny_model()
-    records = answered(model, TOK, [record(neighbours=())])
-    before = evaluate(model, TOK, records, "token_accuracy").specificity
-    (prompt, answer) = records[0].neighbours[0]
-    assert before.count == 1
-    assert before.mean == 100 * score_targets(model, TOK, [(prompt, answer)])[0].token_accuracy
-    edit(model, settings("MoE-FT", lr=0.1, num_steps=5), requests(3))
-    assert evaluate(model, TOK, records, "token_accuracy").specificity.mean < before.mean
+    model, tok = load_model("factworld", "float32")
+    given = load_records("factworld").records[0]
+    prompts = tuple(prompt for prompt, _ in given.neighbours)
+    records = answered(model, tok, [replace(given, neighbours=(), unanswered=prompts)])
+    assert evaluate(model, tok, records, "token_accuracy").specificity == Score(100.0, 0.0, 1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    assert evaluate(model, tok, records, "token_accuracy").specificity.mean < 60
 
 
 def test_portability_counts_the_best_answer() -> None:
