@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.editors import Editor, EditResult, Patch, make_editor
-from easyedit_moe.errors import RequestError
+from easyedit_moe.errors import PatchError, RequestError
 from easyedit_moe.evaluation.answers import AnswerScorer
 from easyedit_moe.evaluation.scoring import TargetScore, score_targets
 from easyedit_moe.facts.easyedit_requests import HostRequest, checked_batches, prompts_of, requests_from_columns
@@ -89,6 +89,7 @@ class EditCalls(ABC):
         hparams: of the method; changes take effect with the next call.
         model, tok: edited in place.
         memory: what the method wants to know of earlier sequential edits.
+        parent: id of the newest patch of those, which the next patch names as the one it was made on.
         editor: does the edits; keeps what was prepared between calls.
     """
 
@@ -102,6 +103,7 @@ class EditCalls(ABC):
     model: nn.Module
     tok: PreTrainedTokenizerBase
     memory: Any = None
+    parent: str | None = None
     editor: Editor | None = None
 
     @abstractmethod
@@ -210,7 +212,9 @@ class EditCalls(ABC):
         return metrics, self.model, weights
 
     def _edit(self, batch: Sequence[HostRequest]) -> EditResult:
-        return self._current_editor().edit(self.model, self.tok, [request.fact for request in batch], self.memory)
+        result = self._current_editor().edit(self.model, self.tok, [request.fact for request in batch], self.memory)
+        result.patch.parent = self.parent
+        return result
 
     def _current_editor(self) -> Editor:
         settings = replace(self.hparams)  # checked anew, since fields can be set after reading
@@ -219,11 +223,15 @@ class EditCalls(ABC):
         return self.editor
 
     def _settle(self, result: EditResult, kept: bool) -> None:
-        """Keep an edit for the next sequential one, or take it back."""
+        """Keep an edit for the next sequential one, or take it back: if it can't be, what it wrote is undone first."""
         if kept:
-            self.memory = result.memory
-        else:
+            self.memory, self.parent = result.memory, result.patch.id
+            return
+        try:
             result.patch.revert(self.model)
+        except PatchError:
+            result.patch.restore(self.model)
+            raise
 
     def _scope(self) -> AbstractContextManager[Any]:
         """What a run needs around it."""
@@ -296,6 +304,7 @@ class MoEEditor(EditCalls):
         self.patches[-1].revert(self.model)
         self.patches.pop()
         self.memory = self._memories.pop()
+        self.parent = self.patches[-1].id if self.patches else None
 
     def _settle(self, result: EditResult, kept: bool) -> None:
         if kept:

@@ -69,6 +69,10 @@ class PatchError(EditingError, ValueError):
     """A patch that does not fit the model, or a file that is not a patch."""
 
 
+class AlreadyAppliedError(PatchError):
+    """A patch that is applied to a model which holds its edit already; nothing was written."""
+
+
 class AdapterError(PatchError):
     """An adapter that does not fit the model, inputs it can't work on, or files that are no adapter."""
 

@@ -16,6 +16,9 @@ from easyedit_moe import editor as editor_module
 from easyedit_moe.editor import MoEEditor
 from easyedit_moe.errors import DataError, EditingWarning, HyperParamsError, PatchError, RequestError
 from easyedit_moe.facts.requests import EditRequest
+from easyedit_moe.moe.layers import MoELayerView
+from easyedit_moe.patches.files import load_patch
+from easyedit_moe.patches.merging import merge
 
 TOK = tiny_tokenizer()
 FACTS = requests(4)
@@ -209,6 +212,65 @@ def test_undo_refuses_what_something_else_changed(make: Any) -> None:
     assert len(editor.patches) == 1
     with torch.no_grad():
         editor.model.model.layers[1].mlp.experts.down_proj.copy_(tiny_model().model.layers[1].mlp.experts.down_proj)
+
+
+def test_sequential_edits_name_the_patch_they_were_made_on(make: Any, tmp_path: Path) -> None:
+    editor = make()
+    editor.edit_requests(FACTS[:3], sequential_edit=True, verbose=False)
+    first, second, third = editor.patches
+    assert [patch.parent for patch in editor.patches] == [None, first.id, second.id]
+    editor.undo()
+    editor.edit_requests(FACTS[3:], verbose=False)  # a trial is no parent
+    editor.edit_requests(FACTS[3:], sequential_edit=True, verbose=False)
+    assert editor.patches[-1].parent == second.id != third.id
+    for i, patch in enumerate(editor.patches):
+        patch.save(tmp_path / f"{i}.safetensors")
+    parts = [load_patch(tmp_path / f"{i}.safetensors") for i in range(3)]
+    model = tiny_model()
+    with pytest.raises(PatchError, match=second.id):
+        parts[2].apply(model)
+    merge(parts).apply(model)
+    assert_same_state(state_of(editor.model), state_of(model))
+    for _ in range(3):
+        editor.undo()
+    assert editor.parent is None
+    editor.edit_requests(FACTS[:1], sequential_edit=True, verbose=False)
+    assert editor.patches[0].parent is None
+
+
+def test_an_edit_that_cannot_be_reverted_is_taken_back_before_the_complaint(make: Any, monkeypatch: Any) -> None:
+    editor = make()
+    before = state_of(editor.model)
+
+    class Meddling:
+        def before(self, batch: Any) -> list[Any]:
+            return [None for _ in batch]
+
+        def measured(self, before: Any) -> None:
+            pass
+
+        def after(self, number: int, batch: Any) -> list[Any]:
+            name = "model.layers.1.mlp.experts.down_proj"
+            with torch.no_grad():
+                editor.model.get_parameter(name).mul_(2)
+            return [None for _ in batch]
+
+        def entry(self, request: Any, before: Any, after: Any) -> dict[str, Any]:
+            return {}
+
+    monkeypatch.setattr(editor, "scorer", lambda **options: Meddling())
+    with pytest.raises(PatchError, match="was changed after"):
+        editor.edit_requests(FACTS[:1], verbose=False)
+    written = {name for name, p in editor.model.named_parameters() if not torch.equal(p, before["parameters"][name])}
+    now = state_of(editor.model)["parameters"]
+    # The experts of the edit have their originals again; others are as the meddler left them.
+    view, start = MoELayerView(editor.model), before["parameters"]["model.layers.1.mlp.experts.down_proj"]
+    restored = [e for e in range(8) if torch.equal(view.layers[1].experts.read(e), start[e])]
+    assert restored
+    assert written == {"model.layers.1.mlp.experts.down_proj"}
+    others = [e for e in range(8) if e not in restored]
+    assert torch.equal(now["model.layers.1.mlp.experts.down_proj"][others], 2 * start[others])
+    assert editor.patches == []
 
 
 def test_batches(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:

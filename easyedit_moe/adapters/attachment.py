@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from easyedit_moe.adapters.base_saving import BaseSaving
 from easyedit_moe.adapters.moe_adapter import MoEAdapter, base_fingerprint
 from easyedit_moe.errors import AdapterError, LayerError
 from easyedit_moe.facts.anchors import NO_ANCHOR, SubjectMatcher
@@ -85,6 +86,7 @@ def attach(model: nn.Module, tok: PreTrainedTokenizerBase, adapter: MoEAdapter) 
         handles.append(module.register_forward_pre_hook(attachment.open, with_kwargs=True))
         handles.append(module.register_forward_hook(attachment.close, with_kwargs=True, always_call=True))
     attachment.handles = handles
+    attachment.saving = BaseSaving.put_on(model)
     return adapter
 
 
@@ -99,6 +101,8 @@ def detach(model: nn.Module) -> MoEAdapter:
         raise AdapterError("The model has no adapter to detach.")
     for handle in adapter.attachment.handles:
         handle.remove()
+    if adapter.attachment.saving is not None:
+        adapter.attachment.saving.take_off(model)
     del find_ffn(model, adapter.config.layer)._modules[SUBMODULE]
     adapter.attachment = adapter.matcher = None
     return adapter
@@ -136,6 +140,7 @@ class _Attachment:
         self.anchors: Tensor | None = None
         self.opener: nn.Module | None = None
         self.history: _History | None = None
+        self.saving: BaseSaving | None = None
 
     def open(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Find the anchor of every token that comes in."""

@@ -22,11 +22,16 @@ from easyedit_moe.errors import AdapterError
 from easyedit_moe.facts.anchors import SubjectMatcher
 from easyedit_moe.hparams.memoe import WITHOUT_ANCHOR
 from easyedit_moe.storage.files import replacing
-from easyedit_moe.storage.tensors import read_safetensors, write_safetensors
+from easyedit_moe.storage.tensors import digest, read_metadata, read_safetensors, write_safetensors
 
 SCHEMA = 1
 WEIGHTS_FILE = "adapter.safetensors"
 CONFIG_FILE = "adapter.json"
+SUFFIX = ".safetensors"
+ADAPTER_FILE = "memoe_adapter.safetensors"
+"""The adapter's file beside a checkpoint."""
+KIND = "memoe-adapter"
+ADVICE = "save the adapter anew"
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,8 @@ class MoEAdapter(nn.Module):
     adapter.
     """
 
+    is_adapter = True
+    """Its parameters are not the model's own; see `easyedit_moe.moe.wrappers`."""
     anchors: Tensor
 
     def __init__(self, config: AdapterConfig, seed: int = 0) -> None:
@@ -202,49 +209,65 @@ class MoEAdapter(nn.Module):
 
     # ------------------------------------------------------------ files
 
-    def save(self, folder: str | Path) -> None:
-        """Write ``adapter.safetensors`` and ``adapter.json`` (shape, subjects, facts) into ``folder``.
+    def save(self, path: str | Path) -> None:
+        """Write the adapter: one file where ``path`` ends in .safetensors, otherwise a folder.
+
+        The file holds the tensors, and in its metadata shape, subjects and facts; the folder has them as
+        ``adapter.safetensors`` and ``adapter.json``.
 
         Raises:
-            AdapterError: the folder holds an adapter of another model; nothing is written then.
+            AdapterError: an adapter of another model is there; nothing is written then.
         """
-        folder = Path(folder)
-        if (folder / CONFIG_FILE).exists():
-            found = _read_config(folder)["config"]["fingerprint"]
-            if found != self.config.fingerprint:
-                raise AdapterError(
-                    f"{folder} holds an adapter of another model (fingerprint {found[:16]}, this one's is "
-                    f"{self.config.fingerprint[:16]}). Save to another folder."
-                )
-        elif folder.exists() and not folder.is_dir():
-            raise AdapterError(f"{folder} is a file; an adapter is saved as a folder.")
-        tensors = dict([*self.named_parameters(), *self.named_buffers()])
-        content = {
-            "schema": SCHEMA,
-            "kind": "memoe-adapter",
-            "config": asdict(self.config),
-            "edits": self.edits,
-            "subjects": list(self.subjects),
-            "facts": [asdict(fact) for fact in self.facts],
-        }
+        path = Path(path)
+        self.check_place(path)
+        tensors, content = dict([*self.named_parameters(), *self.named_buffers()]), self._content()
+        if path.suffix == SUFFIX:
+            write_safetensors(path, tensors, content)
+            return
         # Of two files, the second may be missing after a crash: the tensors name the configuration they belong to.
-        metadata = {"kind": "memoe-adapter", "belongs_to": _digest(content)}
-        write_safetensors(folder / WEIGHTS_FILE, tensors, metadata)
-        with replacing(folder / CONFIG_FILE) as partial:
+        write_safetensors(path / WEIGHTS_FILE, tensors, {"kind": KIND, "belongs_to": digest(content)})
+        with replacing(path / CONFIG_FILE) as partial:
             partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
+    def check_place(self, path: Path) -> None:
+        """Refuse a place that can't take this adapter; see `save`.
+
+        Raises:
+            AdapterError: an adapter of another model is there, or a file where a folder should be.
+        """
+        one_file = path.suffix == SUFFIX
+        if path.exists() and path.is_dir() == one_file:
+            raise AdapterError(
+                f"{path} is a {'folder' if one_file else 'file'}; an adapter is saved as a folder, or as a file that "
+                f"ends in {SUFFIX}."
+            )
+        if not (path if one_file else path / CONFIG_FILE).exists():
+            return
+        found = (_content_of_file(path) if one_file else _content_of_folder(path))["config"]["fingerprint"]
+        if found != self.config.fingerprint:
+            raise AdapterError(
+                f"{path} holds an adapter of another model (fingerprint {found[:16]}, this one's is "
+                f"{self.config.fingerprint[:16]}). Save to another place."
+            )
+
     @staticmethod
-    def load(folder: str | Path) -> MoEAdapter:
-        """Read a saved adapter; it is not attached yet.
+    def load(path: str | Path) -> MoEAdapter:
+        """Read a saved adapter, of one file, a folder, or beside a checkpoint; it is not attached yet.
 
         Raises:
             AdapterError: missing, truncated or corrupt files, or two that do not belong together.
         """
-        folder = Path(folder)
-        content = _read_config(folder)
-        tensors, metadata = read_safetensors(folder / WEIGHTS_FILE, AdapterError, "save the adapter anew")
-        if metadata.get("belongs_to") != _digest(content):
-            raise AdapterError(f"{WEIGHTS_FILE} and {CONFIG_FILE} in {folder} do not belong together; save anew.")
+        path = Path(path)
+        if (path / ADAPTER_FILE).is_file() and not (path / CONFIG_FILE).is_file():
+            path = path / ADAPTER_FILE
+        if path.suffix == SUFFIX and not path.is_dir():
+            content = _content_of_file(path)
+            tensors, _ = read_safetensors(path, AdapterError, ADVICE)
+        else:
+            content = _content_of_folder(path)
+            tensors, metadata = read_safetensors(path / WEIGHTS_FILE, AdapterError, ADVICE)
+            if metadata.get("belongs_to") != digest(content):
+                raise AdapterError(f"{WEIGHTS_FILE} and {CONFIG_FILE} in {path} do not belong together; save anew.")
         adapter = MoEAdapter(AdapterConfig(**content["config"]))
         adapter.to(tensors["first"].dtype)
         adapter.anchors = torch.zeros_like(tensors["anchors"])
@@ -253,6 +276,22 @@ class MoEAdapter(nn.Module):
         adapter.facts = tuple(Fact(**fact) for fact in content["facts"])
         adapter.edits = content["edits"]
         return adapter.requires_grad_(False).eval()
+
+    @property
+    def id(self) -> str:
+        """16 hexadecimal digits of shape, base, subjects and facts, and of how many batches were learnt."""
+        return digest(self._content())[:16]
+
+    def _content(self) -> dict[str, Any]:
+        """Everything but the tensors, as JSON."""
+        return {
+            "schema": SCHEMA,
+            "kind": KIND,
+            "config": asdict(self.config),
+            "edits": self.edits,
+            "subjects": list(self.subjects),
+            "facts": [asdict(fact) for fact in self.facts],
+        }
 
 
 @contextmanager
@@ -292,20 +331,29 @@ def base_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _content_of_folder(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise AdapterError(f"{folder} holds no adapter: {CONFIG_FILE} does not exist.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        known = content["kind"] == "memoe-adapter" and content["schema"] == SCHEMA
+    except ValueError as error:
+        raise AdapterError(f"{path} is no adapter of schema {SCHEMA} ({error}); {ADVICE}.") from error
+    return _checked(path, content)
+
+
+def _content_of_file(path: Path) -> dict[str, Any]:
+    return _checked(path, read_metadata(path, AdapterError, ADVICE))
+
+
+def _checked(path: Path, content: Any) -> dict[str, Any]:
+    """What an adapter's file says of it; AdapterError where that is something else."""
+    try:
+        known = content["kind"] == KIND and content["schema"] == SCHEMA
         names = {f.name for f in fields(AdapterConfig)}
         if not known or set(content["config"]) != names or not {"subjects", "facts", "edits"} <= set(content):
             raise ValueError("unknown content")
     except (ValueError, KeyError, TypeError) as error:
-        raise AdapterError(f"{path} is no adapter of schema {SCHEMA} ({error}); save the adapter anew.") from error
-    return content
-
-
-def _digest(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        raise AdapterError(f"{path} is no adapter of schema {SCHEMA} ({error}); {ADVICE}.") from error
+    found: dict[str, Any] = content
+    return found

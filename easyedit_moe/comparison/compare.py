@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -202,5 +202,6 @@ def _restored(model: nn.Module, patches: list[Patch]) -> Iterator[None]:
     try:
         yield
     finally:
-        for patch in reversed(patches):
-            patch.restore(model)
+        with ExitStack() as stack:  # the newest first, and each whatever another raises
+            for patch in patches:
+                stack.callback(patch.restore, model)

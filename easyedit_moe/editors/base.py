@@ -19,9 +19,24 @@ from easyedit_moe.moe.layers import MoELayerView
 
 
 class Patch(Protocol):
-    """What an edit did to a model, as a value."""
+    """What an edit did to a model, as a value.
+
+    Attributes:
+        reports: what each write did.
+        parent: ``id`` of the patch that lay on the model when this one was made.
+        warnings: what was warned while it was made.
+        metadata: provenance, as JSON.
+    """
 
     reports: list[Any]
+    parent: str | None
+    warnings: list[str]
+    metadata: dict[str, Any]
+
+    @property
+    def id(self) -> str:
+        """16 hexadecimal digits that tell one patch from another."""
+        ...
 
     def revert(self, model: nn.Module) -> None:
         """Undo the edit bit-exactly; PatchError where the model was changed by something else since."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from easyedit_moe.adapters.attachment import add_subjects, attach, detach, find_adapter, find_ffn
 from easyedit_moe.adapters.moe_adapter import AdapterConfig, Fact, MoEAdapter, base_fingerprint
 from easyedit_moe.adapters.training import check_facts, train_adapter
-from easyedit_moe.editors.base import Editor, EditResult
+from easyedit_moe.editors.base import Editor, EditResult, provenance
 from easyedit_moe.editors.planner import MemoryPlan, Stage, Workload, activations, outline_of
 from easyedit_moe.editors.training_planner import PROMPT_TOKENS, TARGET_TOKENS, Trained, train_stage
 from easyedit_moe.errors import AdapterError, HyperParamsError
@@ -23,11 +23,15 @@ from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.hparams import MEMoEHyperParams
 from easyedit_moe.measure import Stopwatch
 from easyedit_moe.moe.config import text_config
+from easyedit_moe.patches.checks import versions
 
 
 class Undo(dict[str, Tensor]):
-    """What an adapter hands to a host that keeps original weights: an empty dict, since no weight was changed, and a
-    callable that undoes the edit.
+    """What an adapter hands to a host that keeps original weights, of which there are none: an empty dict that undoes
+    the edit when the host restores by it.
+
+    Some of a host's loops call it, others go through ``items()`` to copy each into the model: both undo the edit, once.
+    Whatever else one does with it, such as to compare or copy it, leaves the edit alone.
     """
 
     def __init__(self, restore: Callable[[], None]) -> None:
@@ -38,6 +42,11 @@ class Undo(dict[str, Tensor]):
         """Undo the edit."""
         self.restore()
 
+    def items(self) -> Any:
+        """Undo the edit; no items."""
+        self.restore()
+        return super().items()
+
 
 class AdapterPatch:
     """One batch of edits in an attached adapter; undoing it detaches the adapter, or returns it to the batch before.
@@ -46,13 +55,21 @@ class AdapterPatch:
         adapter: the attached adapter.
         before: the adapter's state before this batch; None where this batch attached it.
         reports: empty, as no weight of the model was written.
+        id: of the adapter's shape and all its facts, this batch's included.
+        parent, warnings, metadata: as of other patches.
     """
 
-    def __init__(self, adapter: MoEAdapter, before: dict[str, Any] | None) -> None:
+    def __init__(
+        self, adapter: MoEAdapter, before: dict[str, Any] | None, metadata: Mapping[str, Any] | None = None
+    ) -> None:
         self.adapter, self.before = adapter, before
         self.edits = adapter.edits
         self.applied = True
         self.reports: list[Any] = []
+        self.id = adapter.id
+        self.parent: str | None = None
+        self.warnings: list[str] = []
+        self.metadata: dict[str, Any] = {**(metadata or {}), "versions": versions()}
 
     def revert(self, model: nn.Module) -> None:
         """Undo this batch; the base was never changed, and computes bit-equally again once no adapter is left.
@@ -80,11 +97,11 @@ class AdapterPatch:
         self.applied = False
 
     def weights_copy(self, model: nn.Module) -> Undo:
-        """An empty dict that can be called to undo the edit: there are no original weights."""
+        """An empty dict that undoes the edit when it, or its ``items``, is called: there are no original weights."""
         return Undo(lambda: self.restore(model))
 
     def save(self, path: str | Path) -> None:
-        """Write the adapter, with all its batches, into the folder ``path``; see `MoEAdapter.save`."""
+        """Write the adapter, with all its batches, to a folder or a .safetensors file; see `MoEAdapter.save`."""
         self.adapter.save(path)
 
 
@@ -173,7 +190,8 @@ class MEMoEEditor(Editor):
             raise
         finally:
             adapter.generator = None
-        return EditResult(AdapterPatch(adapter, before), watch.seconds, None, [], [report])
+        patch = AdapterPatch(adapter, before, provenance(self.hparams, requests))
+        return EditResult(patch, watch.seconds, None, [], [report])
 
     def _config(self, model: nn.Module) -> AdapterConfig:
         hp = self.hparams

@@ -19,7 +19,7 @@ from easyedit_moe.errors import DenseModelError, HyperParamsError, LayoutError
 from easyedit_moe.hparams import MoTEHyperParams, SolverHyperParams
 from easyedit_moe.moe.config import text_config
 from easyedit_moe.moe.layers import MoELayerView
-from easyedit_moe.patches.weights import tile_size
+from easyedit_moe.patches.groups import tile_size
 
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k", "moe_top_k")
 

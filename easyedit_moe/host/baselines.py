@@ -39,6 +39,8 @@ from easyedit_moe.moe.fingerprint import model_fingerprint
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.statistics.cache import statistics_folder
 from easyedit_moe.statistics.corpus import corpus_hash, load_texts
+from easyedit_moe.storage.checksums import checksum
+from easyedit_moe.storage.tensors import digest
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,14 @@ class HostPatch:
     originals: dict[str, Tensor]
     state: _ModelState | None = None
     reports: list[Any] = field(default_factory=list)
+    parent: str | None = None
+    warnings: list[str] = field(default_factory=list)
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        """Of what it would put back, which is all that is known of an edit by EasyEdit."""
+        return digest({name: checksum(original) for name, original in self.originals.items()})[:16]
 
     def restore(self, model: nn.Module) -> None:
         """Put the originals back, and take off what the method left on the model; nothing the second time."""

@@ -68,7 +68,7 @@ class HostEditor(EditCalls, host.BaseEditor):
 
     def forget_edits(self) -> None:
         """Drop the keys of earlier sequential edits, after their weights were restored by hand."""
-        self.memory = None
+        self.memory = self.parent = None
 
     def _apply(
         self,

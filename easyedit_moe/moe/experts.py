@@ -284,6 +284,11 @@ def _find_modulelist(module: nn.ModuleList, name: str, without_weights: bool) ->
             f"{name}: experts of class {type(module[0]).__name__} have no down-projection named "
             f"{' or '.join(_DOWN_NAMES)}; this layout is unknown. Please report the model's class."
         )
+    if hasattr(down, "base_layer"):
+        raise LayoutError(
+            f"{name}: the down-projections carry an adapter ({type(down).__name__}). Take it off (unload() in PEFT) or "
+            "merge it (merge_and_unload()) first."
+        )
     if not isinstance(down, nn.Linear) or _is_quantized(down.weight):
         dtype = getattr(getattr(down, "weight", None), "dtype", "unknown")
         raise QuantizedExpertsError(

@@ -1,28 +1,95 @@
-"""What tells one model from another, edits left out."""
+"""What tells one model from another: with edits left out, and with them."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 
-from easyedit_moe.moe.layers import MoELayerView
+from torch import Tensor, nn
+
+from easyedit_moe.moe.layers import MoELayer, MoELayerView
+from easyedit_moe.moe.wrappers import own_parameters, plain_model, plain_name
+from easyedit_moe.storage.checksums import checksum, checksums
 
 _SAMPLES_PER_PARAMETER = 1024
 
 
-def model_fingerprint(view: MoELayerView, without: Iterable[str] = ()) -> str:
+def model_fingerprint(
+    view: MoELayerView, without: Iterable[str] = (), instead: Mapping[nn.Parameter, Tensor] | None = None
+) -> str:
     """SHA-256 over class, shapes, dtypes and a strided sample of every parameter except the down-projections.
 
     What an edit writes is left out, so that the fingerprint is that of the unedited model before and after it; where
-    that is more than down-projections, ``without`` names the other parameters.
+    that is more than down-projections, ``without`` names the other parameters, or ``instead`` has what they held.
     """
-    skip = {name for moe in view.layers.values() for name in moe.parameter_names()} | set(without)
-    state = hashlib.sha256(type(view.model).__name__.encode())
-    for name, parameter in view.model.named_parameters():
+    return _fingerprint(view, type(view.model), view.model.named_parameters(), without, instead or {})
+
+
+def plain_fingerprint(view: MoELayerView, without: Iterable[str] = ()) -> str:
+    """The `model_fingerprint` of the model without the adapters and wrappers around it; ``without`` are plain names."""
+    names: dict[nn.Parameter, str] = {}
+    for name, parameter in own_parameters(view.model).items():
+        names.setdefault(parameter, name)
+    own = ((name, parameter) for parameter, name in names.items())
+    return _fingerprint(view, type(plain_model(view.model)), own, without, {})
+
+
+def _fingerprint(
+    view: MoELayerView,
+    kind: type,
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    without: Iterable[str],
+    instead: Mapping[nn.Parameter, Tensor],
+) -> str:
+    skip = {parameter for moe in view.layers.values() for _, parameter in moe.experts.parameters()}
+    own = own_parameters(view.model)  # under every name that a shared parameter has
+    skip |= {own[name] for name in map(plain_name, without) if name in own}
+    state = hashlib.sha256(kind.__name__.encode())
+    for name, parameter in parameters:
         state.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-        if name in skip or parameter.is_meta:
+        if parameter in skip or parameter.is_meta:
             continue
-        flat = parameter.detach().reshape(-1)
+        flat = instead.get(parameter, parameter).detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // _SAMPLES_PER_PARAMETER)]
         state.update(sample.float().cpu().numpy().tobytes())
     return state.hexdigest()
+
+
+def down_checksums(
+    view: MoELayerView, instead: Mapping[nn.Parameter, Tensor] | None = None
+) -> dict[int, dict[int, int]]:
+    """Layer -> expert -> `checksum` of every down-projection ``[d, h]``; layers on the meta device are left out.
+
+    ``instead`` has what parameters held before.
+    """
+    found = {}
+    for layer, moe in view.layers.items():
+        if not any(parameter.is_meta for _, parameter in moe.experts.parameters()):
+            found[layer] = _layer_checksums(moe, instead or {})
+    return found
+
+
+def weights_fingerprint(view: MoELayerView) -> str:
+    """As `model_fingerprint`, of the weights as they are now: with every bit of every down-projection."""
+    return joined_fingerprint(model_fingerprint(view), down_checksums(view))
+
+
+def joined_fingerprint(fingerprint: str, down: Mapping[int, Mapping[int, int]]) -> str:
+    """The `weights_fingerprint` of a model with this `model_fingerprint` and these `down_checksums`."""
+    table = [[layer, sorted(experts.items())] for layer, experts in sorted(down.items())]
+    return hashlib.sha256(f"{fingerprint}{json.dumps(table)}".encode()).hexdigest()
+
+
+def _layer_checksums(moe: MoELayer, instead: Mapping[nn.Parameter, Tensor]) -> dict[int, int]:
+    layout = moe.experts.layout
+    if layout.storage == "packed" and not layout.transposed:
+        _, parameter = moe.experts.parameters_of(0)
+        return dict(enumerate(checksums(instead.get(parameter, parameter))))
+    found = {}
+    for expert in range(layout.num_experts):
+        _, parameter = moe.experts.parameters_of(expert)
+        weight = instead.get(parameter, parameter).detach()
+        weight = weight[expert] if weight.dim() == 3 else weight
+        found[expert] = checksum(weight.mT if layout.transposed else weight)
+    return found

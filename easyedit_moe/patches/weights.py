@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import warnings as warning
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +15,30 @@ import torch
 from torch import Tensor, nn
 
 from easyedit_moe.algebra.routed_keys import FactoredUpdate
-from easyedit_moe.errors import NumericalError, PatchError
+from easyedit_moe.errors import EditingWarning, NumericalError, PatchError, offloaded
+from easyedit_moe.moe.fingerprint import down_checksums, joined_fingerprint
 from easyedit_moe.moe.layers import MoELayer, MoELayerView
-from easyedit_moe.patches.checks import SCHEMA, check_model, check_not_applied, read_patch, versions
+from easyedit_moe.moe.wrappers import plain_name
+from easyedit_moe.patches.checks import (
+    Base,
+    Compared,
+    check_edited,
+    check_model,
+    check_not_applied,
+    check_original,
+    check_unedited,
+    no_originals,
+    reader_of,
+    versions,
+)
+from easyedit_moe.patches.flips import flipped, flips_between
+from easyedit_moe.patches.groups import Scratch, groups_of, originals_of
+from easyedit_moe.patches.record import PatchRecord, check_id, read_patch, record_fields, split_by_number
 from easyedit_moe.storage.checksums import checksum
 from easyedit_moe.storage.tensors import write_safetensors
+
+Checksums = dict[int, dict[int, int]]
+"""Layer -> expert -> checksum of its down-projection ``[d, h]``."""
 
 
 @dataclass(frozen=True)
@@ -29,20 +50,78 @@ class WriteReport:
         rounding_loss: ``||applied - intended|| / ||intended||`` over the layer; what the parameter's dtype swallowed.
         update_norm: Frobenius norm of the intended update.
         experts: number of experts written.
+        update_squared: squared Frobenius norm of each expert's intended update.
+        weight_squared: squared Frobenius norm of each of those experts' down-projections before the write.
     """
 
     layer: int
     rounding_loss: float
     update_norm: float
     experts: int
+    update_squared: dict[int, float] = field(default_factory=dict)
+    weight_squared: dict[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StoredExperts:
+    """Where a layer's down-projections lie in a model, by name; so that files can be read without the model.
+
+    Attributes:
+        name: full name of the experts module, without wrappers.
+        parameter: name of the parameter within it; ``{expert}`` stands for the expert where each has its own.
+        transposed: stored as ``[h, d]`` rather than ``[d, h]``.
+        experts: how many experts the layer has.
+        dtype: of the parameter, such as "bfloat16".
+    """
+
+    name: str
+    parameter: str
+    transposed: bool
+    experts: int
+    dtype: str
+
+    @staticmethod
+    def of(moe: MoELayer) -> StoredExperts:
+        """As a model has them."""
+        layout, (name, parameter) = moe.experts.layout, moe.experts.parameters_of(0)
+        if layout.storage != "packed":
+            name = "{expert}" + name.removeprefix("0")
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        return StoredExperts(
+            plain_name(moe.experts_name), plain_name(name), layout.transposed, layout.num_experts, dtype
+        )
+
+    @property
+    def packed(self) -> bool:
+        """One parameter holds all experts, along its first dimension."""
+        return "{expert}" not in self.parameter
+
+    def parameter_of(self, expert: int) -> str:
+        """Full name of the parameter that holds an expert's down-projection."""
+        return f"{self.name}.{self.parameter.format(expert=expert)}"
+
+    def matrix(self, parameter: Tensor, expert: int) -> Tensor:
+        """``W_j [d, h]``, a view, in the parameter that `parameter_of` names."""
+        weight = parameter[expert] if self.packed else parameter
+        return weight.mT if self.transposed else weight
 
 
 @dataclass
-class WeightPatch:
+class WeightPatch(PatchRecord):
     """Factored updates in the order in which they were written, and the originals of what they overwrote.
 
-    ``steps`` hold float32 factors. ``originals`` (layer -> expert -> ``[d, h]`` in the parameter's dtype) exist only
-    in the process that wrote the patch; a loaded patch gets them when it is applied.
+    Attributes:
+        steps: layer and float32 factors of each write.
+        fingerprint: of the model, edits left out.
+        metadata: provenance: hparams, requests, versions.
+        reports: what each write did; of the last application where there was one.
+        originals: layer -> expert -> ``[d, h]`` in the parameter's dtype; only where the patch is applied.
+        written: checksums of what lies on the model; only where the patch is applied. They differ from ``after`` where
+            this machine rounds otherwise than the one that made the patch.
+        before, after: layer -> expert -> checksum of every down-projection that is written, at both ends.
+        stored: layer -> where its down-projections lie in the model.
+        flips: layer -> expert -> compressed xor of the bits before and after (`easyedit_moe.patches.flips`); empty
+            unless the patch was saved with originals.
     """
 
     steps: list[tuple[int, FactoredUpdate]]
@@ -50,49 +129,95 @@ class WeightPatch:
     metadata: dict[str, Any] = field(default_factory=dict)
     reports: list[WriteReport] = field(default_factory=list)
     originals: dict[int, dict[int, Tensor]] = field(default_factory=dict)
-    written: dict[int, dict[int, int]] = field(default_factory=dict)
+    written: Checksums = field(default_factory=dict)
+    before: Checksums = field(default_factory=dict)
+    after: Checksums = field(default_factory=dict)
+    stored: dict[int, StoredExperts] = field(default_factory=dict)
+    flips: dict[int, dict[int, Tensor]] = field(default_factory=dict)
+    _model: weakref.ref[nn.Module] | None = field(default=None, repr=False, compare=False)
 
     @property
     def layers(self) -> list[int]:
         """Layers that the patch touches."""
         return sorted({layer for layer, _ in self.steps})
 
+    @property
+    def names(self) -> dict[int, str]:
+        """Layer -> full name of its experts module."""
+        return {layer: stored.name for layer, stored in self.stored.items()}
+
+    @property
+    def dtypes(self) -> dict[int, str]:
+        """Layer -> dtype of its down-projections, such as "bfloat16"; checksums are of bits in it."""
+        return {layer: stored.dtype for layer, stored in self.stored.items()}
+
+    def content(self) -> dict[str, Any]:
+        """As `PatchRecord.content`."""
+        return {
+            "fingerprint": self.fingerprint,
+            "layers": [layer for layer, _ in self.steps],
+            "stored": {str(layer): vars(stored) for layer, stored in sorted(self.stored.items())},
+            "before": _as_json(self.before),
+            "after": _as_json(self.after),
+        }
+
     def apply(self, model: nn.Module) -> list[WriteReport]:
-        """Write a loaded (or reverted) patch: all layers or none; the same arithmetic as when it was made.
+        """Write a loaded (or reverted) patch: all layers or none.
+
+        With ``flips`` the bits are those that the patch was made with, on any machine. Without, the arithmetic is that
+        of the edit; where this machine rounds it otherwise, the result is kept, and an EditingWarning says so.
 
         Raises:
-            PatchError: already applied, or made for another model. NumericalError: non-finite result.
+            AlreadyAppliedError: the model holds this edit. PatchError: made for another model, or on weights that are
+                not there. NumericalError: non-finite result. LayerError, LayoutError: the model lacks the layers, or
+                has them offloaded.
         """
         check_not_applied(self.originals)
         view = MoELayerView(model)
-        check_model(view, self.fingerprint)
+        check_model(view, self.fingerprint, parent=self.parent)
+        for layer, update in self.steps:
+            self._check_fits(view, layer, update)
+        check_unedited(self._compared(view), self.parent)
         with writing(view) as writer:
-            for layer, update in self.steps:
-                self._check_fits(view, layer, update)
-                writer.write(layer, update)
-            self.originals, self.written, self.reports = writer.originals, writer.checksums(), writer.reports
+            if self.flips:
+                self._turn(writer)
+            else:
+                for layer, update in self.steps:
+                    writer.write(layer, update)
+                self.reports = writer.reports
+            written = writer.checksums()
+        self.originals, self.written, self._model = writer.originals, written, weakref.ref(model)
+        if written != self.after:
+            warning.warn(
+                "This machine rounds the patch otherwise than the one that made it, so some weights differ in their "
+                "last bit from the original edit. It can be reverted. A patch saved with keep_originals=True is exact "
+                "everywhere.",
+                EditingWarning,
+                stacklevel=2,
+            )
         return self.reports
 
-    def revert(self, model: nn.Module) -> None:
+    def revert(self, model: nn.Module, base: Base | None = None) -> None:
         """Put the originals back; every down-projection is then bit-equal to before the patch.
 
+        Args:
+            model: on which the patch lies.
+            base: where the originals are read from, for a patch that was applied by another process and holds none:
+                the unedited model, its state dict, or a function of a parameter's full name.
+
         Raises:
-            PatchError: not applied in this process, or the weights were changed since (revert later patches first).
+            PatchError: not applied, or the weights were changed since (revert later patches first), or the originals
+                are not at hand. Nothing is changed then.
         """
-        if not self.originals:
-            raise PatchError("This patch is not applied, so there is nothing to revert.")
         view = MoELayerView(model)
-        for layer, experts in self.written.items():
-            moe = view.layers.get(layer)
-            if moe is None or max(experts, default=0) >= moe.experts.layout.num_experts:
-                raise PatchError(f"This model lacks the experts that the patch wrote in layer {layer}.")
-            for expert, expected in experts.items():
-                if checksum(moe.experts.read(expert)) != expected:
-                    raise PatchError(
-                        f"Layer {layer}, expert {expert} was changed after this patch was written; revert the later "
-                        "patch first."
-                    )
-        restore(view, self.originals)
+        if self.originals:
+            check_edited(self._compared(view, self.written))
+            restore(view, self.originals)
+        else:
+            if not self.after:
+                raise PatchError("This patch is not applied, so there is nothing to revert.")
+            check_edited(self._compared(view))
+            restore(view, self._found_originals(view, base))
         self.originals, self.written = {}, {}
 
     def restore(self, model: nn.Module) -> None:
@@ -114,8 +239,16 @@ class WeightPatch:
                 target.copy_(original.T if moe.experts.layout.transposed else original)
         return full
 
-    def save(self, path: str | Path) -> None:
-        """Write factors and provenance to one safetensors file, atomically."""
+    def save(self, path: str | Path, keep_originals: bool = False) -> None:
+        """Write factors, checksums and provenance to one safetensors file, atomically.
+
+        With ``keep_originals`` the file also holds what turns the edited weights into the original ones and back, bit
+        for bit: the patch must then be applied, or have been loaded with it.
+
+        Raises:
+            PatchError: the originals are not at hand; no file is written.
+        """
+        flips = self._flips() if keep_originals else {}
         tensors: dict[str, Tensor] = {}
         for i, (_, update) in enumerate(self.steps):
             tensors[f"{i}.left"] = update.left.clone()  # two steps may share it, which safetensors refuses
@@ -123,56 +256,116 @@ class WeightPatch:
             tensors[f"{i}.sizes"] = torch.tensor([len(c) for c in update.columns])
             tensors[f"{i}.columns"] = torch.cat(update.columns)
             tensors[f"{i}.right"] = torch.cat(update.right, dim=1)
-        metadata = {
-            "schema": SCHEMA,
-            "kind": "patch",
-            "fingerprint": self.fingerprint,
-            "layers": [layer for layer, _ in self.steps],
-            "provenance": self.metadata,
-        }
-        write_safetensors(Path(path), tensors, metadata)
+        for layer, experts in flips.items():
+            tensors.update({f"flips.{layer}.{expert}": bits for expert, bits in experts.items()})
+        write_safetensors(Path(path), tensors, self.described("patch", self.reports, self.metadata, bool(flips)))
 
     @staticmethod
     def load(path: str | Path) -> WeightPatch:
-        """Read a saved patch; it is not applied yet.
+        """Read a saved patch; it holds no originals, but ``flips`` where it was saved with them.
 
         Raises:
             PatchError: missing, truncated or corrupt file, or not a patch.
         """
         tensors, metadata = read_patch(path, "patch", "patch")
         try:
-            steps = [(int(layer), _loaded_update(tensors, i)) for i, layer in enumerate(metadata["layers"])]
-            return WeightPatch(steps, metadata["fingerprint"], metadata["provenance"])
+            patch = WeightPatch(
+                steps=[(int(layer), _loaded_update(tensors, i)) for i, layer in enumerate(metadata["layers"])],
+                reports=[_loaded_report(report) for report in metadata["reports"]],
+                before=_from_json(metadata["before"]),
+                after=_from_json(metadata["after"]),
+                stored={n: StoredExperts(**s) for n, s in split_by_number(metadata["stored"]).items()},
+                **record_fields(metadata),
+            )
         except KeyError as error:
             raise PatchError(f"{path} is incomplete: it lacks {error}; save the patch anew.") from error
+        for name, bits in tensors.items():
+            if name.startswith("flips."):
+                _, layer, expert = name.split(".")
+                patch.flips.setdefault(int(layer), {})[int(expert)] = bits
+        check_id(path, patch, metadata)
+        return patch
 
     @staticmethod
     def concat(patches: list[WeightPatch]) -> WeightPatch:
-        """One patch for several that were written one after the other; reverting it undoes all of them.
+        """`easyedit_moe.patches.merging.merge`, for patches of this kind; of applied ones it is applied, too.
 
         Raises:
-            PatchError: no patch, patches of different models, or one that is not applied.
+            PatchError: see there.
         """
-        if not patches or len({p.fingerprint for p in patches}) != 1:
-            raise PatchError("concat needs at least one patch, all of the same model.")
-        if any(p.steps and not p.originals for p in patches):
-            raise PatchError("concat needs patches that are applied; a reverted one is among them.")
-        originals: dict[int, dict[int, Tensor]] = {}
-        written: dict[int, dict[int, int]] = {}
-        for patch in patches:
-            for layer, experts in patch.originals.items():
-                for expert, original in experts.items():
-                    originals.setdefault(layer, {}).setdefault(expert, original)
-            for layer, checksums in patch.written.items():
-                written.setdefault(layer, {}).update(checksums)
-        return WeightPatch(
-            [step for p in patches for step in p.steps],
-            patches[0].fingerprint,
-            {"parts": [p.metadata for p in patches]},
-            [report for p in patches for report in p.reports],
-            originals,
-            written,
-        )
+        from easyedit_moe.patches.merging import merge_weights
+
+        return merge_weights(patches)
+
+    def matrices(self) -> Iterator[tuple[int, int]]:
+        """Layer and expert of every down-projection that the patch writes."""
+        for layer, experts in self.before.items():
+            for expert in experts:
+                yield layer, expert
+
+    def _compared(self, view: MoELayerView, after: Checksums | None = None) -> list[Compared]:
+        """All matrices of the patch on a model, ``after`` being those of the application that is asked about."""
+        after = self.after if after is None else after
+        return [
+            Compared(
+                f"Layer {layer}, expert {expert}",
+                checksum(_matrix(view, layer, expert)),
+                self.before[layer][expert],
+                after[layer][expert],
+            )
+            for layer, expert in self.matrices()
+        ]
+
+    def _found_originals(self, view: MoELayerView, base: Base | None) -> dict[int, dict[int, Tensor]]:
+        """The originals, from the flips or from a base; checked."""
+        if not self.flips and base is None:
+            raise no_originals()
+        read = None if base is None or isinstance(base, nn.Module) else reader_of(base)
+        source = MoELayerView(base) if isinstance(base, nn.Module) else None
+        found: dict[int, dict[int, Tensor]] = {}
+        for layer, expert in self.matrices():
+            stored = self.stored[layer]
+            if source is not None:
+                original = _matrix(source, layer, expert)
+            elif read is not None:
+                original = stored.matrix(read(stored.parameter_of(expert)), expert)
+            else:
+                original = flipped(_matrix(view, layer, expert), self.flips[layer][expert])
+            check_original(f"Layer {layer}, expert {expert}", checksum(original), self.before[layer][expert])
+            found.setdefault(layer, {})[expert] = original
+        return found
+
+    def _turn(self, writer: PatchWriter) -> None:
+        """Apply by turning bits."""
+        for layer, experts in self.before.items():
+            writer.keep(layer, list(experts))
+            for expert, original in writer.originals[layer].items():
+                value = flipped(original, self.flips[layer][expert])
+                if checksum(value) != self.after[layer][expert]:
+                    raise PatchError(f"Layer {layer}, expert {expert}: the originals in this patch are damaged.")
+                writer.view.layers[layer].experts.read(expert).copy_(value)
+
+    def _flips(self) -> dict[int, dict[int, Tensor]]:
+        """The patch's flips, made from the model it lies on where it has none yet."""
+        if self.flips or not self.before:
+            return self.flips
+        model = self._model() if self._model is not None else None
+        if not self.originals or model is None:
+            raise PatchError(
+                "keep_originals needs a patch that is applied, or one that was loaded with its originals. Apply it "
+                "to the base first."
+            )
+        view = MoELayerView(model)
+        check_edited(self._compared(view, self.written))
+        if self.written != self.after:
+            raise PatchError(
+                "This machine rounds the patch otherwise than the one that made it, so its originals are not those of "
+                "the patch. Make the edit here, or save it with keep_originals=True where it was made."
+            )
+        return {
+            layer: {e: flips_between(original, _matrix(view, layer, e)) for e, original in experts.items()}
+            for layer, experts in self.originals.items()
+        }
 
     @staticmethod
     def _check_fits(view: MoELayerView, layer: int, update: FactoredUpdate) -> None:
@@ -194,6 +387,7 @@ class PatchWriter:
         self.originals: dict[int, dict[int, Tensor]] = {}
         self.steps: list[tuple[int, FactoredUpdate]] = []
         self.reports: list[WriteReport] = []
+        self._places: dict[tuple[torch.device, int], tuple[int, int]] = {}
 
     def write(self, layer: int, update: FactoredUpdate) -> WriteReport:
         """Add ``update`` to one layer: in float32, rounded once to the parameter's dtype.
@@ -210,22 +404,35 @@ class PatchWriter:
         update = update.to(device=device, dtype=torch.float32)
         if not update.is_finite():
             raise NumericalError(f"The update of layer {layer} holds NaN or infinity; nothing was kept of this edit.")
-        saved = self.originals.setdefault(layer, {})
-        lost = total = 0.0
-        scratch = _Scratch()
+        lost, scratch = 0.0, Scratch()
+        updates: dict[int, float] = {}
+        weights: dict[int, float] = {}
+        self.keep(layer, update.experts)
         with torch.no_grad():
-            saved.update(_originals(moe, [expert for expert in update.experts if expert not in saved]))
-            for group in _groups(moe, update):
-                lost, total = lost + group.add(moe, scratch), total + group.squared_norm()
+            for group in groups_of(moe, update):
+                updates.update(zip(group.experts, group.squared_norms(), strict=True))
+                weights.update(zip(group.experts, group.squared_weights(), strict=True))
+                lost += group.add(moe, scratch)
         self.steps.append((layer, update))
+        total = sum(updates.values())
         loss = (lost / total) ** 0.5 if total else 0.0
-        self.reports.append(WriteReport(layer, loss, total**0.5, len(update.experts)))
+        self.reports.append(WriteReport(layer, loss, total**0.5, len(update.experts), updates, weights))
         return self.reports[-1]
 
-    def checksums(self) -> dict[int, dict[int, int]]:
+    def keep(self, layer: int, experts: Sequence[int]) -> None:
+        """Remember experts as they are now, to be called before they change; a matrix that several share, once."""
+        moe, new = self.view.layers[layer], []
+        for expert in experts:
+            if self._places.setdefault(_place(moe, expert), (layer, expert)) == (layer, expert):
+                new.append(expert)
+        new = [expert for expert in new if expert not in self.originals.get(layer, {})]
+        with torch.no_grad():
+            self.originals.setdefault(layer, {}).update(originals_of(moe, new))
+
+    def checksums(self) -> Checksums:
         """Checksums of all written experts, by which a revert sees later changes."""
         return {
-            layer: {expert: checksum(self.view.layers[layer].experts.read(expert)) for expert in experts}
+            layer: {expert: checksum(_matrix(self.view, layer, expert)) for expert in experts}
             for layer, experts in self.originals.items()
         }
 
@@ -233,7 +440,31 @@ class PatchWriter:
         """The patch of everything written so far."""
         provenance = {**metadata, "versions": versions()}
         json.dumps(provenance)
-        return WeightPatch(self.steps, fingerprint, provenance, self.reports, self.originals, self.checksums())
+        before = {n: {e: checksum(w) for e, w in experts.items()} for n, experts in self.originals.items()}
+        after = self.checksums()
+        return WeightPatch(
+            steps=self.steps,
+            fingerprint=fingerprint,
+            metadata=provenance,
+            reports=self.reports,
+            originals=self.originals,
+            written=after,
+            before=before,
+            after=after,
+            stored={layer: StoredExperts.of(self.view.layers[layer]) for layer in self.originals},
+            base=joined_fingerprint(fingerprint, self._state(before)),
+            _model=weakref.ref(self.view.model),
+        )
+
+    def _state(self, before: Checksums) -> Checksums:
+        """Checksums of all down-projections as they were before the first write."""
+        state = down_checksums(self.view)
+        for layer, experts in state.items():
+            for expert in experts:
+                kept = self._places.get(_place(self.view.layers[layer], expert))
+                if kept is not None:
+                    experts[expert] = before[kept[0]][kept[1]]
+        return state
 
 
 @contextmanager
@@ -248,11 +479,41 @@ def writing(view: MoELayerView) -> Iterator[PatchWriter]:
 
 
 def restore(view: MoELayerView, originals: Mapping[int, Mapping[int, Tensor]]) -> None:
-    """Copy originals back, bit for bit."""
+    """Copy originals back, bit for bit.
+
+    Raises:
+        PatchError: the model lacks one of the matrices, or has it offloaded or in another shape; nothing is changed.
+    """
+    pairs = []
+    for layer, experts in originals.items():
+        for expert, original in experts.items():
+            weight = _matrix(view, layer, expert)
+            if weight.shape != original.shape or weight.dtype != original.dtype:
+                raise PatchError(
+                    f"Layer {layer}, expert {expert} is {tuple(weight.shape)} of {weight.dtype}; the original is "
+                    f"{tuple(original.shape)} of {original.dtype}."
+                )
+            pairs.append((weight, original))
     with torch.no_grad():
-        for layer, experts in originals.items():
-            for expert, original in experts.items():
-                view.layers[layer].experts.read(expert).copy_(original)
+        for weight, original in pairs:
+            weight.copy_(original)
+
+
+def _matrix(view: MoELayerView, layer: int, expert: int) -> Tensor:
+    """``W_j [d, h]`` of a model, a view on the parameter; PatchError where it is not there to be read or written."""
+    moe = view.layers.get(layer)
+    if moe is None or expert >= moe.experts.layout.num_experts:
+        raise PatchError(f"This model lacks the experts that the patch wrote in layer {layer}.")
+    weight = moe.experts.read(expert)
+    if weight.is_meta:
+        raise PatchError(str(offloaded(moe.experts_name)))
+    return weight
+
+
+def _place(moe: MoELayer, expert: int) -> tuple[torch.device, int]:
+    """Where an expert's matrix lies in memory: the same for layers or experts that share it."""
+    weight = moe.experts.read(expert)
+    return weight.device, weight.data_ptr()
 
 
 def _loaded_update(tensors: Mapping[str, Tensor], i: int) -> FactoredUpdate:
@@ -263,141 +524,14 @@ def _loaded_update(tensors: Mapping[str, Tensor], i: int) -> FactoredUpdate:
     return FactoredUpdate(tensors[f"{i}.left"], tuple(tensors[f"{i}.experts"].tolist()), columns, right)
 
 
-_TILE = {"cpu": 400_000}
-"""Numbers per tile of a write: on a CPU what its cache holds, elsewhere (`_LARGE_TILE`) enough to fill a GPU."""
-_LARGE_TILE = 2**26
+def _loaded_report(report: Mapping[str, Any]) -> WriteReport:
+    squared = {name: split_by_number(report[name]) for name in ("update_squared", "weight_squared")}
+    return WriteReport(**{**report, **squared})
 
 
-def tile_size(device: torch.device) -> int:
-    """Numbers in one tile of a write; up to three tiles in float32 are its working memory."""
-    return _TILE.get(device.type, _LARGE_TILE)
+def _as_json(checksums: Checksums) -> dict[str, dict[str, int]]:
+    return {str(n): {str(e): value for e, value in experts.items()} for n, experts in checksums.items()}
 
 
-class _Scratch:
-    """Working memory of a write, used again for each group: new memory is paged in more slowly than it is used."""
-
-    def __init__(self) -> None:
-        self._memory: Tensor | None = None
-        self._kind: Any = None
-
-    def take(self, like: Tensor, number: int, size: int) -> Tensor:
-        """``[number, size]`` of the dtype and device of ``like``, with any content."""
-        kind = (like.device, like.dtype)
-        if self._memory is None or self._memory.numel() < number * size or self._kind != kind:
-            self._memory, self._kind = like.new_empty(number * size), kind
-        return self._memory[: number * size].view(number, size)
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Neighbouring experts whose update is one batched product ``left @ right`` in the orientation of the storage.
-
-    Attributes:
-        experts: their indices.
-        weights: ``[c, rows, columns]``, a view on the parameter.
-        left, right: ``[c, rows, r]`` and ``[c, r, columns]``, padded with zeros to the largest rank r.
-        transposed: rows and columns are h and d rather than d and h.
-    """
-
-    experts: tuple[int, ...]
-    weights: Tensor
-    left: Tensor
-    right: Tensor
-    transposed: bool
-
-    def add(self, moe: MoELayer, scratch: _Scratch) -> float:
-        """Write the sum; squared norm of what rounding lost."""
-        dtype = torch.float64 if self.weights.dtype == torch.float64 else torch.float32
-        left, right = self.left.to(dtype), self.right.to(dtype)
-        count, rows, columns = self.weights.shape
-        step = max(1, tile_size(left.device) // (count * columns))
-        native = self.weights.dtype == dtype
-        buffers = scratch.take(left, 2 if native else 3, count * min(step, rows) * columns)
-        quick = not native and self._sum_is_exact()
-        lost = torch.zeros((), dtype=torch.float64, device=left.device)
-        for start in range(0, rows, step):
-            tile, part = self.weights[:, start : start + step], left[:, start : start + step]
-            first, second, *third = (buffer[: tile.numel()].view(tile.shape) for buffer in buffers)
-            first.copy_(tile)
-            # Conversions are copies of their own: mixed dtypes in one operation are slower on a CPU.
-            if quick:
-                tile.copy_(first.baddbmm_(part, right))
-                error = first.sub_(second.copy_(tile))
-            else:
-                torch.bmm(part, right, out=second)
-                if native:
-                    after = tile.add_(second)
-                else:
-                    after = torch.add(first, second, out=third[0])
-                    tile.copy_(after)
-                    after.copy_(tile)
-                error = first.sub_(after).add_(second)
-            lost += torch.linalg.vector_norm(error).to(torch.float64) ** 2
-        # A weight that is not finite leaves no finite loss, so the weights are only searched where that happens.
-        if not torch.isfinite(lost):
-            for expert, weight in zip(self.experts, self.weights, strict=True):
-                if not torch.isfinite(weight).all():
-                    raise NumericalError(
-                        f"Expert {expert} of layer {moe.index} would become NaN or infinite in {weight.dtype}; nothing "
-                        "was kept of this edit. Raise lambda_reg, or load the model in bfloat16 or float32."
-                    )
-        return float(lost)
-
-    def _sum_is_exact(self) -> bool:
-        """Whether the float32 sum's own error, about eps / 4 of a weight, is below a thousandth of the update."""
-        some = self.weights[0, :16].float()
-        weight = float(some.square().mean().sqrt())
-        update = (self.squared_norm() / self.weights.numel()) ** 0.5
-        return update > 250 * torch.finfo(torch.float32).eps * weight
-
-    def squared_norm(self) -> float:
-        """``||left @ right||^2`` from r x r Gram matrices."""
-        left, right = self.left.to(torch.float64), self.right.to(torch.float64)
-        return float(((left.mT @ left) * (right @ right.mT)).sum().clamp_min(0))
-
-
-def _originals(moe: MoELayer, experts: list[int]) -> dict[int, Tensor]:
-    """Copies of some experts' down-projections ``[d, h]``, in the orientation of the storage underneath.
-
-    One allocation holds them all: the memory of many small ones is paged in 4 KiB at a time, which takes longer than
-    the copying.
-    """
-    weights = [moe.experts.read(expert).detach() for expert in experts]
-    if moe.experts.layout.transposed:
-        weights = [weight.mT for weight in weights]
-    if len({weight.device for weight in weights}) > 1:
-        kept = [weight.clone() for weight in weights]
-    else:
-        kept = list(torch.stack(weights)) if weights else []
-    if moe.experts.layout.transposed:
-        kept = [weight.mT for weight in kept]
-    return dict(zip(experts, kept, strict=True))
-
-
-def _groups(moe: MoELayer, update: FactoredUpdate) -> Iterator[_Group]:
-    """The experts of an update in runs of neighbours, each small enough that its sum fits a tile where one can be."""
-    layout, experts = moe.experts.layout, update.experts
-    rank = max((len(columns) for columns in update.columns), default=0)
-    largest = max(layout.d_model * layout.d_hidden, rank * (layout.d_model + layout.d_hidden))
-    most = max(1, tile_size(update.left.device) // largest) if layout.storage == "packed" else 1
-    start = 0
-    while start < len(experts):
-        stop = start + 1
-        while stop < len(experts) and stop - start < most and experts[stop] == experts[stop - 1] + 1:
-            stop += 1
-        parameter = moe.experts.parameters_of(experts[start])[1].data
-        weights = parameter[experts[start] : experts[stop - 1] + 1] if parameter.dim() == 3 else parameter[None]
-        lefts = [update.left[:, columns] for columns in update.columns[start:stop]]
-        rights = list(update.right[start:stop])
-        if layout.transposed:
-            lefts, rights = rights, lefts
-        yield _Group(experts[start:stop], weights, _padded(lefts), _padded(rights).mT, layout.transposed)
-        start = stop
-
-
-def _padded(factors: list[Tensor]) -> Tensor:
-    """``[c, n, r]`` of factors ``[n, r_j]``, filled up with zero columns."""
-    if len(factors) == 1:
-        return factors[0][None]
-    rank = max(factor.shape[1] for factor in factors)
-    return torch.stack([torch.nn.functional.pad(factor, (0, rank - factor.shape[1])) for factor in factors])
+def _from_json(table: Mapping[str, Mapping[str, int]]) -> Checksums:
+    return {layer: split_by_number(experts) for layer, experts in split_by_number(table).items()}

@@ -1,4 +1,4 @@
-"""Checksums of weights, by which changes are seen; the same on every device."""
+"""Checksums of weights, by which changes are seen; the same on every device and however the weights are stored."""
 
 from __future__ import annotations
 
@@ -11,22 +11,34 @@ from torch import Tensor
 def checksum(weight: Tensor) -> int:
     """Sum modulo 2^64 of the bits, 64 at a time, each times an odd weight of its own: any one change is seen.
 
-    The weight of row i and column j of a table of R rows is ``(2 i + 1) + 2 R j``, so sums by row and by column do.
+    The bits are taken row by row of ``weight`` as it is indexed, so a view, a transposed view, a slice of a packed
+    parameter and a copy of it on another device have one checksum. The weight of row i and column j of a table of R
+    rows is ``(2 i + 1) + 2 R j``, so sums by row and by column do.
     """
-    if not weight.is_contiguous() and weight.mT.is_contiguous():
-        weight = weight.mT
-    flat = weight.contiguous().view(-1)
+    return checksums(weight[None])[0]
+
+
+def checksums(weights: Tensor) -> list[int]:
+    """`checksum` of each of ``weights [E, ...]``, in one pass.
+
+    A tensor that is not contiguous is copied; where that is too much at once, take a few of them at a time.
+    """
+    count = len(weights)
+    if not weights.numel():
+        return [0] * count
+    flat = weights.detach().contiguous().view(count, -1)
     width = 8 // flat.element_size()
-    if flat.numel() % width:
-        flat = torch.nn.functional.pad(flat, (0, width - flat.numel() % width))
-    words = flat.view(torch.int64)
-    if not len(words):
-        return 0
-    side = max(1, math.isqrt(len(words)))
-    whole = len(words) // side * side
-    table, rest = words[:whole].view(-1, side), words[whole:]
-    step = 2 * len(table)
+    if flat.shape[1] % width:
+        flat = torch.nn.functional.pad(flat, (0, width - flat.shape[1] % width))
+    # A slice of a parameter may begin anywhere, but 64 bits at a time are read from multiples of 64 bits.
+    words = (flat.clone() if flat.storage_offset() % width else flat).view(-1).view(torch.int64).view(count, -1)
+    number = words.shape[1]
+    side = max(1, math.isqrt(number))
+    whole = number // side * side
+    table, rest = words[:, :whole].unflatten(1, (-1, side)), words[:, whole:]
+    step = 2 * table.shape[1]
     odd = torch.arange(1, step, 2, device=words.device)
     even = torch.arange(side, device=words.device) * step
-    last = torch.arange(len(rest), device=words.device) * 2 + step * side + 1
-    return int((table.sum(1) * odd).sum() + (table.sum(0) * even).sum() + (rest * last).sum())
+    last = torch.arange(rest.shape[1], device=words.device) * 2 + step * side + 1
+    sums = (table.sum(2) * odd).sum(1) + (table.sum(1) * even).sum(1) + (rest * last).sum(1)
+    return [int(value) for value in sums.tolist()]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +52,30 @@ def read_safetensors(path: Path, error: type[Exception], advice: str) -> tuple[d
     Raises:
         ``error``: the file is missing, truncated, corrupt or not ours.
     """
+    with _opened(path, error, advice) as file:
+        return {name: file.get_tensor(name) for name in list(file.keys())}, _metadata(file)
+
+
+def read_metadata(path: Path, error: type[Exception], advice: str) -> dict[str, Any]:
+    """As `read_safetensors`, the metadata alone."""
+    with _opened(path, error, advice) as file:
+        return _metadata(file)
+
+
+@contextmanager
+def _opened(path: Path, error: type[Exception], advice: str) -> Iterator[Any]:
     if not path.is_file():
         raise error(f"{path} does not exist.")
     try:
         with safe_open(path, "pt") as file:
-            metadata = json.loads((file.metadata() or {})["easyedit_moe"])
-            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
+            yield file
     except (SafetensorError, ValueError, KeyError, OSError) as cause:
         raise error(f"{path} is truncated, corrupt or not of this package ({cause}); {advice}.") from cause
-    return tensors, metadata
+
+
+def _metadata(file: Any) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((file.metadata() or {})["easyedit_moe"])
+    return found
 
 
 def digest(value: Any) -> str:

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.comparison.settings import loading_settings
-from easyedit_moe.errors import DataError, HyperParamsError, PatchError
+from easyedit_moe.errors import DataError, HyperParamsError
 from easyedit_moe.evaluation import harness, metrics
 from easyedit_moe.evaluation.neighbours import answered
 from easyedit_moe.evaluation.portability import portability
@@ -23,10 +23,10 @@ from easyedit_moe.moe.fingerprint import model_fingerprint
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.moe.loading import load_model
 from easyedit_moe.patches.checks import versions
+from easyedit_moe.patches.files import load_patch
 from easyedit_moe.patches.tensors import TensorPatch
 from easyedit_moe.patches.weights import WeightPatch
 from easyedit_moe.statistics.corpus import corpus_hash
-from easyedit_moe.storage.tensors import read_safetensors
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ def evaluate(
         raise DataError("There is nothing to measure: give a file of records, tasks, or both.")
     found = load_records(data) if data is not None else None
     runner = harness.Harness(tasks, tasks_dir, limit, progress=progress) if tasks else None
-    loaded = [_load_patch(patch) if isinstance(patch, (str, Path)) else patch for patch in patches]
+    loaded = [load_patch(patch) if isinstance(patch, (str, Path)) else patch for patch in patches]
     settings = _loading(model, loaded, dtype, device) if isinstance(model, str) else {}
     net, tok = load_model(model, **settings) if isinstance(model, str) else model
     with _applied(net, loaded):
@@ -125,6 +125,7 @@ def evaluate(
         "model": model if isinstance(model, str) else getattr(net, "name_or_path", type(net).__name__),
         "model_fingerprint": model_fingerprint(MoELayerView(net)),
         "patches": [str(p) if isinstance(p, (str, Path)) else type(p).__name__ for p in patches],
+        "patch_ids": [patch.id for patch in loaded],
         **_about_records(data, found),
         **_about_tasks(tasks, tasks_dir, limit),
         **settings,
@@ -152,12 +153,6 @@ def _measures(
     with _applied(net, patches):
         after = scores()
     return tuple(Measure(*name, value, after[name]) for name, value in before.items())
-
-
-def _load_patch(path: str | Path) -> AnyPatch:
-    """A patch of either kind from its file."""
-    _, metadata = read_safetensors(Path(path), PatchError, "save the patch anew")
-    return TensorPatch.load(path) if metadata.get("kind") == "tensor patch" else WeightPatch.load(path)
 
 
 def _loading(model: str, patches: Sequence[AnyPatch], dtype: str, device: str) -> dict[str, Any]:

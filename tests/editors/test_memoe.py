@@ -373,6 +373,41 @@ def test_apply_to_model_as_easyedit_calls_it(corpus: Path) -> None:
     assert apply(model, TOK, facts, hparams(corpus), copy=True)[1] == {}
 
 
+def test_easyedits_loop_over_original_weights_restores(corpus: Path) -> None:
+    """Its editors copy each item of ``weights_copy`` into the model; there are none, so asking for them is the cue."""
+    model, facts = tiny_model(), requests(3)
+    before = state_of(model)
+    apply = easyedit_moe.apply_memoe_to_model
+    for fact in facts:
+        model, weights = apply(model, TOK, [fact], hparams(corpus), return_orig_weights=True)
+        assert find_adapter(model) is not None
+        assert (len(weights), list(weights), dict(weights), weights == {}) == (0, [], {}, True)
+        assert find_adapter(model) is not None  # to look at it is not to restore
+        with torch.no_grad():
+            for name, value in weights.items():
+                model.get_parameter(name)[...] = value
+        assert_same_state(before, state_of(model))
+    _, first = apply(model, TOK, facts[:1], hparams(corpus), return_orig_weights=True)
+    middle = {name: tensor.clone() for name, tensor in find_adapter(model).named_parameters()}
+    _, second = apply(model, TOK, facts[1:2], hparams(corpus), return_orig_weights=True)
+    assert list(second.items()) == []
+    now = dict(find_adapter(model).named_parameters())
+    assert all(torch.equal(now[name], tensor) for name, tensor in middle.items())
+    assert list(first.items()) == list(first.items()) == []
+    assert_same_state(before, state_of(model))
+
+
+def test_patches_of_adapters_have_ids_and_provenance(corpus: Path) -> None:
+    model = tiny_model()
+    editor = MoEEditor(hparams(corpus), model, TOK)
+    editor.edit_requests(requests(2), sequential_edit=True, verbose=False)
+    first, second = editor.patches
+    assert (first.parent, second.parent) == (None, first.id)
+    assert first.id != second.id
+    assert second.metadata["requests"][0]["prompt"] == requests(2)[1]["prompt"]
+    assert second.warnings == []
+
+
 def test_stand_alone_editor(corpus: Path) -> None:
     model = tiny_model()
     before, facts = state_of(model), requests(3)

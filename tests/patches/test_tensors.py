@@ -1,10 +1,11 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
+from planted_patches import new_values, some_names
+from planted_patches import write_tensors as write
 from safetensors.torch import save_file
 from tiny import FAMILIES, assert_same_state, state_of, tiny_model
 from torch import Tensor, nn
@@ -16,31 +17,6 @@ from easyedit_moe.patches.weights import WeightPatch
 from easyedit_moe.storage.tensors import write_safetensors
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def some_names(model: nn.Module) -> list[str]:
-    """One parameter of each kind in layers 1 and 2: experts, router, attention, norm."""
-    by_kind: dict[tuple[str, ...], str] = {}
-    for name, _ in model.named_parameters():
-        if ".layers.1." in name or ".layers.2." in name:
-            by_kind.setdefault(tuple(p for p in name.split(".") if not p.isdigit()), name)
-    return list(by_kind.values())
-
-
-def new_values(model: nn.Module, seed: int = 0, names: list[str] | None = None) -> dict[str, Tensor]:
-    draw = torch.Generator().manual_seed(seed)
-    out = {}
-    for name in names or some_names(model):
-        value = model.get_parameter(name).detach().float()
-        out[name] = value + 0.01 * torch.randn(value.shape, generator=draw)
-    return out
-
-
-def write(model: nn.Module, values: Mapping[str, Tensor]) -> TensorPatch:
-    with writing_tensors(model) as writer:
-        for name, value in values.items():
-            writer.write(name, value)
-        return writer.finish({"note": "test"})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -243,12 +219,12 @@ def test_files_that_are_no_patch_of_tensors(tmp_path: Path) -> None:
     patch.save(path)
     with pytest.raises(PatchError, match="is not a patch of schema"):
         WeightPatch.load(path)
-    metadata = {"schema": 1, "kind": "tensor patch", "fingerprint": "", "provenance": {}}
+    metadata = {"schema": 2, "kind": "tensor patch", "fingerprint": "", "provenance": {}}
     damaged = {**patch.values, patch.names[0]: torch.zeros_like(patch.values[patch.names[0]])}
     cases = {
         "does not exist": lambda p: None,
         "truncated": lambda p: p.write_bytes(path.read_bytes()[:-9]),
-        "is not a patch of tensors": lambda p: write_safetensors(p, patch.values, {"schema": 1, "kind": "patch"}),
+        "is not a patch of tensors": lambda p: write_safetensors(p, patch.values, {"schema": 2, "kind": "patch"}),
         "not of this package": lambda p: save_file(patch.values, p),
         f"is damaged: {patch.names[0]}": lambda p: write_safetensors(
             p, damaged, {**metadata, "before": patch.before, "after": patch.after}

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from planted_patches import EXPERTS, update_for, write
 from safetensors.torch import save_file
 from tiny import FAMILIES, assert_same_state, state_of, tiny_model
 from torch import Tensor, nn
@@ -15,25 +16,11 @@ from easyedit_moe.algebra.routed_keys import FactoredUpdate
 from easyedit_moe.errors import NumericalError, PatchError
 from easyedit_moe.moe.fingerprint import model_fingerprint
 from easyedit_moe.moe.layers import MoELayerView
-from easyedit_moe.patches import weights as patching
+from easyedit_moe.patches import checks, groups
 from easyedit_moe.patches.weights import PatchWriter, WeightPatch, restore, writing
-from easyedit_moe.storage.checksums import checksum
 from easyedit_moe.storage.tensors import write_safetensors
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-EXPERTS = (0, 3, 6)
-
-
-def update_for(
-    view: MoELayerView, layer: int, scale: float = 0.02, experts: Sequence[int] = EXPERTS, seed: int = 0
-) -> FactoredUpdate:
-    """A random update of rank 1, 2, ... per expert, in float64 as solvers give it."""
-    layout = view.layers[layer].experts.layout
-    draw = torch.Generator().manual_seed(100 * seed + layer)
-    left = torch.randn(layout.d_model, 6, generator=draw, dtype=torch.float64) * scale
-    columns = tuple(torch.randperm(6, generator=draw)[: i + 1] for i in range(len(experts)))
-    right = tuple(torch.randn(layout.d_hidden, len(c), generator=draw, dtype=torch.float64) for c in columns)
-    return FactoredUpdate(left, tuple(experts), columns, right)
 
 
 def raw_weights(model: nn.Module, family: str, layer: int) -> Tensor:
@@ -50,14 +37,6 @@ def write_all(view: MoELayerView, updates: Sequence[tuple[int, FactoredUpdate]])
     with writing(view) as writer:
         for layer, update in updates:
             writer.write(layer, update)
-
-
-def write(model: nn.Module, layers: Sequence[int] = (1, 2), seed: int = 0, **options: Any) -> WeightPatch:
-    view = MoELayerView(model)
-    with writing(view) as writer:
-        for layer in layers:
-            writer.write(layer, update_for(view, layer, seed=seed, **options))
-        return writer.finish({"note": "test"}, model_fingerprint(view))
 
 
 # ---------------------------------------------------------------- write and revert
@@ -321,12 +300,12 @@ def test_damaged_files(tmp_path: Path) -> None:
     with pytest.raises(PatchError, match="not of this package"):
         WeightPatch.load(path)
     write_safetensors(path, {"x": torch.zeros(2)}, {"kind": "moments", "schema": 1})
-    with pytest.raises(PatchError, match="is not a patch of schema 1"):
+    with pytest.raises(PatchError, match="is not a patch of schema 2"):
         WeightPatch.load(path)
-    write_safetensors(path, {"x": torch.zeros(2)}, {"kind": "patch", "schema": 2})
-    with pytest.raises(PatchError, match="is not a patch of schema 1"):
+    write_safetensors(path, {"x": torch.zeros(2)}, {"kind": "patch", "schema": 1})
+    with pytest.raises(PatchError, match="is not a patch of schema 2"):
         WeightPatch.load(path)
-    write_safetensors(path, {"x": torch.zeros(2)}, {"kind": "patch", "schema": 1, "layers": [1]})
+    write_safetensors(path, {"x": torch.zeros(2)}, {"kind": "patch", "schema": 2, "layers": [1]})
     with pytest.raises(PatchError, match="incomplete"):
         WeightPatch.load(path)
 
@@ -403,7 +382,8 @@ def test_reverting_on_a_model_without_that_layer() -> None:
     before = state_of(other)
     with pytest.raises(PatchError):
         patch.revert(other)
-    patch.originals[0], patch.written = patch.originals.pop(1), {0: patch.written[1], 2: patch.written[2]}
+    for table in (patch.originals, patch.written, patch.before):
+        table[0] = table.pop(1)
     with pytest.raises(PatchError, match="layer 0"):
         patch.revert(other)
     assert_same_state(before, state_of(other))
@@ -430,8 +410,8 @@ def test_concat_in_the_wrong_order_does_not_restore_wrong_weights() -> None:
     model = tiny_model()
     first, second = write(model, seed=0), write(model, seed=1)
     edited = state_of(model)
-    with pytest.raises(PatchError, match="was changed"):
-        WeightPatch.concat([second, first]).revert(model)
+    with pytest.raises(PatchError, match="the order is wrong"):
+        WeightPatch.concat([second, first])
     assert_same_state(edited, state_of(model))
 
 
@@ -452,7 +432,7 @@ def test_concat_refuses_what_it_cannot_undo() -> None:
     with pytest.raises(PatchError, match="of the same model"):
         WeightPatch.concat([first, write(tiny_model(seed=1))])
     first.revert(model)
-    with pytest.raises(PatchError, match="a reverted one"):
+    with pytest.raises(PatchError, match="Some of these patches are applied and some are not"):
         WeightPatch.concat([write(model), first])
 
 
@@ -514,7 +494,7 @@ def test_restore_and_metadata() -> None:
     assert json.dumps(patch.metadata)
     restore(MoELayerView(model), patch.originals)
     assert_same_state(before, state_of(model))
-    assert patching.versions()["torch"] == torch.__version__
+    assert checks.versions()["torch"] == torch.__version__
 
 
 # ---------------------------------------------------------------- grouped writes
@@ -524,7 +504,7 @@ def test_restore_and_metadata() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tiles_change_nothing(family: str, dtype: torch.dtype, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(patching._TILE, "cpu", tile)
+    monkeypatch.setitem(groups._TILE, "cpu", tile)
     model = tiny_model(family, dtype=dtype)
     state, view = state_of(model), MoELayerView(model)
     before = raw_weights(model, family, 1).double()
@@ -549,7 +529,7 @@ def test_tiles_change_nothing(family: str, dtype: torch.dtype, tile: int, monkey
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("after", [0, 2, 5])
 def test_an_interruption_between_tiles_undoes_them(family: str, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(patching._TILE, "cpu", 64)
+    monkeypatch.setitem(groups._TILE, "cpu", 64)
     model = tiny_model(family)
     before, view = state_of(model), MoELayerView(model)
     plain, calls = torch.bmm, []
@@ -565,20 +545,3 @@ def test_an_interruption_between_tiles_undoes_them(family: str, after: int, monk
         write_all(view, [(1, update_for(view, 1))])
     assert len(calls) == after + 1
     assert_same_state(before, state_of(model))
-
-
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-@pytest.mark.parametrize("shape", [(3, 5), (16, 24), (7, 1)])
-def test_checksums_see_changes_and_moves(dtype: torch.dtype, shape: tuple[int, int]) -> None:
-    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    wanted = checksum(weight)
-    assert checksum(weight.clone()) == wanted
-    for i in range(weight.numel()):
-        changed = weight.clone()
-        changed.view(-1)[i] = -changed.view(-1)[i]
-        assert checksum(changed) != wanted
-        moved = weight.view(-1).clone()
-        moved[[i, (i + 1) % len(moved)]] = moved[[(i + 1) % len(moved), i]]
-        # Neighbours may be equal in bfloat16, and then nothing has moved.
-        same = torch.equal(moved.view(shape), weight)
-        assert (checksum(moved.view(shape)) == wanted) == same

@@ -1,0 +1,73 @@
+"""What an edit changed bit by bit: the xor of a matrix before and after, compressed.
+
+With it the edit is applied exactly on any machine, whatever its rounding, and taken back from the edited weights alone.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from torch import Tensor
+
+from easyedit_moe.errors import PatchError
+
+CODEC = "byte planes, zlib"
+"""How the bytes are laid out and compressed; files name it."""
+
+
+def flips_between(before: Tensor, after: Tensor) -> Tensor:
+    """Compressed xor of two tensors of one shape and dtype, as bytes ``[n]`` in uint8 on the CPU.
+
+    The bytes of equal significance stand together, since an edit leaves the highest ones mostly as they were; runs
+    and frequencies of bytes are coded by zlib.
+    """
+    return _packed(_planes(before) ^ _planes(after))
+
+
+def flipped(weight: Tensor, flips: Tensor) -> Tensor:
+    """``weight`` with these bits turned, on the CPU: before becomes after, and after becomes before.
+
+    Raises:
+        PatchError: the bytes are damaged, or of a tensor of another size.
+    """
+    planes, turn = _planes(weight), _unpacked(flips)
+    if turn.numel() != planes.numel():
+        raise PatchError(
+            f"The originals in this patch are of {turn.numel()} bytes, the matrix is of {planes.numel()}; save it anew."
+        )
+    turned = planes ^ turn.view(planes.shape)
+    return turned.mT.contiguous().view(-1).view(weight.dtype).view(weight.shape)
+
+
+def joined_flips(first: Tensor, second: Tensor) -> Tensor:
+    """The flips of two edits in a row of one matrix.
+
+    Raises:
+        PatchError: damaged, or of matrices of different sizes.
+    """
+    one, other = _unpacked(first), _unpacked(second)
+    if one.numel() != other.numel():
+        raise PatchError(f"Originals of {one.numel()} and {other.numel()} bytes are not of one matrix.")
+    return _packed(one ^ other)
+
+
+def _planes(weight: Tensor) -> Tensor:
+    """Bytes ``[size of a number, numbers]`` on the CPU."""
+    flat = weight.detach().cpu().contiguous().view(-1)
+    return flat.view(torch.uint8).view(flat.numel(), flat.element_size()).mT
+
+
+def _packed(planes: Tensor) -> Tensor:
+    # The bytes that do change are as good as random: a search for repetitions costs time and finds next to none.
+    coder = zlib.compressobj(level=6, memLevel=9, strategy=zlib.Z_RLE)
+    compressed = coder.compress(planes.contiguous().numpy().tobytes()) + coder.flush()
+    return torch.frombuffer(bytearray(compressed), dtype=torch.uint8)
+
+
+def _unpacked(flips: Tensor) -> Tensor:
+    try:
+        content = bytearray(zlib.decompress(flips.numpy().tobytes()))
+    except zlib.error as error:
+        raise PatchError(f"The originals in this patch are damaged ({error}); save the patch anew.") from error
+    return torch.frombuffer(content, dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)

@@ -1,0 +1,162 @@
+"""The arithmetic of a write: a factored update added to experts in groups and tiles, rounded once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from easyedit_moe.algebra.routed_keys import FactoredUpdate
+from easyedit_moe.errors import NumericalError
+from easyedit_moe.moe.layers import MoELayer
+
+_TILE = {"cpu": 400_000}
+"""Numbers per tile of a write: on a CPU what its cache holds, elsewhere (`_LARGE_TILE`) enough to fill a GPU."""
+_LARGE_TILE = 2**26
+
+
+def tile_size(device: torch.device) -> int:
+    """Numbers in one tile of a write; up to three tiles in float32 are its working memory."""
+    return _TILE.get(device.type, _LARGE_TILE)
+
+
+class Scratch:
+    """Working memory of a write, used again for each group: new memory is paged in more slowly than it is used."""
+
+    def __init__(self) -> None:
+        self._memory: Tensor | None = None
+        self._kind: Any = None
+
+    def take(self, like: Tensor, number: int, size: int) -> Tensor:
+        """``[number, size]`` of the dtype and device of ``like``, with any content."""
+        kind = (like.device, like.dtype)
+        if self._memory is None or self._memory.numel() < number * size or self._kind != kind:
+            self._memory, self._kind = like.new_empty(number * size), kind
+        return self._memory[: number * size].view(number, size)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Neighbouring experts whose update is one batched product ``left @ right`` in the orientation of the storage.
+
+    Attributes:
+        experts: their indices.
+        weights: ``[c, rows, columns]``, a view on the parameter.
+        left, right: ``[c, rows, r]`` and ``[c, r, columns]``, padded with zeros to the largest rank r.
+        transposed: rows and columns are h and d rather than d and h.
+    """
+
+    experts: tuple[int, ...]
+    weights: Tensor
+    left: Tensor
+    right: Tensor
+    transposed: bool
+
+    def add(self, moe: MoELayer, scratch: Scratch) -> float:
+        """Write the sum; squared norm of what rounding lost."""
+        dtype = torch.float64 if self.weights.dtype == torch.float64 else torch.float32
+        left, right = self.left.to(dtype), self.right.to(dtype)
+        count, rows, columns = self.weights.shape
+        step = max(1, tile_size(left.device) // (count * columns))
+        native = self.weights.dtype == dtype
+        buffers = scratch.take(left, 2 if native else 3, count * min(step, rows) * columns)
+        quick = not native and self._sum_is_exact()
+        lost = torch.zeros((), dtype=torch.float64, device=left.device)
+        for start in range(0, rows, step):
+            tile, part = self.weights[:, start : start + step], left[:, start : start + step]
+            first, second, *third = (buffer[: tile.numel()].view(tile.shape) for buffer in buffers)
+            first.copy_(tile)
+            # Conversions are copies of their own: mixed dtypes in one operation are slower on a CPU.
+            if quick:
+                tile.copy_(first.baddbmm_(part, right))
+                error = first.sub_(second.copy_(tile))
+            else:
+                torch.bmm(part, right, out=second)
+                if native:
+                    after = tile.add_(second)
+                else:
+                    after = torch.add(first, second, out=third[0])
+                    tile.copy_(after)
+                    after.copy_(tile)
+                error = first.sub_(after).add_(second)
+            lost += torch.linalg.vector_norm(error).to(torch.float64) ** 2
+        # A weight that is not finite leaves no finite loss, so the weights are only searched where that happens.
+        if not torch.isfinite(lost):
+            for expert, weight in zip(self.experts, self.weights, strict=True):
+                if not torch.isfinite(weight).all():
+                    raise NumericalError(
+                        f"Expert {expert} of layer {moe.index} would become NaN or infinite in {weight.dtype}; nothing "
+                        "was kept of this edit. Raise lambda_reg, or load the model in bfloat16 or float32."
+                    )
+        return float(lost)
+
+    def _sum_is_exact(self) -> bool:
+        """Whether the float32 sum's own error, about eps / 4 of a weight, is below a thousandth of the update."""
+        some = self.weights[0, :16].float()
+        weight = float(some.square().mean().sqrt())
+        update = (sum(self.squared_norms()) / self.weights.numel()) ** 0.5
+        return update > 250 * torch.finfo(torch.float32).eps * weight
+
+    def squared_norms(self) -> list[float]:
+        """``||left @ right||^2`` of each expert, from r x r Gram matrices."""
+        left, right = self.left.to(torch.float64), self.right.to(torch.float64)
+        found: list[float] = ((left.mT @ left) * (right @ right.mT)).sum((1, 2)).clamp_min(0).tolist()
+        return found
+
+    def squared_weights(self) -> list[float]:
+        """``||W_j||^2`` of each expert, as it is now."""
+        dtype = torch.float64 if self.weights.dtype == torch.float64 else torch.float32
+        # One by one: on a CPU a reduction over all of a tensor is several times faster than one over some dimensions.
+        norms = torch.stack([torch.linalg.vector_norm(weight, dtype=dtype) for weight in self.weights])
+        found: list[float] = norms.to(torch.float64).square().tolist()
+        return found
+
+
+def originals_of(moe: MoELayer, experts: list[int]) -> dict[int, Tensor]:
+    """Copies of some experts' down-projections ``[d, h]``, in the orientation of the storage underneath.
+
+    One allocation holds them all: the memory of many small ones is paged in 4 KiB at a time, which takes longer than
+    the copying.
+    """
+    weights = [moe.experts.read(expert).detach() for expert in experts]
+    if moe.experts.layout.transposed:
+        weights = [weight.mT for weight in weights]
+    if len({weight.device for weight in weights}) > 1:
+        kept = [weight.clone() for weight in weights]
+    else:
+        kept = list(torch.stack(weights)) if weights else []
+    if moe.experts.layout.transposed:
+        kept = [weight.mT for weight in kept]
+    return dict(zip(experts, kept, strict=True))
+
+
+def groups_of(moe: MoELayer, update: FactoredUpdate) -> Iterator[Group]:
+    """The experts of an update in runs of neighbours, each small enough that its sum fits a tile where one can be."""
+    layout, experts = moe.experts.layout, update.experts
+    rank = max((len(columns) for columns in update.columns), default=0)
+    largest = max(layout.d_model * layout.d_hidden, rank * (layout.d_model + layout.d_hidden))
+    most = max(1, tile_size(update.left.device) // largest) if layout.storage == "packed" else 1
+    start = 0
+    while start < len(experts):
+        stop = start + 1
+        while stop < len(experts) and stop - start < most and experts[stop] == experts[stop - 1] + 1:
+            stop += 1
+        parameter = moe.experts.parameters_of(experts[start])[1].data
+        weights = parameter[experts[start] : experts[stop - 1] + 1] if parameter.dim() == 3 else parameter[None]
+        lefts = [update.left[:, columns] for columns in update.columns[start:stop]]
+        rights = list(update.right[start:stop])
+        if layout.transposed:
+            lefts, rights = rights, lefts
+        yield Group(experts[start:stop], weights, _padded(lefts), _padded(rights).mT, layout.transposed)
+        start = stop
+
+
+def _padded(factors: list[Tensor]) -> Tensor:
+    """``[c, n, r]`` of factors ``[n, r_j]``, filled up with zero columns."""
+    if len(factors) == 1:
+        return factors[0][None]
+    rank = max(factor.shape[1] for factor in factors)
+    return torch.stack([torch.nn.functional.pad(factor, (0, rank - factor.shape[1])) for factor in factors])

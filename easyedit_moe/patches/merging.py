@@ -1,0 +1,169 @@
+"""Several patches that follow each other as one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from easyedit_moe.errors import PatchError
+from easyedit_moe.patches.flips import joined_flips
+from easyedit_moe.patches.record import PatchRecord
+from easyedit_moe.patches.tensors import TensorPatch
+from easyedit_moe.patches.weights import WeightPatch
+
+
+def merge(patches: Sequence[WeightPatch | TensorPatch]) -> WeightPatch | TensorPatch:
+    """One patch that does what a chain of them does, in the order in which they were applied, oldest first.
+
+    The result is exact: every step stays a step of its own and is rounded as before, so applying the one patch gives
+    the bits that applying the chain gives. It holds originals if every part does (``flips``), and is applied if every
+    part is. Its parent is that of the first.
+
+    Raises:
+        PatchError: no patch, both kinds, a gap in the chain or a wrong order, patches of different models, or only
+            some of them applied.
+    """
+    if patches and all(isinstance(patch, WeightPatch) for patch in patches):
+        return merge_weights([patch for patch in patches if isinstance(patch, WeightPatch)])
+    if patches and all(isinstance(patch, TensorPatch) for patch in patches):
+        return merge_tensors([patch for patch in patches if isinstance(patch, TensorPatch)])
+    if not patches:
+        raise PatchError("There must be at least one patch to merge.")
+    kinds = ", ".join(f"{patch.id} ({type(patch).__name__})" for patch in patches)
+    raise PatchError(
+        f"Factored updates and whole tensors can't be merged into one patch: found {kinds}. Merge each run of one "
+        "kind, and apply the results one after the other."
+    )
+
+
+def merge_weights(patches: Sequence[WeightPatch]) -> WeightPatch:
+    """`merge` of factored updates."""
+    _check_chain(patches)
+    if len({p.fingerprint for p in patches}) != 1:
+        raise PatchError(f"All patches must be of the same model; {_different(patches)}.")
+    parts = [_flat(p.before, p.after, p.flips, p.originals) for p in patches]
+    before, after, flips, originals = _joined(patches, parts)
+    written = dict(pair for p in patches for pair in _pairs(p.written))
+    return WeightPatch(
+        steps=[step for p in patches for step in p.steps],
+        fingerprint=patches[0].fingerprint,
+        reports=[report for p in patches for report in p.reports],
+        originals=_nested(originals),
+        written=_nested(written) if originals else {},
+        before=_nested(before),
+        after=_nested(after),
+        stored={layer: stored for p in patches for layer, stored in p.stored.items()},
+        flips=_nested(flips),
+        _model=patches[-1]._model if originals else None,
+        **_record(patches),
+    )
+
+
+def merge_tensors(patches: Sequence[TensorPatch]) -> TensorPatch:
+    """`merge` of whole tensors: of each, the last value counts."""
+    _check_chain(patches)
+    before, after, flips, originals = _joined(patches, [(p.before, p.after, p.flips, p.originals) for p in patches])
+    values = {name: value for p in patches for name, value in p.values.items()}
+    return TensorPatch(
+        values=values,
+        before=before,
+        after=after,
+        fingerprint=patches[0].fingerprint,
+        without=patches[0].left_out,
+        reports=[report for p in patches for report in p.reports],
+        originals=originals,
+        flips=flips,
+        **_record(patches),
+    )
+
+
+def _record(patches: Sequence[WeightPatch] | Sequence[TensorPatch]) -> dict[str, Any]:
+    """What the merged patch says of itself."""
+    parts = [part for p in patches for part in p.metadata.get("parts", [p.metadata])]
+    merged = [name for p in patches for name in p.metadata.get("merged", [p.id])]
+    return {
+        "metadata": {"parts": parts, "merged": merged},
+        "base": patches[0].base,
+        "parent": patches[0].parent,
+        "warnings": [text for p in patches for text in p.warnings],
+    }
+
+
+def _check_chain(patches: Sequence[PatchRecord]) -> None:
+    """Refuse an order or a gap that the parents show.
+
+    Raises:
+        PatchError: no patch, a parent that comes later, or one that is missing.
+    """
+    if not patches:
+        raise PatchError("There must be at least one patch to merge.")
+    ids = [patch.id for patch in patches]
+    for i, patch in enumerate(patches):
+        known = ids[:i] + [name for p in patches[:i] for name in _merged(p)]
+        if patch.parent in ids[i + 1 :]:
+            raise PatchError(f"Wrong order: patch {patch.id} was made on patch {patch.parent}, which comes later.")
+        if i and patch.parent is not None and patch.parent not in known:
+            raise PatchError(f"Patch {patch.id} was made on patch {patch.parent}, which is missing in the chain.")
+
+
+def _merged(patch: PatchRecord) -> list[str]:
+    metadata: Mapping[str, Any] = getattr(patch, "metadata", {})
+    return list(metadata.get("merged", []))
+
+
+def _joined(
+    patches: Sequence[PatchRecord],
+    parts: Sequence[tuple[Mapping[Any, int], Mapping[Any, int], Mapping[Any, Tensor], Mapping[Any, Tensor]]],
+) -> tuple[dict[Any, int], dict[Any, int], dict[Any, Tensor], dict[Any, Tensor]]:
+    """Checksums before and after, flips and originals of a chain; each part has these four, by matrix.
+
+    Raises:
+        PatchError: a part does not begin where those before it end, or only some are applied.
+    """
+    before: dict[Any, int] = {}
+    after: dict[Any, int] = {}
+    flips: dict[Any, Tensor] = {}
+    originals: dict[Any, Tensor] = {}
+    applied = {bool(part[3]) for part in parts if part[0]}
+    if len(applied) > 1:
+        raise PatchError("Some of these patches are applied and some are not; apply or revert all of them first.")
+    for patch, (starts, ends, bits, kept) in zip(patches, parts, strict=True):
+        for key, start in starts.items():
+            if after.get(key, start) != start:
+                raise PatchError(
+                    f"Patch {patch.id} does not begin where the patches before it end ({_called(key)}): the order is "
+                    "wrong, or a patch between them is missing."
+                )
+            before.setdefault(key, start)
+            after[key] = ends[key]
+        for key, some in bits.items():
+            flips[key] = joined_flips(flips[key], some) if key in flips else some
+        for key, original in kept.items():
+            originals.setdefault(key, original)
+    complete = all(part[2].keys() == part[0].keys() for part in parts)
+    return before, after, flips if complete else {}, originals
+
+
+def _called(key: Any) -> str:
+    return f"layer {key[0]}, expert {key[1]}" if isinstance(key, tuple) else str(key)
+
+
+def _different(patches: Iterable[WeightPatch]) -> str:
+    return "fingerprints found: " + ", ".join(dict.fromkeys(p.fingerprint[:16] for p in patches))
+
+
+def _pairs(table: Mapping[int, Mapping[int, Any]]) -> Iterable[tuple[tuple[int, int], Any]]:
+    return (((layer, expert), value) for layer, experts in table.items() for expert, value in experts.items())
+
+
+def _flat(*tables: Mapping[int, Mapping[int, Any]]) -> Any:
+    return tuple(dict(_pairs(table)) for table in tables)
+
+
+def _nested(table: Mapping[tuple[int, int], Any]) -> dict[int, dict[int, Any]]:
+    found: dict[int, dict[int, Any]] = {}
+    for (layer, expert), value in table.items():
+        found.setdefault(layer, {})[expert] = value
+    return found
