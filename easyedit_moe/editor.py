@@ -122,7 +122,8 @@ class EditCalls(ABC):
         and unused. ``requests`` may be given instead of lists.
 
         Raises:
-            RequestError: missing subjects, lists of different lengths, or requests that can't be used.
+            RequestError: missing subjects where the method uses them, lists of different lengths, or requests that
+                can't be used.
         """
         return self.edit_requests(requests, sequential, verbose, **options)
 
@@ -163,7 +164,7 @@ class EditCalls(ABC):
         The weights are put back unless ``sequential_edit``.
 
         Raises:
-            RequestError: no subject, or requests that can't be used.
+            RequestError: no subject where the method uses it, or requests that can't be used.
         """
         requests = requests_from_columns(prompts, target_new, None, None, None, None, None, subject)
         (batch,) = checked_batches([requests])
@@ -182,6 +183,7 @@ class EditCalls(ABC):
         measure_first: bool = False,
     ) -> Results:
         checked = checked_batches(batches)
+        self._current_editor().check_subjects([request.fact for batch in checked for request in batch])
         metrics: list[dict[str, Any]] = []
         weights: dict[str, Tensor] = {}
         with self._scope():
@@ -210,12 +212,15 @@ class EditCalls(ABC):
         return metrics, self.model, weights
 
     def _edit(self, batch: Sequence[HostRequest]) -> EditResult:
+        result = self._current_editor().edit(self.model, self.tok, [request.fact for request in batch], self.memory)
+        result.patch.parent = self.parent
+        return result
+
+    def _current_editor(self) -> Editor:
         settings = replace(self.hparams)  # checked anew, since fields can be set after reading
         if self.editor is None or not _same_settings(self.editor.hparams, settings):
             self.editor = make_editor(settings, self.progress)
-        result = self.editor.edit(self.model, self.tok, [request.fact for request in batch], self.memory)
-        result.patch.parent = self.parent
-        return result
+        return self.editor
 
     def _settle(self, result: EditResult, kept: bool) -> None:
         """Keep an edit for the next sequential one, or take it back: if it can't be, what it wrote is undone first."""

@@ -191,7 +191,11 @@ def check_refusals(method: str, with_targets: Any) -> None:
     """Bad input costs a typed error and changes nothing."""
     cases: list[tuple[type[Exception], str, Callable[[nn.Module], Any]]] = [
         (RequestError, "list of requests is empty", lambda m: edit(m, settings(method), [])),
-        (RequestError, "subject", lambda m: edit(m, settings(method), [{"prompt": "x", "target_new": "y"}])),
+        (
+            RequestError,
+            "subject",
+            lambda m: edit(m, settings(method), [{"prompt": "x", "subject": "z", "target_new": "y"}]),
+        ),
         (LayerError, "out of range", lambda m: edit(m, settings(method, layers=[9]), requests(1))),
         (RequestError, "target vectors", lambda m: edit(m, settings(method), requests(2), targets=with_targets)),
         (

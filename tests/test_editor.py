@@ -337,7 +337,7 @@ def near(prompt: Any = NEAR["near"]["prompt"], ground_truth: Any = NEAR["near"][
 
 
 BAD = {
-    "no subject": ({"subject": None}, "Editing needs the subject of each prompt"),
+    "no subject": ({"subject": None}, "needs the subject of each fact"),
     "subjects": ({"subject": SUBJECTS[:3]}, "subject has 3 entries for 4 prompts"),
     "one subject": ({"subject": "Angola"}, "subject has 1 entries for 4 prompts"),
     "targets": ({"target_new": [*TARGETS, "x"]}, "target_new has 5 entries for 4 prompts"),

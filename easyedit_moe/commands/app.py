@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from easyedit_moe.commands.compare import compare
+from easyedit_moe.commands.evaluate import evaluate
 from easyedit_moe.commands.methods import methods
 from easyedit_moe.commands.plan import plan
 
@@ -21,7 +22,7 @@ def _setup(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log wh
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
 
 
-for command in (compare, plan, methods):
+for command in (compare, plan, methods, evaluate):
     app.command()(command)
 
 

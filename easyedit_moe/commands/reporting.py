@@ -17,6 +17,8 @@ def errors_reported() -> Iterator[None]:
         yield
     except EditingError as error:
         from rich.console import Console
+        from rich.markup import escape
 
-        Console(stderr=True).print(f"[bold red]error:[/] {type(error).__name__}: {error}", highlight=False)
+        message = escape(f"{type(error).__name__}: {error}")
+        Console(stderr=True).print(f"[bold red]error:[/] {message}", highlight=False)
         raise typer.Exit(2) from error

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.errors import DataError
+from easyedit_moe.evaluation.neighbours import answered
 from easyedit_moe.facts.records import EvaluationRecord, load_records
 from easyedit_moe.moe.fingerprint import model_fingerprint
 from easyedit_moe.moe.layers import MoELayerView
@@ -50,9 +51,8 @@ def load_task(
     for what, left_out in (("records", found.skipped), ("prompts of usable records", found.dropped)):
         if left_out:
             number, reason = left_out[0]
-            logger.warning(
-                "%d %s of %s are unusable; the first, record %d: %s", len(left_out), what, data, number, reason
-            )
+            first = f"{found.unit} {number}: {reason}"
+            logger.warning("%d %s of %s are unusable; the first, %s", len(left_out), what, data, first)
     model, tok = load_model(model_name, dtype, device, model_parallel, trust_remote_code=trust_remote_code)
     provenance = {
         "model": model_name,
@@ -68,4 +68,4 @@ def load_task(
         "device": str(device),
         "versions": versions(),
     }
-    return Task(model, tok, records, found.protocol, batch_size, provenance)
+    return Task(model, tok, answered(model, tok, records), found.protocol, batch_size, provenance)

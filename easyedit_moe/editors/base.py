@@ -96,6 +96,10 @@ def provenance(hparams: MoEHyperParams, facts: Sequence[EditRequest]) -> dict[st
     return {"hparams": hparams.to_dict(), "requests": [vars(fact) for fact in facts]}
 
 
+def _and_more(count: int) -> str:
+    return f", nor have {count} more" if count else ""
+
+
 class _FromTable:
     """An attribute of editors and their classes that the table of methods knows; an instance may have its own."""
 
@@ -190,13 +194,15 @@ class Editor(ABC):
                 ("z ready"); by default they are found here.
 
         Raises:
-            RequestError: no requests, or ones that conflict; targets of another number of them, or for a method
-                without target vectors. Further errors are those of `prepare` and of the method's solver or training.
+            RequestError: no requests, ones that conflict, or one without a subject for a method that uses it; targets
+                of another number of them, or for a method without target vectors. Further errors are those of
+                `prepare` and of the method's solver or training.
 
         Warns once for each cause that made the edit do nothing, or less than was wanted (classes under
         `EditingWarning`), naming the setting to change.
         """
         check_batch(requests)
+        self.check_subjects(requests)
         if targets is not None and self.target_settings() is None:
             raise RequestError(f"{self.method} has no target vectors; found {type(targets).__name__}.")
         if targets is not None and len(targets.delta) != len(requests):
@@ -207,6 +213,25 @@ class Editor(ABC):
         except BaseException:  # warnings may be errors, and then the edit was not
             result.patch.restore(model)
             raise
+
+    def check_subjects(self, requests: Sequence[EditRequest]) -> None:
+        """Refuse facts without a subject, unless the method as it is set does not use it.
+
+        Raises:
+            RequestError: the method needs the subject, and a fact has none; methods that do without are named.
+        """
+        missing = [number for number, request in enumerate(requests) if request.subject is None]
+        if missing and self.needs_subject():
+            others = [method.name for method in presets.own_methods() if not method.needs_subject]
+            raise RequestError(
+                f"{self.method} needs the subject of each fact, and request {missing[0]} "
+                f"({requests[missing[0]].prompt!r}) has none{_and_more(len(missing) - 1)}. Give the part of the prompt "
+                f"that it is about as its subject, or use a method that does without: {', '.join(others)}."
+            )
+
+    def needs_subject(self) -> bool:
+        """Whether every fact must name its subject: as the table of methods has it, unless settings change it."""
+        return presets.find_method(self.method).needs_subject
 
     @abstractmethod
     def edit_batch(

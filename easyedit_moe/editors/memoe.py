@@ -161,7 +161,7 @@ class MEMoEEditor(Editor):
             RequestError: a subject that is not found in its prompt. LayerError: no FFN at the layer. HyperParamsError:
                 an attached adapter of other settings. DataError, NumericalError: see `train_adapter`.
         """
-        facts = [Fact(r.prompt, r.subject, r.target_new) for r in requests]
+        facts = [Fact(r.prompt, r.named_subject, r.target_new) for r in requests]
         find_ffn(model, self.hparams.layers[0])
         watch = Stopwatch()
         found = find_adapter(model)

@@ -34,6 +34,10 @@ class MoEFTEditor(TrainingEditor):
     method = "MoE-FT"
     hparams: FTHyperParams
 
+    def needs_subject(self) -> bool:
+        """Only to find a fact token at the subject, whose experts are the ones to train."""
+        return self.hparams.experts == "routed" and self.hparams.fact_token != "last"
+
     @classmethod
     def trained(cls, hparams: FTHyperParams, view: MoELayerView) -> Trained:
         """All down-projections of the layers; ``experts: routed`` trains fewer, which depends on the facts."""

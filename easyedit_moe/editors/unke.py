@@ -140,7 +140,7 @@ class UnKEEditor(Editor):
         if not hp.preserve_n_samples or not hp.preserve_weight:
             return []
         texts = load_texts(hp.preserve_dataset, hp.preserve_n_samples)
-        kept = [text for text in texts if not any(fact.subject in text for fact in facts)]
+        kept = [text for text in texts if not any(fact.named_subject in text for fact in facts)]
         return [encode_text(tok, text)[: hp.max_length] for text in kept]
 
     def _problem(

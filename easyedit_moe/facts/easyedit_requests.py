@@ -24,12 +24,12 @@ def requests_from_columns(
 ) -> list[dict[str, Any]]:
     """EasyEdit's request dicts from the parallel lists of its ``edit`` and ``batch_edit``; a text is a list of one.
 
+    ``subject`` may be None for methods that do not use it.
+
     Raises:
-        RequestError: no subjects, lists of different lengths, or inputs that lack 'prompt' or 'ground_truth'.
+        RequestError: lists of different lengths, or inputs that lack 'prompt' or 'ground_truth'.
     """
     count = len(_column("prompts", prompts))
-    if subject is None:
-        raise RequestError("Editing needs the subject of each prompt: pass subject=[...].")
     columns: dict[str, Any] = {"prompt": prompts, "target_new": target_new, "subject": subject}
     columns |= {"ground_truth": ground_truth, "target_neg": target_neg, "rephrase_prompt": rephrase_prompts}
     requests: list[dict[str, Any]] = [{"ground_truth": None, "locality": {}, "portability": {}} for _ in range(count)]

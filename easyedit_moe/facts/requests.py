@@ -15,23 +15,36 @@ from easyedit_moe.facts.tokens import subject_span
 class EditRequest:
     """One fact to write: after ``prompt`` the model should say ``target_new``.
 
-    ``subject`` occurs in the prompt; ``ground_truth`` is what the model said before, where known.
+    ``subject`` occurs in the prompt, or is None where none is given, which only methods take that do not use it;
+    ``ground_truth`` is what the model said before, where known.
 
     Raises:
         RequestError: on construction, for a field that is no text or blank, or a subject that is not in the prompt.
     """
 
     prompt: str
-    subject: str
+    subject: str | None
     target_new: str
     ground_truth: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("prompt", "subject", "target_new"):
-            _text(name, getattr(self, name))
+        _text("prompt", self.prompt)
+        _text("target_new", self.target_new)
         if self.ground_truth is not None and not isinstance(self.ground_truth, str):
             raise RequestError(f"'ground_truth' must be a string or None; found {self.ground_truth!r}.")
-        subject_span(self.prompt, self.subject)
+        if self.subject is not None:
+            subject_span(self.prompt, _text("subject", self.subject))
+
+    @property
+    def named_subject(self) -> str:
+        """The subject, for code that can't do without.
+
+        Raises:
+            RequestError: the fact has none.
+        """
+        if self.subject is None:
+            raise RequestError(f"The subject of {self.prompt!r} is needed, and the fact came without one.")
+        return self.subject
 
 
 def parse_request(record: Mapping[str, Any] | EditRequest) -> EditRequest:
@@ -39,7 +52,8 @@ def parse_request(record: Mapping[str, Any] | EditRequest) -> EditRequest:
     targets as ``{"str": ...}``, also nested under "requested_rewrite").
 
     Raises:
-        RequestError: a missing or blank field, or a subject that is not in the prompt.
+        RequestError: a missing or blank field other than the subject, which may be absent or None, or a subject that
+            is not in the prompt.
     """
     if isinstance(record, EditRequest):
         return record
@@ -49,14 +63,14 @@ def parse_request(record: Mapping[str, Any] | EditRequest) -> EditRequest:
     if not isinstance(rewrite, Mapping):
         raise RequestError(f"'requested_rewrite' must be a dict; found {rewrite!r}.")
     prompt = _required_text(rewrite, "prompt")
-    subject = _required_text(rewrite, "subject", "Editing needs the subject: pass subject=... with the prompt.")
+    subject = None if rewrite.get("subject") is None else _required_text(rewrite, "subject")
     target = _required_text(rewrite, "target_new")
     truth = rewrite.get("ground_truth", rewrite.get("target_true"))
     if isinstance(truth, Sequence) and not isinstance(truth, str):
         truth = truth[0] if truth else None
     if isinstance(truth, Mapping):
         truth = truth.get("str")
-    return EditRequest(prompt.replace("{}", subject), subject, target, truth)
+    return EditRequest(prompt if subject is None else prompt.replace("{}", subject), subject, target, truth)
 
 
 def parse_requests(records: Sequence[Mapping[str, Any] | EditRequest]) -> list[EditRequest]:
@@ -114,14 +128,14 @@ def check_batch(requests: Sequence[EditRequest]) -> None:
             )
 
 
-def _required_text(record: Mapping[str, Any], name: str, advice: str = "") -> str:
+def _required_text(record: Mapping[str, Any], name: str) -> str:
     value = record.get(name)
-    return _text(name, value.get("str") if isinstance(value, Mapping) else value, advice)
+    return _text(name, value.get("str") if isinstance(value, Mapping) else value)
 
 
-def _text(name: str, value: Any, advice: str = "") -> str:
+def _text(name: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise RequestError(f"'{name}' must be a string; found {value!r}. {advice}".rstrip())
+        raise RequestError(f"'{name}' must be a string; found {value!r}.")
     if not value.strip():
-        raise RequestError(f"'{name}' is empty or blank. {advice}".rstrip())
+        raise RequestError(f"'{name}' is empty or blank.")
     return value

@@ -25,6 +25,7 @@ class Method:
         source: paper or code that it comes from.
         fixed: settings that define it; an hparams file may not contradict them.
         statistics: whether it needs second moments of keys on a corpus.
+        needs_subject: whether every fact must name its subject.
         host_name: EasyEdit's `alg_name`, for EasyEdit's own methods; None for ours.
     """
 
@@ -36,6 +37,7 @@ class Method:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     statistics: bool = False
     host_name: str | None = None
+    needs_subject: bool = True
 
     @property
     def code(self) -> str:
@@ -47,7 +49,8 @@ def _ours(
     name: str, editor: str, hparams: str, source: str, fixed: Mapping[str, Any], edits: str = "experts"
 ) -> Method:
     editor, hparams = f"easyedit_moe.editors.{editor}", f"easyedit_moe.hparams.{hparams}"
-    return Method(name, editor, hparams, edits, source, fixed, statistics=".solving:" in hparams)
+    solves, trains = (f".{kind}:" in hparams for kind in ("solving", "training"))
+    return Method(name, editor, hparams, edits, source, fixed, statistics=solves, needs_subject=not trains)
 
 
 def _theirs(name: str, hparams: str, source: str, edits: str = "dense site", statistics: bool = False) -> Method:

@@ -106,7 +106,7 @@ def fact_contexts(
     """The bare prompt first, then each prefix followed by the prompt."""
     contexts = []
     for prefix in ["", *prefixes]:
-        if prefix and request.subject in prefix:
+        if prefix and request.subject is not None and request.subject in prefix:
             raise RequestError(
                 f"The context prefix {prefix!r} mentions the subject {request.subject!r}; choose another."
             )
@@ -271,7 +271,7 @@ def _rows_of(
         end = len(context.ids)
         predict = tuple(range(end - 1, end - 1 + len(target)))
         rows.append(_Row(owner, context.ids + tuple(target[:-1]), context.fact, predict, tuple(target), bare=not rows))
-    kl = encode_prompt(tok, KL_PROMPT.format(request.subject), request.subject, fact_token)
+    kl = encode_prompt(tok, KL_PROMPT.format(request.named_subject), request.subject, fact_token)
     # Tokens behind the fact token can't change what it predicts.
     rows.append(_Row(owner, kl.ids[: kl.fact + 1], kl.fact, (kl.fact,), (), bare=False))
     return rows

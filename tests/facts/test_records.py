@@ -158,8 +158,7 @@ def test_sanitation_deals_out_what_is_to_be_retained(tmp_path: Path) -> None:
 
 def test_sanitation_without_subjects_or_lists() -> None:
     forget = [{"question": "Which bird is a kea?", "ground_truth": "Parrot", "target_new": "I don't know."}]
-    with pytest.raises(DataError, match=r"none of 1 records can be used; the first: 'subject' must be a string"):
-        parse_records({"success": forget, "locality": []})
+    assert parse_records({"success": forget, "locality": []}).records[0].request.subject is None
     with pytest.raises(DataError, match="none of 0 records can be used"):
         parse_records({"K_F": [], "K_R": []})
     with pytest.raises(DataError, match="must hold two lists"):
@@ -207,7 +206,7 @@ def test_lists_of_prompts_go_with_their_answers() -> None:
         ({"prompt": "p", "ground_truth": []}, "'p' has no answer"),
         ({"prompt": "p", "ground_truth": [[""], " "]}, "'p' has no answer"),
         ({"prompt": "p"}, "'p' has no answer"),
-        ({"prompt": "p", "ground_truth": [5]}, "must be strings or lists of strings; found 5"),
+        ({"prompt": "p", "ground_truth": [True]}, "must be strings or lists of strings; found True"),
         ({"prompt": "p", "ground_truth": {"a": "b"}}, "must be strings or lists of strings"),
         ({"prompt": "", "ground_truth": "a"}, "'prompt' is missing"),
         ({"prompt": ["p", " "], "ground_truth": "a"}, "must not be blank"),
@@ -257,30 +256,33 @@ def _rewrite(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("good", "bad", "reason"),
     [
-        (ROME, _rewrite(subject=""), "'subject' is empty"),
-        (ROME, _rewrite(target_true=None), "'target_true' is missing"),
+        (ROME, _rewrite(subject=""), "missing 'subject', which other records of this file have"),
+        (ROME, _rewrite(target_true=None), "missing 'target_true'"),
         (ROME, _rewrite(target_new={"str": " "}), "'target_new' is empty"),
         (ROME, ROME | {"requested_rewrite": None}, "'requested_rewrite' must be a dict"),
         (ROME, {"requested_rewrite": ROME["requested_rewrite"]}, "missing 'neighborhood_prompts'"),
-        (ROME, EASYEDIT, "missing 'neighborhood_prompts'"),
+        (ROME, EASYEDIT, "missing 'requested_rewrite'"),
         (ROME, ROME | {"paraphrase_prompts": [None]}, "must be strings"),
         (EASYEDIT, EASYEDIT | {"subject": "Peru"}, "'Peru' does not occur"),
-        (EASYEDIT, EASYEDIT | {"ground_truth": None}, "'ground_truth' is missing"),
+        (EASYEDIT, EASYEDIT | {"ground_truth": None}, "missing the true answer ('ground_truth')"),
+        (EASYEDIT, EASYEDIT | {"subject": None}, "missing 'subject'"),
+        (EASYEDIT, EASYEDIT | {"target_new": ["Rome"]}, "'target_new' must be a string; found ['Rome']"),
+        (EASYEDIT, EASYEDIT | {"target": "Rome"}, "'target_new' and 'target' both give target_new"),
         (EASYEDIT, EASYEDIT | {"locality_prompt": ["a", "b"]}, "2 locality prompts, but 1 answers"),
-        (EASYEDIT, EASYEDIT | {"locality_ground_truth": None}, "1 locality prompts, but 0 answers"),
+        (EASYEDIT, EASYEDIT | {"locality_ground_truth": ["a", "b"]}, "1 locality prompts, but 2 answers"),
         (EASYEDIT, EASYEDIT | {"rephrase_prompt": 5}, "must be strings"),
         (ZSRE, ZSRE | {"alt": ""}, "'target_new' is empty"),
         (ZSRE, {k: v for k, v in ZSRE.items() if k != "subject"}, "missing 'subject'"),
-        (ZSRE, ZSRE | {"answers": []}, "'ground_truth' is missing"),
-        (ZSRE, ZSRE | {"rephrase": None}, "must be strings"),
-        (ZSRE, ZSRE | {"loc_ans": 5}, "must be strings"),
-        (ZSRE, ZSRE | {"loc_ans": " "}, "must not be blank"),
-        (ROME, _rewrite(target_true={"str": ""}), "'target_true' is missing"),
+        (ZSRE, ZSRE | {"rephrase": None}, "missing 'rephrase'"),
+        (ZSRE, ZSRE | {"loc": ["a", "b"]}, "'loc' must be one prompt"),
+        (ZSRE, ZSRE | {"loc_ans": True}, "must be strings"),
+        (ZSRE, ZSRE | {"loc_ans": " "}, "missing 'loc_ans'"),
+        (ROME, _rewrite(target_true={"str": ""}), "missing 'target_true'"),
         (ROME, "text", "A record must be a dict; found str"),
-        (WIKI_RECENT, WIKI_RECENT | {"subject": None}, "'subject' must be a string"),
+        (WIKI_RECENT, WIKI_RECENT | {"subject": None}, "missing 'subject'"),
         (WIKI_RECENT, WIKI_RECENT | {"subject": "Peru"}, "'Peru' does not occur"),
         (WIKI_RECENT, WIKI_RECENT | {"target_new": ""}, "'target_new' is empty"),
-        (WIKI_RECENT, WIKI_RECENT | {"ground_truth": [5]}, "must be strings or lists of strings"),
+        (WIKI_RECENT, WIKI_RECENT | {"ground_truth": [True]}, "must be strings or lists of strings"),
         (WIKI_RECENT, WIKI_RECENT | {"locality": []}, "'locality' must be a dict of groups"),
         (WIKIBIO, WIKIBIO | {"labels": None}, "'target_new' must be a string"),
         (WIKIBIO, WIKIBIO | {"concept": "Ana Lopez"}, "does not occur"),
@@ -304,15 +306,15 @@ def test_a_broken_first_record_is_skipped_too() -> None:
 
 
 def test_no_usable_record() -> None:
-    with pytest.raises(DataError, match="none of 2 records can be used; the first: 'target_new' is empty"):
+    with pytest.raises(DataError, match="none of 2 records can be used; the first, record 0: 'target_new' is empty"):
         parse_records([ZSRE | {"alt": ""}] * 2)
     with pytest.raises(DataError, match="non-empty"):
         parse_records([])
 
 
 def test_unknown_layout(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"unknown layout with the keys answer, question\. Expected CounterFact"):
-        load_records(saved(tmp_path, [{"question": "?", "answer": "!"}]))
+    with pytest.raises(DataError, match=r"unknown layout with the keys a, q\. Expected columns"):
+        load_records(saved(tmp_path, [{"q": "?", "a": "!"}]))
 
 
 @pytest.mark.parametrize("items", [{}, {"a": 1}, [], [1], "text", 5])
@@ -324,8 +326,8 @@ def test_not_a_list_of_records(items: Any, tmp_path: Path) -> None:
 def test_unreadable_files(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("[{", encoding="utf-8")
     (tmp_path / "b.json").write_bytes(b"\xff\xfe\x00")
-    for name in ("a.json", "b.json"):
-        with pytest.raises(DataError, match="is not valid JSON"):
+    for name, match in (("a.json", "is not valid JSON.*cut off"), ("b.json", "UTF-16")):
+        with pytest.raises(DataError, match=match):
             load_records(tmp_path / name)
     for missing in (tmp_path / "c.json", tmp_path, "factwold"):
         with pytest.raises(DataError, match="does not exist"):

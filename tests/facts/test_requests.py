@@ -51,7 +51,7 @@ def test_order_is_kept() -> None:
         ({"subject": "angola"}, "'angola' does not occur"),
         ({"subject": ""}, "'subject' is empty or blank"),
         ({"subject": "  "}, "'subject' is empty or blank"),
-        ({"subject": None}, r"'subject' must be a string; found None\. Editing needs the subject"),
+        ({"subject": 5}, "'subject' must be a string; found 5"),
         ({"target_new": " \n"}, "'target_new' is empty or blank"),
         ({"target_new": 5}, "'target_new' must be a string; found 5"),
         ({"target_new": {"id": "Q1"}}, "'target_new' must be a string; found None"),
@@ -70,7 +70,16 @@ def test_unusable_requests_name_their_number(change: dict[str, Any], match: str)
         parse_requests([*requests(2), EDIT | change])
 
 
-@pytest.mark.parametrize("name", ["prompt", "subject", "target_new"])
+def test_a_fact_may_come_without_a_subject() -> None:
+    for record in (EDIT | {"subject": None}, {k: v for k, v in EDIT.items() if k != "subject"}):
+        fact = parse_request(record)
+        assert fact == EditRequest("Angola is in", None, "Russia", "Africa")
+        with pytest.raises(RequestError, match="The subject of 'Angola is in' is needed"):
+            _ = fact.named_subject
+    assert PARSED.named_subject == "Angola"
+
+
+@pytest.mark.parametrize("name", ["prompt", "target_new"])
 def test_missing_fields(name: str) -> None:
     with pytest.raises(RequestError, match=rf"Request 0: '{name}' must be a string; found None"):
         parse_requests([{k: v for k, v in EDIT.items() if k != name}])

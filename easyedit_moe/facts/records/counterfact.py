@@ -1,41 +1,36 @@
-"""CounterFact (Meng et al. 2022), as ROME and as EasyEdit store it."""
+"""CounterFact (Meng et al. 2022) as ROME stores it; as EasyEdit stores it, it is read by its columns."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from easyedit_moe.errors import RequestError
-from easyedit_moe.facts.records.record import EvaluationRecord, Parsed, texts
-from easyedit_moe.facts.records.zsre import one_hop
-from easyedit_moe.facts.requests import EditRequest, parse_request
+from easyedit_moe.facts.records.record import EvaluationRecord, Parsed, as_text, texts
+from easyedit_moe.facts.requests import parse_request
 
 
 def parse_rome_counterfact(item: Mapping[str, Any]) -> Parsed:
-    """counterfact.json and multi_counterfact.json: requested_rewrite, paraphrase_prompts, neighborhood_prompts."""
-    request = parse_request(item)
-    true = _true_answer(request, "target_true")
-    neighbours = tuple((prompt, true) for prompt in texts(item["neighborhood_prompts"]))
-    return EvaluationRecord(request, texts(item["paraphrase_prompts"]), neighbours), ()
+    """counterfact.json and multi_counterfact.json: requested_rewrite, paraphrase_prompts, neighborhood_prompts.
 
-
-def parse_easyedit_counterfact(item: Mapping[str, Any]) -> Parsed:
-    """What CounterFactDataset reads: prompt, subject, target_new, ground_truth, rephrase_prompt, locality_prompt,
-    locality_ground_truth, and in some files portability ("New Question", "New Answer").
+    The neighbours' answer is the true one of the edit; without one they have none.
     """
-    request = parse_request(item)
-    _true_answer(request, "ground_truth")
-    prompts, answers = texts(item.get("locality_prompt")), texts(item.get("locality_ground_truth"))
-    if len(prompts) != len(answers):
-        raise RequestError(f"{len(prompts)} locality prompts, but {len(answers)} answers.")
-    neighbours = tuple(zip(prompts, answers, strict=True))
-    portability, reasons = one_hop(item)
-    record = EvaluationRecord(request, texts(item.get("rephrase_prompt")), neighbours, portability=portability)
-    return record, reasons
+    request = parse_request({"requested_rewrite": _worded(item["requested_rewrite"])})
+    prompts, true = texts(item.get("neighborhood_prompts")), request.ground_truth
+    paraphrases = texts(item.get("paraphrase_prompts"))
+    if true is None:
+        return EvaluationRecord(request, paraphrases, (), unanswered=prompts), ()
+    return EvaluationRecord(request, paraphrases, tuple((prompt, true) for prompt in prompts)), ()
 
 
-def _true_answer(request: EditRequest, name: str) -> str:
-    """The answer that the new one is compared with; RequestError where the key ``name`` gave none."""
-    if request.ground_truth is None or not request.ground_truth.strip():
-        raise RequestError(f"'{name}' is missing.")
-    return request.ground_truth
+def _worded(rewrite: Any) -> Any:
+    """The rewrite with numbers as texts, and blank true answers and subjects left out."""
+    if not isinstance(rewrite, Mapping):
+        return rewrite
+    said = dict(rewrite)
+    for name in ("target_new", "target_true", "ground_truth", "subject"):
+        value = said.get(name)
+        value = as_text(value.get("str") if isinstance(value, Mapping) else value)
+        said[name] = value
+        if name != "target_new" and (value is None or (isinstance(value, str) and not value.strip())):
+            del said[name]
+    return said

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
 from easyedit_moe.errors import DataError, RequestError
-from easyedit_moe.facts.records.record import Parsed, absent, first_answer, grouped_record, texts
-from easyedit_moe.facts.requests import parse_request
+from easyedit_moe.facts.records.record import Parsed, absent, grouped_record, request_of, texts
 
 PORTABILITY = ("Reasoning", "Subject_Aliasing", "Logical_Generalization")
 LOCALITY = ("Relation_Specificity", "Forgetfulness")
@@ -21,13 +20,11 @@ def parse_knowedit(item: Mapping[str, Any]) -> Parsed:
     Answers are a text, a list of alternatives, or a list of answers with their aliases. Of the groups, those count that
     the benchmark defines: `LOCALITY` and `PORTABILITY`.
     """
-    request = parse_request(
-        {
-            "prompt": item.get("prompt", item.get("text")),
-            "subject": item.get("subject", item.get("concept")),
-            "target_new": item.get("target_new", item.get("labels")),
-            "ground_truth": first_answer(item.get("ground_truth")),
-        }
+    request = request_of(
+        item.get("prompt", item.get("text")),
+        item.get("subject", item.get("concept")),
+        item.get("target_new", item.get("labels")),
+        item.get("ground_truth"),
     )
     paraphrases = texts(item.get("rephrase_prompt"))
     return grouped_record(
@@ -42,14 +39,7 @@ def is_sanitation(items: Any) -> TypeGuard[Mapping[str, Any]]:
 
 def parse_sanitation(item: Mapping[str, Any]) -> Parsed:
     """One question to forget from `sanitation_items`: question, subject, ground_truth, target_new, retained."""
-    request = parse_request(
-        {
-            "prompt": item.get("question"),
-            "subject": item.get("subject"),
-            "target_new": item.get("target_new"),
-            "ground_truth": first_answer(item.get("ground_truth")),
-        }
-    )
+    request = request_of(*(item.get(name) for name in ("question", "subject", "target_new", "ground_truth")))
     return grouped_record(request, (), {"Retained": item["retained"]}, {})
 
 

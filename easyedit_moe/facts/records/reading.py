@@ -1,117 +1,300 @@
-"""Files of records, their layout recognised by their keys."""
+"""Records to judge by, and facts to edit, from files; their layout is recognised by their keys."""
 
 from __future__ import annotations
 
-import json
+import unicodedata
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from easyedit_moe import factworld
-from easyedit_moe.errors import DataError, RequestError
-from easyedit_moe.facts.records.counterfact import parse_easyedit_counterfact, parse_rome_counterfact
-from easyedit_moe.facts.records.knowedit import is_sanitation, parse_knowedit, parse_sanitation, sanitation_items
-from easyedit_moe.facts.records.record import Parsed, RecordSet
+from easyedit_moe.errors import DataError, EditingWarning, RequestError
+from easyedit_moe.facts.records.columns import is_columns, parse_columns, unknown_columns, unknown_message
+from easyedit_moe.facts.records.counterfact import parse_rome_counterfact
+from easyedit_moe.facts.records.files import Content, read_file
+from easyedit_moe.facts.records.knowedit import (
+    LOCALITY,
+    is_sanitation,
+    parse_knowedit,
+    parse_sanitation,
+    sanitation_items,
+)
+from easyedit_moe.facts.records.record import EvaluationRecord, FactSet, Parsed, RecordSet, absent
 from easyedit_moe.facts.records.wikibigedit import parse_wikibigedit
 from easyedit_moe.facts.records.zsre import parse_zsre
 
-Layout = tuple[str, Callable[[Mapping[str, Any]], Parsed]]
+Reasons = tuple[tuple[int, str], ...]
+SHOWN = 5  # problems that an error lists
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way in which records are written.
+
+    Attributes:
+        protocol: how they are judged.
+        parse: reads one.
+        judged_by: keys without which one can be edited, but not judged as the benchmark does.
+    """
+
+    protocol: str
+    parse: Callable[[Mapping[str, Any]], Parsed]
+    judged_by: tuple[str, ...] = ()
+
+
+ROME = Layout("counterfact", parse_rome_counterfact, ("neighborhood_prompts", "paraphrase_prompts"))
+COLUMNS = Layout("counterfact", parse_columns)
+ZSRE = Layout("zsre", parse_zsre, ("rephrase", "loc", "loc_ans"))
+KNOWEDIT = Layout("token_accuracy", parse_knowedit)
+WIKIBIGEDIT = Layout("token_accuracy", parse_wikibigedit)
+SANITATION = Layout("token_accuracy", parse_sanitation)
 
 
 def load_records(source: str | Path) -> RecordSet:
-    """Read "factworld", "factworld-easyedit" or a JSON file of records.
+    """Read "factworld", "factworld-easyedit" or a file of records: .json, .jsonl, .csv or .tsv, in UTF-8.
 
     Known layouts, with the keys they need (the module of each says which more it reads):
 
+    - columns, of a table or of dicts: ``prompt``, ``target_new`` and mostly ``subject``, as EasyEdit's CounterFact;
     - ROME's counterfact.json and multi_counterfact.json: ``requested_rewrite``, ``paraphrase_prompts``,
       ``neighborhood_prompts``;
-    - EasyEdit's CounterFact: ``prompt``, ``subject``, ``target_new``, ``ground_truth``;
-    - ZsRE: ``src``, ``subject``, ``alt``, ``answers``, ``rephrase``, ``loc``, ``loc_ans``;
+    - ZsRE: ``src``, ``subject``, ``alt``, ``rephrase``, ``loc``, ``loc_ans``;
     - KnowEdit: ``prompt``, ``subject``, ``target_new``, ``locality`` by group (WikiData_counterfact, WikiData_recent,
-      ZsRE) or ``text``, ``concept``, ``labels`` (WikiBio); Sanitation with a ``subject`` to each question;
+      ZsRE) or ``text``, ``concept``, ``labels`` (WikiBio); Sanitation;
     - WikiBigEdit: ``update``, ``subject``, ``ans``.
 
-    A record that can't be used is skipped and listed with the reason.
+    A record that can't be used is skipped and listed with the reason. Where most records have a true answer (or a
+    subject), so must all; where most have none, records without are used: the protocol is then "token_accuracy", which
+    compares with no true answer, and only methods that do not use the subject can edit.
+
+    Warns (`EditingWarning`) of columns that are not used.
 
     Raises:
-        DataError: missing file, not JSON, not a list of records, an unknown layout, or not one usable record.
+        DataError: missing file, in another encoding or format, an unknown layout, or not one usable record.
     """
-    bundled = {factworld.MODEL_NAME: "counterfact.json", f"{factworld.MODEL_NAME}-easyedit": "easyedit.json"}
-    path = factworld.data_path(bundled[str(source)]) if str(source) in bundled else Path(source)
-    if not path.is_file():
-        raise DataError(f"The data file {path} does not exist. Bundled data: {', '.join(bundled)}.")
-    return parse_records(read_json(path), str(path))
+    content, where = _content(source)
+    found = _parse(content, where)
+    _warn_unknown(found, where)
+    return _record_set(found, where)
 
 
-def read_json(path: str | Path) -> Any:
-    """Content of a JSON file.
+def load_facts(source: str | Path, strict: bool = False) -> FactSet:
+    """Read the facts of a file to edit them; files and layouts are those of `load_records`.
+
+    A fact needs a prompt and a new target. One bad line does not stop the others: it is listed, as are facts that
+    repeat or contradict an earlier one, which could not be edited in one batch with it.
+
+    Args:
+        source: the file, or the name of bundled data.
+        strict: refuse the file if anything in it can't be used.
+
+    Warns (`EditingWarning`) of columns that are not used.
 
     Raises:
-        DataError: missing file, or not JSON.
+        DataError: what `load_records` raises; with ``strict`` also a line, a fact or a prompt that can't be used.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"The data file {path} does not exist.")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path} is not valid JSON: {error}") from error
+    content, where = _content(source)
+    found = _parse(content, where)
+    _warn_unknown(found, where)
+    facts, refused = _without_conflicts(found.records, found.unit)
+    skipped = tuple(sorted([*found.skipped, *refused]))
+    if strict and (skipped or found.dropped):
+        raise DataError(_problems(sorted([*skipped, *found.dropped]), found.unit, where))
+    if not facts:
+        raise DataError(_none_usable(found, skipped, where))
+    judged = found.protocol if all(record.request.ground_truth for _, record in facts) else _without_truth(found)
+    return FactSet(
+        tuple(record for _, record in facts),
+        tuple(number for number, _ in facts),
+        judged,
+        skipped,
+        found.dropped,
+        found.unknown,
+        found.unit,
+    )
 
 
 def parse_records(items: Sequence[Mapping[str, Any]] | Mapping[str, Any], where: str = "the data") -> RecordSet:
     """Records of one layout, recognised by the first item that has one; see `load_records`."""
+    numbers = tuple(range(len(items))) if isinstance(items, Sequence) else ()
+    return _record_set(_parse(Content(items, numbers), where), where)
+
+
+def _content(source: str | Path) -> tuple[Content, str]:
+    bundled = {factworld.MODEL_NAME: "counterfact.json", f"{factworld.MODEL_NAME}-easyedit": "easyedit.json"}
+    path = factworld.data_path(bundled[str(source)]) if str(source) in bundled else Path(source)
+    if not path.is_file():
+        raise DataError(f"The data file {path} does not exist. Bundled data: {', '.join(bundled)}.")
+    return read_file(path), str(path)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """All entries of a file, read by its layout."""
+
+    layout: Layout
+    records: tuple[tuple[int, EvaluationRecord], ...]
+    items: Mapping[int, Mapping[str, Any]]
+    skipped: Reasons
+    dropped: Reasons
+    unknown: tuple[str, ...]
+    unit: str
+    count: int
+
+    @property
+    def protocol(self) -> str:
+        return self.layout.protocol
+
+
+def _parse(content: Content, where: str) -> _Found:
+    items, numbers = content.items, content.numbers
     if is_sanitation(items):
-        return _parse_all(sanitation_items(items, where), ("token_accuracy", parse_sanitation), where)
+        items = sanitation_items(items, where)
+        numbers, layout = tuple(range(len(items))), SANITATION
+    else:
+        layout = _layout([dict.fromkeys(content.header)] if content.header else items, where)
+    records, skipped, dropped = [], list(content.unreadable), []
+    for number, item in zip(numbers, items, strict=True):
+        try:
+            if not isinstance(item, Mapping):
+                raise RequestError(f"A record must be a dict; found {type(item).__name__}.")
+            record, reasons = layout.parse(item)
+        except (RequestError, KeyError) as error:
+            skipped.append((number, f"missing {error}" if isinstance(error, KeyError) else str(error)))
+            continue
+        records.append((number, record))
+        dropped += [(number, reason) for reason in reasons]
+    unknown = unknown_columns([dict.fromkeys(content.header), *items]) if layout is COLUMNS else ()
+    by_number = {number: item for number, item in zip(numbers, items, strict=True) if isinstance(item, Mapping)}
+    count = len(items) + len(content.unreadable)
+    return _Found(
+        layout, tuple(records), by_number, tuple(sorted(skipped)), tuple(dropped), unknown, content.unit, count
+    )
+
+
+def _layout(items: Any, where: str) -> Layout:
     listed = items if isinstance(items, Sequence) and not isinstance(items, str) else ()
-    if not any(isinstance(item, Mapping) for item in listed):
+    dicts = [item for item in listed if isinstance(item, Mapping)]
+    if not dicts:
         raise DataError(f"{where} must hold a non-empty list of records; found {type(items).__name__}.")
-    layout = next((found for item in listed if isinstance(item, Mapping) and (found := _layout_of(item))), None)
+    layout = next((found for item in dicts if (found := _layout_of(item))), None)
     if layout is None:
-        raise DataError(_unknown(next(item for item in listed if isinstance(item, Mapping)), where))
-    return _parse_all(listed, layout, where)
+        raise DataError(_unknown_layout(dicts[0], where))
+    return layout
 
 
 def _layout_of(item: Mapping[str, Any]) -> Layout | None:
     if "requested_rewrite" in item:
-        return "counterfact", parse_rome_counterfact
+        return ROME
     if "src" in item and "alt" in item:
-        return "zsre", parse_zsre
+        return ZSRE
     if "update" in item and "ans" in item:
-        return "token_accuracy", parse_wikibigedit
-    if isinstance(item.get("locality"), Mapping) or {"text", "concept", "labels"} <= item.keys():
-        return "token_accuracy", parse_knowedit
-    if "prompt" in item and "target_new" in item:
-        return "counterfact", parse_easyedit_counterfact
-    return None
+        return WIKIBIGEDIT
+    if _is_grouped(item.get("locality")) or {"text", "concept", "labels"} <= item.keys():
+        return KNOWEDIT
+    return COLUMNS if is_columns(item) else None
 
 
-def _unknown(item: Mapping[str, Any], where: str) -> str:
+def _is_grouped(locality: Any) -> bool:
+    """Whether these are KnowEdit's groups; EasyEdit's own requests have groups of any name."""
+    return isinstance(locality, Mapping) and (not locality or any(name in locality for name in LOCALITY))
+
+
+def _unknown_layout(item: Mapping[str, Any], where: str) -> str:
     if {"ent", "pos", "neg"} <= item.keys():
         return (
             f"{where} is a ConvSent file: topics with positive and negative opinions. It has neither prompts nor "
             "targets and is judged by a sentiment classifier, so it can't be read as edits of facts."
         )
+    keys = ", ".join(sorted(str(key) for key in item))
     return (
-        f"{where}: unknown layout with the keys {', '.join(sorted(item))}. Expected CounterFact (requested_rewrite), "
-        "EasyEdit's CounterFact (prompt, subject, target_new), ZsRE (src, subject, alt), KnowEdit (prompt, subject, "
+        f"{where}: unknown layout with the keys {keys}. Expected columns (prompt, subject, target_new, as EasyEdit's "
+        "CounterFact), CounterFact (requested_rewrite), ZsRE (src, subject, alt), KnowEdit (prompt, subject, "
         "target_new, locality; or text, concept, labels) or WikiBigEdit (update, subject, ans)."
     )
 
 
-def _parse_all(items: Sequence[Any], layout: Layout, where: str) -> RecordSet:
-    protocol, parse = layout
-    records, skipped, dropped = [], [], []
-    for number, item in enumerate(items):
-        try:
-            if not isinstance(item, Mapping):
-                raise RequestError(f"A record must be a dict; found {type(item).__name__}.")
-            record, reasons = parse(item)
-        except (RequestError, KeyError) as error:
-            skipped.append((number, f"missing {error}" if isinstance(error, KeyError) else str(error)))
-            continue
-        records.append(record)
-        dropped += [(number, reason) for reason in reasons]
+def _warn_unknown(found: _Found, where: str) -> None:
+    if found.unknown:
+        warnings.warn(unknown_message(found.unknown, where), EditingWarning, stacklevel=3)
+
+
+def _record_set(found: _Found, where: str) -> RecordSet:
+    """The records that can be judged as the file asks; see `load_records`."""
+    requests = [record.request for _, record in found.records]
+    needs_truth = found.protocol == "counterfact" and _most(requests, "ground_truth")
+    needs_subject = _most(requests, "subject")
+    records, skipped = [], list(found.skipped)
+    for number, record in found.records:
+        reason = _not_judged(found.layout, found.items[number], record, needs_truth, needs_subject)
+        if reason:
+            skipped.append((number, reason))
+        else:
+            records.append((number, record))
     if not records:
-        first = f"; the first: {skipped[0][1]}" if skipped else ""
-        raise DataError(f"{where}: none of {len(items)} records can be used{first}")
-    return RecordSet(tuple(records), protocol, tuple(skipped), tuple(dropped))
+        raise DataError(_none_usable(found, tuple(skipped), where))
+    protocol = found.protocol if needs_truth else _without_truth(found)
+    kept = {number for number, _ in records}
+    dropped = tuple((number, reason) for number, reason in found.dropped if number in kept)
+    return RecordSet(tuple(r for _, r in records), protocol, tuple(sorted(skipped)), dropped, found.unit)
+
+
+def _most(requests: Sequence[Any], name: str) -> bool:
+    """Whether at least half of the requests have a field."""
+    return 2 * sum(bool(getattr(request, name)) for request in requests) >= len(requests)
+
+
+def _not_judged(
+    layout: Layout, item: Mapping[str, Any], record: EvaluationRecord, needs_truth: bool, needs_subject: bool
+) -> str:
+    """Why a record that can be edited can't be judged; empty where it can."""
+    missing = [repr(key) for key in layout.judged_by if absent(item.get(key))]
+    if needs_truth and not (record.request.ground_truth or "").strip():
+        missing.append("'target_true'" if layout is ROME else "the true answer ('ground_truth')")
+    if needs_subject and record.request.subject is None:
+        missing.append("'subject'")
+    return f"missing {', '.join(missing)}, which other records of this file have" if missing else ""
+
+
+def _without_truth(found: _Found) -> str:
+    """The protocol for records without a true answer."""
+    return "token_accuracy" if found.protocol == "counterfact" else found.protocol
+
+
+def _without_conflicts(
+    records: Sequence[tuple[int, EvaluationRecord]], unit: str
+) -> tuple[list[tuple[int, EvaluationRecord]], list[tuple[int, str]]]:
+    """Records whose prompts differ, and why each other one is refused: the first with a prompt counts."""
+    kept, refused = [], []
+    seen: dict[str, tuple[int, str]] = {}
+    for number, record in records:
+        prompt, target = _plain(record.request.prompt), _plain(record.request.target_new)
+        if prompt not in seen:
+            seen[prompt] = (number, target)
+            kept.append((number, record))
+            continue
+        other, earlier = seen[prompt]
+        if earlier == target:
+            refused.append((number, f"the same fact as {unit} {other}."))
+        else:
+            refused.append(
+                (number, f"conflicts with {unit} {other}: {prompt!r} -> {target!r} here, {earlier!r} there. Keep one.")
+            )
+    return kept, refused
+
+
+def _plain(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def _none_usable(found: _Found, skipped: Reasons, where: str) -> str:
+    first = f"; the first, {found.unit} {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
+    return f"{where}: none of {found.count} records can be used{first}"
+
+
+def _problems(reasons: Sequence[tuple[int, str]], unit: str, where: str) -> str:
+    shown = "; ".join(f"{unit} {number}: {reason}" for number, reason in reasons[:SHOWN])
+    more = f"; and {len(reasons) - SHOWN} more" if len(reasons) > SHOWN else ""
+    return f"{where} can't be used as a whole, which strict asks for: {shown}{more}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 from easyedit_moe.errors import RequestError
@@ -44,6 +45,8 @@ class EvaluationRecord:
         neighbours: prompts that must keep their answer, with that answer: all of them, whatever their group.
         locality: the neighbours by group with all their answers; empty where the layout knows no groups.
         portability: prompts whose answers follow from the edit, by group.
+        unanswered: prompts that must keep their answer, where the file does not say which; it is the unedited model's
+            (see `easyedit_moe.evaluation.neighbours.answered`).
     """
 
     request: EditRequest
@@ -51,6 +54,7 @@ class EvaluationRecord:
     neighbours: tuple[tuple[str, str], ...]
     locality: tuple[ProbeGroup, ...] = ()
     portability: tuple[ProbeGroup, ...] = ()
+    unanswered: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,15 +63,42 @@ class RecordSet:
 
     Attributes:
         records: in the file's order.
-        protocol: the one of `PROTOCOLS` that the layout calls for.
-        skipped: (position, reason) of each record that can't be used.
-        dropped: (position, reason) of each probe that a usable record lost because it has no answer or is malformed.
+        protocol: the one of `PROTOCOLS` that the layout calls for; "token_accuracy" where it calls for a comparison
+            with true answers and most records have none.
+        skipped: (number, reason) of each record that can't be used.
+        dropped: (number, reason) of each probe that a usable record lost because it has no answer or is malformed.
+        unit: what the numbers count: "record" (of a JSON list, from 0) or "line" (of the file, from 1).
     """
 
     records: tuple[EvaluationRecord, ...]
     protocol: str
     skipped: tuple[tuple[int, str], ...]
     dropped: tuple[tuple[int, str], ...] = ()
+    unit: str = "record"
+
+
+@dataclass(frozen=True)
+class FactSet:
+    """The facts of a file that can be edited together, and what was left out.
+
+    Attributes:
+        facts: in the file's order; subject, ground truth and the prompts to judge by are there where the file has
+            them. No two have the same prompt.
+        numbers: of each fact.
+        protocol: the one of `PROTOCOLS` by which the facts can be judged.
+        skipped: (number, reason) of each fact that can't be used, or that repeats or contradicts an earlier one.
+        dropped: (number, reason) of each probe that a usable fact lost because it has no answer or is malformed.
+        unknown_columns: columns (keys) of the file that are not used.
+        unit: what the numbers count: "record" (of a JSON list, from 0) or "line" (of the file, from 1).
+    """
+
+    facts: tuple[EvaluationRecord, ...]
+    numbers: tuple[int, ...]
+    protocol: str
+    skipped: tuple[tuple[int, str], ...] = ()
+    dropped: tuple[tuple[int, str], ...] = ()
+    unknown_columns: tuple[str, ...] = ()
+    unit: str = "record"
 
 
 Parsed = tuple[EvaluationRecord, tuple[str, ...]]
@@ -82,6 +113,22 @@ def grouped_record(
     kept, follow = probe_groups(locality, reasons), probe_groups(portability, reasons)
     neighbours = tuple((probe.prompt, probe.answers[0]) for group in kept for probe in group.probes)
     return EvaluationRecord(request, paraphrases, neighbours, kept, follow), tuple(reasons)
+
+
+def request_of(prompt: Any, subject: Any, target_new: Any, ground_truth: Any) -> EditRequest:
+    """The edit that a record asks for; of several true answers the first counts, and numbers are texts.
+
+    Raises:
+        RequestError: a prompt or target that is no text, or a subject that is not in the prompt.
+    """
+    known = None if absent(subject) else as_text(subject)
+    return EditRequest(prompt, known, as_text(target_new), first_answer(ground_truth))
+
+
+def as_text(value: Any) -> Any:
+    """A number as the text that it was written as; everything else, booleans included, as it is."""
+    number = isinstance(value, (int, float, Decimal)) and not isinstance(value, bool) and value == value
+    return str(value) if number else value
 
 
 def texts(value: Any) -> tuple[str, ...]:
@@ -101,11 +148,12 @@ def texts(value: Any) -> tuple[str, ...]:
 def alternatives(value: Any) -> tuple[str, ...]:
     """The right answers in a text, or in a list of answers each of which may be a list of its aliases.
 
-    Blank answers and repetitions are left out.
+    Blank answers and repetitions are left out; a number is a text.
 
     Raises:
-        RequestError: a leaf that is not a string.
+        RequestError: a leaf that is neither a string nor a number.
     """
+    value = as_text(value)
     if absent(value):
         return ()
     if isinstance(value, str):

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from easyedit_moe.facts.records.record import Parsed, absent, first_answer, grouped_record, texts
-from easyedit_moe.facts.requests import parse_request
+from easyedit_moe.facts.records.record import Parsed, absent, grouped_record, request_of, texts
 
 
 def parse_wikibigedit(item: Mapping[str, Any]) -> Parsed:
@@ -15,14 +14,7 @@ def parse_wikibigedit(item: Mapping[str, Any]) -> Parsed:
 
     Groups carry the names that EasyEdit's example gives them: "locality", "personas", "mhop".
     """
-    request = parse_request(
-        {
-            "prompt": item["update"],
-            "subject": item["subject"],
-            "target_new": item["ans"],
-            "ground_truth": first_answer(item.get("ground_truth")),
-        }
-    )
+    request = request_of(item["update"], item.get("subject"), item["ans"], item.get("ground_truth"))
     portability = {
         "personas": _probe(item.get("personas"), request.target_new),
         "mhop": _probe(item.get("mhop"), item.get("mhop_ans")),

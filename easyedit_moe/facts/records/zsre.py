@@ -6,25 +6,34 @@ from collections.abc import Mapping
 from typing import Any
 
 from easyedit_moe.errors import RequestError
-from easyedit_moe.facts.records.record import EvaluationRecord, Parsed, ProbeGroup, absent, probe_groups, texts
-from easyedit_moe.facts.requests import parse_request
+from easyedit_moe.facts.records.record import (
+    EvaluationRecord,
+    Parsed,
+    ProbeGroup,
+    absent,
+    alternatives,
+    probe_groups,
+    request_of,
+    texts,
+)
 
 
 def parse_zsre(item: Mapping[str, Any]) -> Parsed:
     """src, subject, alt, answers, rephrase, loc, loc_ans, and in some files portability ("New Question", ...)."""
-    request = parse_request(
-        {
-            "prompt": item["src"],
-            "subject": item["subject"],
-            "target_new": item["alt"],
-            "ground_truth": item["answers"],
-        }
-    )
-    if request.ground_truth is None:
-        raise RequestError("'ground_truth' is missing: 'answers' is empty.")
-    (loc,), (loc_ans,) = texts([item["loc"]]), texts([item["loc_ans"]])
+    request = request_of(item["src"], item.get("subject"), item["alt"], item.get("answers"))
     portability, reasons = one_hop(item)
-    return EvaluationRecord(request, texts([item["rephrase"]]), ((loc, loc_ans),), portability=portability), reasons
+    prompts, answers = texts(item.get("loc")), alternatives(item.get("loc_ans"))
+    if len(prompts) > 1:
+        raise RequestError(f"'loc' must be one prompt; found {len(prompts)}.")
+    neighbours = tuple((prompt, answers[0]) for prompt in prompts if answers)
+    record = EvaluationRecord(
+        request,
+        texts(item.get("rephrase")),
+        neighbours,
+        portability=portability,
+        unanswered=() if answers else prompts,
+    )
+    return record, reasons
 
 
 def one_hop(item: Mapping[str, Any]) -> tuple[tuple[ProbeGroup, ...], tuple[str, ...]]:

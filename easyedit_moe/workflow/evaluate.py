@@ -1,0 +1,226 @@
+"""``evaluate``: what a model knows and can do, before and after a patch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from easyedit_moe.comparison.settings import loading_settings
+from easyedit_moe.errors import DataError, HyperParamsError
+from easyedit_moe.evaluation import harness, metrics
+from easyedit_moe.evaluation.neighbours import answered
+from easyedit_moe.evaluation.portability import portability
+from easyedit_moe.facts.records import PROTOCOLS, RecordSet, load_records
+from easyedit_moe.moe.fingerprint import model_fingerprint
+from easyedit_moe.moe.layers import MoELayerView
+from easyedit_moe.moe.loading import load_model
+from easyedit_moe.patches.checks import versions
+from easyedit_moe.patches.files import load_patch
+from easyedit_moe.patches.tensors import TensorPatch
+from easyedit_moe.patches.weights import WeightPatch
+from easyedit_moe.statistics.corpus import corpus_hash
+
+logger = logging.getLogger(__name__)
+
+AnyPatch = WeightPatch | TensorPatch
+Scores = dict[tuple[str, str], "Value"]
+RECORDS = "records"
+SCORES = {
+    "efficacy": "efficacy",
+    "generalisation": "generalisation",
+    "specificity": "specificity",
+    "utility": "utility",
+    "exact_match": "exact match",
+}
+
+
+@dataclass(frozen=True)
+class Value:
+    """A mean over ``count`` records or examples, and its standard error (None where there is none)."""
+
+    mean: float
+    stderr: float | None
+    count: int
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One line of the table.
+
+    Attributes:
+        group: "records", or the name of a task.
+        name: of the score: of records in percent, of tasks as lm-evaluation-harness reports it.
+        before: of the model as it was loaded.
+        after: with the patches; None without any.
+    """
+
+    group: str
+    name: str
+    before: Value
+    after: Value | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All lines of the table, and what is needed to make them again."""
+
+    measures: tuple[Measure, ...]
+    provenance: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Content of results.json (schema 1); what is no number is null."""
+        listed = [_finite(asdict(measure)) for measure in self.measures]
+        return {"schema": 1, "measures": listed, "provenance": self.provenance}
+
+
+def evaluate(
+    model: str | tuple[nn.Module, PreTrainedTokenizerBase] = "factworld",
+    patches: Sequence[str | Path | AnyPatch] = (),
+    data: str | Path | None = None,
+    tasks: Sequence[str] = (),
+    tasks_dir: str | Path | None = None,
+    limit: int | None = None,
+    dtype: str = "",
+    device: str = "",
+    progress: bool = True,
+) -> Evaluation:
+    """Scores of records and of tasks, before and after patches; the model is then bit-equal to before.
+
+    Records are scored by their own protocol (see `easyedit_moe.evaluation.metrics.evaluate`) and by portability, tasks
+    by lm-evaluation-harness.
+
+    Args:
+        model: hub name, folder or "factworld", or a loaded model and its tokenizer.
+        patches: files, or patches that are not applied; applied in this order.
+        data: file of records, as `easyedit_moe.facts.records.load_records` reads it.
+        tasks: names of tasks; they need the extra ``eval``.
+        tasks_dir: folder of tasks of one's own.
+        limit: examples per task; all by default.
+        dtype: of a model to load; by default that of the first patch's hparams, else of the model's hparams.
+        device: of a model to load; by default that of the model's hparams.
+        progress: show progress bars.
+
+    Raises:
+        DataError: nothing to measure, or data, a task or a model that can't be used. PatchError: a file that is no
+            patch, or a patch that does not fit the model. DependencyError: tasks, without lm-evaluation-harness.
+    """
+    if data is None and not tasks:
+        raise DataError("There is nothing to measure: give a file of records, tasks, or both.")
+    found = load_records(data) if data is not None else None
+    runner = harness.Harness(tasks, tasks_dir, limit, progress=progress) if tasks else None
+    loaded = [load_patch(patch) if isinstance(patch, (str, Path)) else patch for patch in patches]
+    settings = _loading(model, loaded, dtype, device) if isinstance(model, str) else {}
+    net, tok = load_model(model, **settings) if isinstance(model, str) else model
+    with _applied(net, loaded):
+        pass  # a patch that does not fit is refused before anything is measured
+    provenance = {
+        "model": model if isinstance(model, str) else getattr(net, "name_or_path", type(net).__name__),
+        "model_fingerprint": model_fingerprint(MoELayerView(net)),
+        "patches": [str(p) if isinstance(p, (str, Path)) else type(p).__name__ for p in patches],
+        "patch_ids": [patch.id for patch in loaded],
+        **_about_records(data, found),
+        **_about_tasks(tasks, tasks_dir, limit),
+        **settings,
+        "versions": versions() | ({"lm_eval": harness.version()} if tasks else {}),
+    }
+    return Evaluation(_measures(net, tok, found, runner, loaded), provenance)
+
+
+def _measures(
+    net: nn.Module,
+    tok: PreTrainedTokenizerBase,
+    found: RecordSet | None,
+    runner: harness.Harness | None,
+    patches: Sequence[AnyPatch],
+) -> tuple[Measure, ...]:
+    records = answered(net, tok, found.records) if found is not None else ()
+
+    def scores() -> Scores:
+        out = _record_scores(net, tok, records, found.protocol) if found is not None else {}
+        return out | (_task_scores(runner, net, tok) if runner is not None else {})
+
+    before = scores()
+    if not patches:
+        return tuple(Measure(*name, value, None) for name, value in before.items())
+    with _applied(net, patches):
+        after = scores()
+    return tuple(Measure(*name, value, after[name]) for name, value in before.items())
+
+
+def _loading(model: str, patches: Sequence[AnyPatch], dtype: str, device: str) -> dict[str, Any]:
+    """How the model is loaded: as the first patch was made on it, for the rest as its hparams have it."""
+    made = patches[0].metadata.get("hparams", {}).get("dtype", "") if patches else ""
+    try:
+        usual = loading_settings([], model)
+    except HyperParamsError:  # a model without hparams of its own
+        return {"dtype": dtype or made or "bfloat16", "device": device or "cpu"}
+    return {
+        "dtype": dtype or made or usual.dtype,
+        "device": device or usual.device,
+        "model_parallel": usual.model_parallel,
+    }
+
+
+def _record_scores(net: nn.Module, tok: PreTrainedTokenizerBase, records: Sequence[Any], protocol: str) -> Scores:
+    result = metrics.evaluate(net, tok, records, protocol)
+    found = {shown: getattr(result, name) for name, shown in SCORES.items()}
+    found["portability"] = portability(net, tok, records)
+    return {(RECORDS, name): Value(s.mean, s.stderr, s.count) for name, s in found.items() if s.count}
+
+
+def _task_scores(runner: harness.Harness, net: nn.Module, tok: PreTrainedTokenizerBase) -> Scores:
+    return {
+        (task, metric): Value(score.value, score.stderr, score.count)
+        for task, found in runner.scores(net, tok).items()
+        for metric, score in found.items()
+    }
+
+
+@contextmanager
+def _applied(net: nn.Module, patches: Sequence[AnyPatch]) -> Iterator[None]:
+    """The patches lie on the model inside, each on those before it; afterwards none does, whatever was raised."""
+    done: list[AnyPatch] = []
+    try:
+        for patch in patches:
+            patch.apply(net)
+            done.append(patch)
+        yield
+    finally:
+        for patch in reversed(done):
+            patch.revert(net)
+
+
+def _about_records(data: str | Path | None, found: RecordSet | None) -> dict[str, Any]:
+    if found is None:
+        return {}
+    for number, reason in found.skipped[:1]:
+        logger.warning(
+            "%d records of %s are unusable; the first, %s %d: %s", len(found.skipped), data, found.unit, number, reason
+        )
+    return {
+        "data": str(data),
+        "data_hash": corpus_hash([repr(record) for record in found.records]),
+        "records": len(found.records),
+        "skipped_records": len(found.skipped),
+        "protocol": found.protocol,
+        "protocols": {RECORDS: f"{PROTOCOLS[found.protocol]}, percent; portability: teacher-forced token accuracy"},
+    }
+
+
+def _about_tasks(tasks: Sequence[str], tasks_dir: str | Path | None, limit: int | None) -> dict[str, Any]:
+    where = None if tasks_dir is None else str(tasks_dir)
+    return {"tasks": list(tasks), "tasks_dir": where, "limit": limit} if tasks else {}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not isfinite(value) else value
