@@ -21,10 +21,12 @@ from transformers.utils.quantization_config import Mxfp4Config
 from easyedit_moe import factworld
 from easyedit_moe.errors import DataError, HyperParamsError
 from easyedit_moe.hparams import DTYPES
+from easyedit_moe.progress import library_bars
 
 logger = logging.getLogger(__name__)
 
 
+@library_bars()
 def load_model(
     model_name: str,
     dtype: str = "bfloat16",
