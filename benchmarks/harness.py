@@ -17,7 +17,7 @@ import transformers
 
 from easyedit_moe import __version__
 from easyedit_moe.measure import peak_memory_bytes, reset_peak_memory, synchronise
-from easyedit_moe.storage.files import replacing
+from easyedit_moe.storage.strict_json import write_json
 
 RESULTS = Path(__file__).parent / "results"
 SCHEMA = 1
@@ -107,6 +107,4 @@ def write_results(folder: Path, quick: bool, suites: Mapping[str, list[dict[str,
     kept = json.loads(path.read_text(encoding="utf-8"))["suites"] if path.exists() else {}
     kept.update({name: {"machine": about, "rows": rows} for name, rows in suites.items()})
     content = {"schema": SCHEMA, "quick": quick, "suites": kept}
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    return path
+    return write_json(path, content)

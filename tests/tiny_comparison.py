@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from tiny import TEXTS, requests
+from typer.testing import CliRunner
+
+from easyedit_moe.commands.app import app
+
+METHODS = ("MoTE", "MoEEdit-BCD", "Global+speedup")
 
 
 def tiny_records(count: int = 4) -> list[dict]:
@@ -32,3 +38,10 @@ def tiny_hparams(folder: Path, method: str, **changes: object) -> dict[str, obje
         "mom2_dataset": str(corpus), "stats_dir": str(folder / "stats"),
     }  # fmt: skip
     return values | changes
+
+
+def run_compare(folder: Path, *args: str) -> Any:
+    """The command, on what the fixture ``folder`` holds."""
+    command = ["compare", "--model", str(folder / "tiny"), "--data", str(folder / "data.json"), "--edits", "4"]
+    command += ["--batch-size", "2", "--hparams", str(folder / "hparams"), "--out", str(folder / "out"), *args]
+    return CliRunner().invoke(app, command)

@@ -9,7 +9,6 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.adapters.moe_adapter import (
@@ -26,6 +25,7 @@ from easyedit_moe.facts.anchors import NO_ANCHOR, SubjectMatcher
 from easyedit_moe.facts.tokens import collate, encode_target, encode_text, pad_id, subject_span
 from easyedit_moe.hparams import MEMoEHyperParams
 from easyedit_moe.moe.capture import hooks, model_device
+from easyedit_moe.progress import progress_bar
 from easyedit_moe.statistics.corpus import load_texts
 
 REACHED = 0.5
@@ -104,15 +104,17 @@ def train_adapter(
         job = _Training(model, tok, adapter, facts, earlier if hparams.replay else [], hparams)
         optimizer = torch.optim.Adam(adapter.parameters(), lr=hparams.lr)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, hparams.steps)
-        for _ in tqdm(range(hparams.steps), desc="MEMoE", disable=not progress):
-            loss, locality, balance = job.loss()
-            if not torch.isfinite(loss):
-                raise not_finite("The loss of the adapter is not finite")
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
+        with progress_bar(hparams.steps, "MEMoE", "step", progress) as bar:
+            for _ in range(hparams.steps):
+                loss, locality, balance = job.loss()
+                if not torch.isfinite(loss):
+                    raise not_finite("The loss of the adapter is not finite")
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
+                optimizer.step()
+                schedule.step()
+                bar.update()
         adapter.eval()
         nll, load = job.result()
     reached, replayed = int((nll < REACHED).sum()), len(job.facts) - len(facts)

@@ -2,30 +2,59 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
+from easyedit_moe import __version__
 from easyedit_moe.commands.compare import compare
 from easyedit_moe.commands.evaluate import evaluate
 from easyedit_moe.commands.methods import methods
 from easyedit_moe.commands.plan import plan
+from easyedit_moe.commands.reporting import Commands
 
 app = typer.Typer(
-    help="Knowledge editing for Mixture-of-Experts language models.", no_args_is_help=True, add_completion=False
+    name="easyedit-moe",
+    cls=Commands,
+    help="Knowledge editing for Mixture-of-Experts language models.",
+    epilog="Example: easyedit-moe compare --methods MoTE,Global --edits 20 --out results",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+EXAMPLES: dict[Callable[..., None], str] = {
+    compare: "Example: easyedit-moe compare --methods MoTE,Global --edits 20 --out results",
+    plan: "Example: easyedit-moe plan --model /models/Qwen3-30B-A3B --method MoTE --edits 1000 --budget 80",
+    methods: "Example: easyedit-moe methods --show MoTE/qwen3-30b-a3b",
+    evaluate: "Example: easyedit-moe evaluate --model factworld --patch edited/patch.safetensors --data factworld",
+}
+"""Every command, with the line that its help shows as an example."""
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"easyedit-moe {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
-def _setup(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens.")] = False) -> None:
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
+def _setup(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens; tracebacks of errors.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Results and errors only.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    if verbose and quiet:
+        raise typer.BadParameter("-v and -q contradict each other; give one of them.")
 
 
-for command in (compare, plan, methods, evaluate):
-    app.command()(command)
+for command, example in EXAMPLES.items():
+    app.command(epilog=example)(command)
 
 
 def main() -> None:
-    """Entry point of the console script."""
-    app()
+    """Entry point of the console script, and of ``python -m easyedit_moe``."""
+    app(prog_name="easyedit-moe")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from easyedit_moe.commands.reporting import errors_reported
+from easyedit_moe.commands.reporting import shows_progress
+from easyedit_moe.commands.tables import note, show_table
 
 if TYPE_CHECKING:
-    from easyedit_moe.comparison.compare import Row
-
-TABLE_WIDTH = 176  # a narrower terminal wraps whole lines, which reads better than columns cut to three letters
+    from easyedit_moe.comparison.compare import Comparison, Row
+    from easyedit_moe.comparison.settings import AnyHyperParams
+    from easyedit_moe.comparison.task import Task
 
 
 def compare(
@@ -25,14 +27,16 @@ def compare(
     methods: Annotated[
         list[str] | None,
         typer.Option(
-            help="Methods, ours and EasyEdit's, separated by spaces or commas; all: every one of ours. Default: five."
+            help="Methods, ours and EasyEdit's, separated by spaces or commas; all: every one of ours. "
+            "Default: that of the YAML file, or five."
         ),
     ] = None,
     edits: Annotated[int, typer.Option(help="Number of records to edit.")] = 100,
     skip: Annotated[int, typer.Option(help="Number of records to leave out at the start.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Edits per batch; batches follow each other.")] = 50,
     hparams: Annotated[
-        str | None, typer.Option(help="A YAML file, or a folder of <METHOD>/<model>.yaml; default: those that ship.")
+        str | None,
+        typer.Option(help="A YAML file of one method, or a folder of <METHOD>/<model>.yaml; default: those that ship."),
     ] = None,
     out: Annotated[str, typer.Option(help="Folder for results.json, table.md and comparison.png.")] = "results",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; default: that of the hparams.")] = "",
@@ -41,53 +45,61 @@ def compare(
     easyedit_metrics: Annotated[
         bool | None, typer.Option(help="Score by EasyEdit's protocol, too; default: if a method is EasyEdit's.")
     ] = None,
+    resume: Annotated[
+        bool, typer.Option(help="Go on after an interruption: rows of results.json that would come out again are kept.")
+    ] = False,
 ) -> None:
     """Edit the same records by several methods and print a side-by-side table, scored after all edits."""
-    from rich.console import Console
-
     from easyedit_moe import host
-    from easyedit_moe.comparison.compare import compare as run
     from easyedit_moe.comparison.report import check_folder, tables, write_results
-    from easyedit_moe.comparison.settings import ALL_METHODS, DEFAULT_METHODS, loading_settings, resolve_hparams
+    from easyedit_moe.comparison.settings import chosen_methods, loading_settings, resolve_methods
     from easyedit_moe.comparison.task import load_task
     from easyedit_moe.host.baseline_hparams import HOST_METHODS
 
-    console = Console()
-    wide = Console(width=max(console.width, TABLE_WIDTH))
-    with errors_reported():
-        names = split_names([*(methods or []), *(more or [])]) or list(DEFAULT_METHODS)
-        if names == ["all"]:
-            names = list(ALL_METHODS)
-        overrides = {"device": device, "dtype": dtype, "stats_dir": stats_dir}
-        overrides = {name: value for name, value in overrides.items() if value}
-        settings = [resolve_hparams(name, model, hparams, {**overrides, "model_name": model}) for name in names]
-        folder = check_folder(out)
-        if easyedit_metrics is None:
-            easyedit_metrics = any(name in HOST_METHODS for name in names)
-        if easyedit_metrics:
-            host.load()
-        first = loading_settings(settings, model)
-        task = load_task(
-            model,
-            data,
-            edits,
-            skip,
-            batch_size,
-            dtype or first.dtype,
-            device or first.device,
-            first.model_parallel,
-            first.trust_remote_code,
-        )
-        result = run(
-            task,
-            settings,
-            on_row=lambda row: console.print(f"{row.method}: {brief(row)}"),
-            easyedit_metrics=easyedit_metrics,
-        )
-        paths = write_results(result, folder)
+    names = chosen_methods(split_names([*(methods or []), *(more or [])]), hparams)
+    overrides = {"device": device, "dtype": dtype, "stats_dir": stats_dir}
+    given = {name: value for name, value in overrides.items() if value}
+    settings = resolve_methods(names, model, hparams, {**given, "model_name": model})
+    folder = check_folder(out)
+    if easyedit_metrics is None:
+        easyedit_metrics = any(name in HOST_METHODS for name in names)
+    if easyedit_metrics:
+        host.load()
+    first = loading_settings(settings, model)
+    task = load_task(
+        model, data, edits, skip, batch_size, dtype or first.dtype, device or first.device, first.model_parallel,
+        first.trust_remote_code, progress=shows_progress(),
+    )  # fmt: skip
+    result = _run(task, settings, folder, easyedit_metrics, resume)
+    paths = write_results(result, folder)
     for table in tables(result):
-        wide.print(table)
-    wide.print("Written: " + ", ".join(str(path) for path in paths), highlight=False)
+        show_table(table)
+    note("Written: " + ", ".join(str(path) for path in paths))
+
+
+def _run(task: Task, settings: list[AnyHyperParams], folder: Path, easyedit_metrics: bool, resume: bool) -> Comparison:
+    """The comparison, each of whose rows is on disk once it is done."""
+    from easyedit_moe.comparison.compare import compare as run
+    from easyedit_moe.comparison.saved import earlier_rows, save_rows
+
+    earlier = earlier_rows(folder, task.provenance, [hp.alg_name for hp in settings]) if resume else []
+    done = [row.method for row in earlier]
+
+    def told(row: Row) -> None:
+        done.append(row.method)
+        note(f"{row.method}: {brief(row)}")
+
+    def keep(so_far: Comparison) -> None:
+        save_rows(so_far, folder)
+
+    if earlier:
+        note(f"Going on after {len(earlier)} rows of {folder}: {', '.join(done)}.")
+    try:
+        return run(task, settings, told, (), easyedit_metrics, earlier, keep, shows_progress())
+    except BaseException:
+        if done:
+            note(f"Rows that are done are in {folder}; the same command with --resume goes on after them.")
+        raise
 
 
 def split_names(names: list[str]) -> list[str]:

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from easyedit_moe.commands.reporting import errors_reported
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-TABLE_WIDTH = 150
+from easyedit_moe.commands.tables import show_table
 
 
 def methods(
@@ -28,6 +23,7 @@ def methods(
 
 def _list() -> None:
     from rich.table import Table
+    from rich.text import Text
 
     from easyedit_moe.hparams import hparams_folder, presets
 
@@ -35,25 +31,17 @@ def _list() -> None:
     for method in [*presets.own_methods(), *presets.host_methods()]:
         models = ", ".join(sorted(path.stem for path in (hparams_folder() / method.name).glob("*.yaml")))
         needed = "yes" if method.statistics else "no"
-        table.add_row(f"[bold]{method.name}[/]", method.code, method.edits, needed, method.source, models)
-    _print(table)
+        table.add_row(Text(method.name, "bold"), method.code, method.edits, needed, method.source, models)
+    show_table(table)
 
 
 def _show(path: str) -> None:
     from rich.table import Table
+    from rich.text import Text
 
-    with errors_reported():
-        from easyedit_moe.hparams.sources import sourced_values
+    from easyedit_moe.hparams.sources import sourced_values
 
-        values = sourced_values(path)
     table = Table("setting", "value", "said in", "source", title=path)
-    for item in values:
-        table.add_row(item.name, str(item.value), item.said_in, item.source)
-    _print(table)
-
-
-def _print(table: Table) -> None:
-    """In full width: a narrower terminal wraps whole lines."""
-    from rich.console import Console
-
-    Console(width=max(Console().width, TABLE_WIDTH)).print(table, highlight=False)
+    for item in sourced_values(path):
+        table.add_row(*(Text(str(cell)) for cell in (item.name, item.value, item.said_in, item.source)))
+    show_table(table)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -13,15 +13,24 @@ from torch import nn
 from easyedit_moe.comparison.task import Task
 from easyedit_moe.editors import Editor, EditResult, Patch, make_editor
 from easyedit_moe.errors import EditingWarning
-from easyedit_moe.evaluation.metrics import EvaluationResult, Score, evaluate, routing_similarity, routing_snapshot
+from easyedit_moe.evaluation.metrics import (
+    EvaluationResult,
+    RoutingSnapshot,
+    Score,
+    evaluate,
+    routing_similarity,
+    routing_snapshot,
+)
 from easyedit_moe.facts.records import PROTOCOLS
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.host.baseline_hparams import PROTOCOL, BaselineHyperParams
 from easyedit_moe.hparams import MoEHyperParams
 from easyedit_moe.measure import Stopwatch, peak_memory_bytes, reset_peak_memory
+from easyedit_moe.storage.strict_json import json_text
 from easyedit_moe.targets.search import TargetVectors
 
 PRE_EDIT = "pre-edit"
+SCORES = ("efficacy", "generalisation", "specificity", "utility", "exact_match")
 
 
 @dataclass(frozen=True)
@@ -53,7 +62,7 @@ class Row:
             "method": self.method,
             "edits": self.edits,
             "code": self.code,
-            **{name: scores[name] for name in ("efficacy", "generalisation", "specificity", "utility", "exact_match")},
+            **{name: scores[name] for name in SCORES},
             "routing_similarity": self.routing,
             "seconds": self.seconds,
             "peak_memory_bytes": self.peak_memory_bytes,
@@ -71,10 +80,17 @@ class Comparison:
 
     rows: tuple[Row, ...]
     provenance: dict[str, Any]
+    complete: bool = True
 
     def to_dict(self) -> dict[str, Any]:
-        """Content of results.json (schema 1)."""
-        return {"schema": 1, "rows": [row.to_dict() for row in self.rows], "provenance": self.provenance}
+        """Content of results.json (schema 1); ``state`` is "complete", or "interrupted" while rows are missing."""
+        state = "complete" if self.complete else "interrupted"
+        return {
+            "schema": 1,
+            "state": state,
+            "rows": [row.to_dict() for row in self.rows],
+            "provenance": self.provenance,
+        }
 
 
 def compare(
@@ -83,6 +99,9 @@ def compare(
     on_row: Callable[[Row], None] | None = None,
     labels: Sequence[str] = (),
     easyedit_metrics: bool = False,
+    earlier: Sequence[Row] = (),
+    save: Callable[[Comparison], Any] | None = None,
+    progress: bool = True,
 ) -> Comparison:
     """A pre-edit row, then one row per hparams; the model is bit-equal to before after each.
 
@@ -92,50 +111,89 @@ def compare(
     Args:
         task: the model and the records.
         hparams: of each method.
-        on_row: called with each finished row.
+        on_row: called with each row when it is made.
         labels: names of the rows where they are not the methods'.
         easyedit_metrics: also score each row by EasyEdit's own code and protocol.
+        earlier: rows of a run of the same task that was interrupted; those with the same name, hparams and protocols
+            are taken over instead of being made again.
+        save: called after each row with all that are there.
+        progress: show bars.
 
     Raises:
         HostError: EasyEdit is asked for, by a method or for its metrics, and is not there.
     """
-    quality = _easyedit_quality(task) if easyedit_metrics else None
-    edit_prompts = [record.request.prompt for record in task.records]
-    kept_prompts = sorted({prompt for record in task.records for prompt, _ in record.neighbours})
-    model, tok = task.model, task.tok
-    before = {
-        "edit": routing_snapshot(model, tok, edit_prompts),
-        "preservation": routing_snapshot(model, tok, kept_prompts or edit_prompts),
-    }
-
-    def routing() -> dict[str, Any]:
-        return {
-            "edit": routing_similarity(before["edit"], routing_snapshot(model, tok, edit_prompts)),
-            "preservation": routing_similarity(
-                before["preservation"], routing_snapshot(model, tok, kept_prompts or edit_prompts)
-            ),
-        }
-
-    rows: list[Row] = []
-
-    def add(row: Row) -> None:
-        rows.append(row)
+    names = [PRE_EDIT, *(labels or [hp.alg_name for hp in hparams])]
+    settings = [None, *hparams]
+    kept = [_reusable(earlier, name, hp, easyedit_metrics) for name, hp in zip(names, settings, strict=True)]
+    rows = {number: row for number, row in enumerate(kept) if row is not None}
+    judge = _Judge(task, easyedit_metrics, progress) if len(rows) < len(names) else None
+    ready: ReadyTargets = {}
+    for number, (name, hp) in enumerate(zip(names, settings, strict=True)):
+        if judge is None or number in rows:
+            continue
+        rows[number] = _unedited(judge) if hp is None else _run_method(judge, hp, name, ready)
         if on_row:
-            on_row(row)
+            on_row(rows[number])
+        if save:
+            save(_so_far(task, rows, len(names), easyedit_metrics))
+    return _so_far(task, rows, len(names), easyedit_metrics)
 
+
+def _so_far(task: Task, rows: Mapping[int, Row], wanted: int, easyedit_metrics: bool) -> Comparison:
+    ordered = tuple(rows[number] for number in sorted(rows))
+    protocols = {"scores": PROTOCOLS[task.protocol]} | ({"easyedit": PROTOCOL} if easyedit_metrics else {})
+    settings = {row.method: row.hparams for row in ordered if row.hparams}
+    about = {**task.provenance, "protocols": protocols, "hparams": settings}
+    return Comparison(ordered, about, complete=len(ordered) == wanted)
+
+
+def _reusable(
+    earlier: Sequence[Row], name: str, hparams: MoEHyperParams | BaselineHyperParams | None, easyedit_metrics: bool
+) -> Row | None:
+    """The earlier row that would come out again, if there is one."""
+    wanted = json_text({} if hparams is None else hparams.to_dict())
+    for row in earlier:
+        same = row.method == name and (row.easyedit is not None) == easyedit_metrics
+        if same and json_text(row.hparams) == wanted:
+            return row
+    return None
+
+
+class _Judge:
+    """Scores a task's model, again and again; made on the unedited one, with whose routing it compares."""
+
+    def __init__(self, task: Task, easyedit_metrics: bool, progress: bool) -> None:
+        self.task, self.progress = task, progress
+        self.quality = _easyedit_quality(task) if easyedit_metrics else None
+        edited = [record.request.prompt for record in task.records]
+        kept = sorted({prompt for record in task.records for prompt, _ in record.neighbours})
+        self._prompts = {"edit": edited, "preservation": kept or edited}
+        self._before = {name: self._snapshot(name) for name in self._prompts}
+
+    def _snapshot(self, name: str) -> RoutingSnapshot:
+        return routing_snapshot(self.task.model, self.task.tok, self._prompts[name])
+
+    def routing(self) -> dict[str, Any]:
+        """Similarity of the experts picked now and at first, over edited prompts and over those to preserve."""
+        return {name: routing_similarity(before, self._snapshot(name)) for name, before in self._before.items()}
+
+    def scores(self) -> EvaluationResult:
+        """By the papers' protocol."""
+        return evaluate(self.task.model, self.task.tok, self.task.records, self.task.protocol, progress=self.progress)
+
+    def easyedit(self, label: str) -> dict[str, Score] | None:
+        """By EasyEdit's protocol, where it is asked for."""
+        return self.quality(label) if self.quality else None
+
+
+def _unedited(judge: _Judge) -> Row:
     watch = Stopwatch()
     reset_peak_memory()
     with watch.stage("evaluate"):
-        scores = evaluate(model, tok, task.records, task.protocol)
+        scores = judge.scores()
     peak = peak_memory_bytes()
-    theirs = quality(PRE_EDIT) if quality else None
-    add(Row(PRE_EDIT, "nothing", "easyedit_moe", scores, routing(), watch.seconds, peak, easyedit=theirs))
-    ready: ReadyTargets = {}
-    for number, hp in enumerate(hparams):
-        add(_run_method(task, hp, labels[number] if labels else hp.alg_name, routing, ready, quality))
-    settings = {row.method: row.hparams for row in rows if row.hparams}
-    protocols = {"scores": PROTOCOLS[task.protocol]} | ({"easyedit": PROTOCOL} if easyedit_metrics else {})
-    return Comparison(tuple(rows), {**task.provenance, "protocols": protocols, "hparams": settings})
+    theirs = judge.easyedit(PRE_EDIT)
+    return Row(PRE_EDIT, "nothing", "easyedit_moe", scores, judge.routing(), watch.seconds, peak, easyedit=theirs)
 
 
 ReadyTargets = dict[Any, tuple[TargetVectors, float]]
@@ -148,17 +206,10 @@ def _easyedit_quality(task: Task) -> Quality:
     return EasyEditQuality(task.model, task.tok, task.records).measure
 
 
-def _run_method(
-    task: Task,
-    hparams: MoEHyperParams | BaselineHyperParams,
-    label: str,
-    routing: Callable[[], dict[str, Any]],
-    ready: ReadyTargets,
-    quality: Quality | None,
-) -> Row:
-    watch, model = Stopwatch(), task.model
+def _run_method(judge: _Judge, hparams: MoEHyperParams | BaselineHyperParams, label: str, ready: ReadyTargets) -> Row:
+    watch, task, model = Stopwatch(), judge.task, judge.task.model
     reset_peak_memory()
-    editor = make_editor(hparams)
+    editor = make_editor(hparams, judge.progress)
     memory, reached = None, None
     patches: list[Patch] = []
     told: list[str] = []
@@ -177,10 +228,10 @@ def _run_method(
             for stage, seconds in result.seconds.items():
                 watch.seconds[stage] += seconds
         with watch.stage("evaluate"):
-            scores = evaluate(model, task.tok, task.records, task.protocol)
+            scores = judge.scores()
         rounding = max((report.rounding_loss for patch in patches for report in patch.reports), default=None)
-        similarity, peak = routing(), peak_memory_bytes()
-        theirs = quality(label) if quality else None
+        similarity, peak = judge.routing(), peak_memory_bytes()
+        theirs = judge.easyedit(label)
     return Row(
         label, editor.edits, editor.code, scores, similarity, watch.seconds, peak, reached, rounding,
         hparams.to_dict(), theirs, tuple(told),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from rich import box
 from rich.table import Table
 
 from easyedit_moe.comparison.compare import Comparison, Row
+from easyedit_moe.comparison.saved import save_rows
 from easyedit_moe.errors import DataError
 from easyedit_moe.evaluation.metrics import Score
 from easyedit_moe.facts.records import PROTOCOLS
@@ -114,8 +114,7 @@ def check_folder(out: str | Path) -> Path:
 
 def write_results(comparison: Comparison, folder: Path) -> list[Path]:
     """Write ``results.json``, ``table.md`` and ``comparison.png``; each in full or not at all."""
-    text = json.dumps(comparison.to_dict(), indent=1, ensure_ascii=False, allow_nan=True)
-    paths = [_write(folder / "results.json", text + "\n"), _write(folder / "table.md", markdown(comparison))]
+    paths = [save_rows(comparison, folder), _write(folder / "table.md", markdown(comparison))]
     chart(comparison, folder / "comparison.png")
     return [*paths, folder / "comparison.png"]
 

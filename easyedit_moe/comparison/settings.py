@@ -2,59 +2,139 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from easyedit_moe.errors import HyperParamsError
 from easyedit_moe.host.baseline_hparams import BaselineHyperParams
-from easyedit_moe.hparams import MoEHyperParams, hparams_folder, load_hyperparams, presets
+from easyedit_moe.hparams import (
+    HYPERPARAMS,
+    MoEHyperParams,
+    hparams_folder,
+    hyperparams_class,
+    load_hyperparams,
+    presets,
+    read_with_defaults,
+)
+from easyedit_moe.hparams.models import model_file
+
+logger = logging.getLogger(__name__)
 
 ALL_METHODS = tuple(method.name for method in presets.own_methods())
 """Every method of ours that ships, in the order of the papers' tables."""
 DEFAULT_METHODS = ("MoTE", "MoEEdit-BCD", "BCD+speedup", "Global", "Global+speedup")
 
+_PASS_HPARAMS = "Pass --hparams with a file, or with a folder of <METHOD>/<model>.yaml."
+
+AnyHyperParams = MoEHyperParams | BaselineHyperParams
+
+
+def chosen_methods(names: Sequence[str], path: str | Path | None) -> list[str]:
+    """The methods that are meant: as named, all of ours for "all"; without a name that of the file ``path``, or five.
+
+    Raises:
+        HyperParamsError, MethodError: a file that can't be read, or of no known method.
+    """
+    if list(names) == ["all"]:
+        return list(ALL_METHODS)
+    if not names and path is not None and Path(path).is_file():
+        return [_method_of(Path(path)).name]
+    return list(names) or list(DEFAULT_METHODS)
+
+
+def resolve_methods(
+    methods: Sequence[str], model_name: str, path: str | Path | None, overrides: Mapping[str, Any]
+) -> list[AnyHyperParams]:
+    """As `resolve_hparams`, for several methods; what is to be said of them is logged once."""
+    found = [_resolved(method, model_name, path, overrides) for method in methods]
+    for line in dict.fromkeys(line for _, line in found if line):
+        logger.warning(line)
+    return [settings for settings, _ in found]
+
 
 def resolve_hparams(
     method: str, model_name: str, path: str | Path | None, overrides: Mapping[str, Any]
-) -> MoEHyperParams | BaselineHyperParams:
+) -> AnyHyperParams:
     """Hparams of one method: from ``path`` (a file, or a folder laid out like the shipped one), else the shipped ones.
 
-    EasyEdit's own methods get its own kind of hparams.
+    EasyEdit's own methods get its own kind of hparams. Of ``overrides`` count those that the method has a key for.
 
     Raises:
-        MethodError: neither we nor EasyEdit have the method. HyperParamsError: no file for this method and model; the
-            message lists what ships.
+        MethodError: neither we nor EasyEdit have the method. HyperParamsError: no file for this method and model (the
+            message lists what ships), a file of another method, or an override that no method has a key for.
     """
+    return resolve_methods([method], model_name, path, overrides)[0]
+
+
+def _resolved(
+    method: str, model_name: str, path: str | Path | None, overrides: Mapping[str, Any]
+) -> tuple[AnyHyperParams, str]:
     row = presets.find_method(method)
-    name, theirs = row.name, row.host_name is not None
+    file, line = _found_file(row.name, model_name, path)
+    given = _method_of(file)
+    if given.name != row.name and (given.host_name is None or given.host_name != row.host_name):
+        raise HyperParamsError(
+            f"{file} holds hparams of {given.name}, not of {row.name}. Pass --hparams with a folder of "
+            f"<METHOD>/<model>.yaml for several methods, or ask for {given.name} alone."
+        )
+    if row.host_name is not None:
+        return BaselineHyperParams.read(row.name, file, overrides), line
+    own, every = _keys(hyperparams_class(row.name)), set().union(*map(_keys, HYPERPARAMS))
+    return load_hyperparams(file, **{k: v for k, v in overrides.items() if k in own or k not in every}), line
 
-    def read(file: Path) -> MoEHyperParams | BaselineHyperParams:
-        return BaselineHyperParams.read(name, file, overrides) if theirs else load_hyperparams(file, **overrides)
 
-    return read(hparams_file(name, model_name, path))
+def _keys(cls: type[MoEHyperParams]) -> set[str]:
+    return {item.name for item in fields(cls)}
+
+
+def _method_of(file: Path) -> presets.Method:
+    """The method that a file's ``alg_name`` names; of EasyEdit's, the first that has it.
+
+    Raises:
+        HyperParamsError: none. MethodError: an unknown one.
+    """
+    name = read_with_defaults(file).get("alg_name")
+    if not isinstance(name, str):
+        raise HyperParamsError(f"{file}: missing alg_name.")
+    hosts = [method for method in presets.host_methods() if method.host_name == name]
+    return hosts[0] if hosts else presets.find_method(name)
 
 
 def hparams_file(name: str, model_name: str, path: str | Path | None = None) -> Path:
-    """The YAML file of a method for a model: ``path`` itself, or in the folder ``path``, or among those that ship.
+    """The file of a method for a model: ``path`` itself, or in the folder ``path``, or among those that ship.
+
+    Files have any suffix, and are named after the model, or after one that has a longer or shorter name or the same
+    architecture; see `easyedit_moe.hparams.models.model_file`.
 
     Raises:
         HyperParamsError: no file for this method and model; the message lists what there is.
     """
-    if path is not None and Path(path).is_file():
-        return Path(path)
-    folder = Path(path) if path is not None else hparams_folder()
-    file = folder / name / f"{Path(model_name).name.lower()}.yaml"
-    if not file.is_file():
-        known = sorted(p.stem for p in (folder / name).glob("*.yaml"))
-        raise HyperParamsError(
-            f"There are no hparams for {name} on {model_name!r} ({file} does not exist). Known models: "
-            f"{', '.join(known) or 'none'}. Pass --hparams with a file, or with a folder of <METHOD>/<model>.yaml."
-        )
+    file, line = _found_file(name, model_name, path)
+    if line:
+        logger.warning(line)
     return file
 
 
-def loading_settings(settings: Sequence[MoEHyperParams | BaselineHyperParams], model_name: str) -> MoEHyperParams:
+def _found_file(name: str, model_name: str, path: str | Path | None) -> tuple[Path, str]:
+    if path is not None and Path(path).is_file():
+        return Path(path), ""
+    if path is not None and not Path(path).is_dir():
+        raise HyperParamsError(f"{path} does not exist. {_PASS_HPARAMS}")
+    folder = (Path(path) if path is not None else hparams_folder()) / name
+    file, line = model_file(folder, model_name)
+    if file is None:
+        known = sorted(p.stem for p in folder.glob("*.*"))
+        raise HyperParamsError(
+            f"There are no hparams for {name} on {model_name!r} (no file in {folder} has its name or its "
+            f"architecture). Known models: {', '.join(known) or 'none'}. {_PASS_HPARAMS}"
+        )
+    return file, line
+
+
+def loading_settings(settings: Sequence[AnyHyperParams], model_name: str) -> MoEHyperParams:
     """The hparams that say how the model is loaded: the first of ours, or, with EasyEdit's methods only, Global's.
 
     Raises:

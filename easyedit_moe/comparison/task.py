@@ -16,6 +16,7 @@ from easyedit_moe.moe.fingerprint import model_fingerprint
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.moe.loading import load_model
 from easyedit_moe.patches.checks import versions
+from easyedit_moe.progress import library_bars
 from easyedit_moe.statistics.corpus import corpus_hash
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ class Task:
 
 def load_task(
     model_name: str, data: str, edits: int, skip: int, batch_size: int, dtype: str, device: int | str,
-    model_parallel: bool = False, trust_remote_code: bool = False,
+    model_parallel: bool = False, trust_remote_code: bool = False, progress: bool = True,
 ) -> Task:  # fmt: skip
     """Load model and records; record ``skip`` is the first to be edited.
 
@@ -53,7 +54,8 @@ def load_task(
             number, reason = left_out[0]
             first = f"{found.unit} {number}: {reason}"
             logger.warning("%d %s of %s are unusable; the first, %s", len(left_out), what, data, first)
-    model, tok = load_model(model_name, dtype, device, model_parallel, trust_remote_code=trust_remote_code)
+    with library_bars(progress):
+        model, tok = load_model(model_name, dtype, device, model_parallel, trust_remote_code=trust_remote_code)
     provenance = {
         "model": model_name,
         "model_fingerprint": model_fingerprint(MoELayerView(model)),

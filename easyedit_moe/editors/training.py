@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.editors.base import Editor, EditResult, provenance
@@ -31,6 +30,7 @@ from easyedit_moe.measure import Stopwatch
 from easyedit_moe.moe.capture import inference_mode_of
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.patches.tensors import TensorWriter, writing_tensors
+from easyedit_moe.progress import progress_bar
 from easyedit_moe.targets.search import check_lengths, fact_contexts
 
 
@@ -162,8 +162,7 @@ class TrainingJob:
         draw = torch.Generator().manual_seed(hp.seed)
         groups = [[t] for t in everything] if hp.order == "depth_first" else [everything]
         size = 1 if hp.order == "depth_first" else hp.train_batch_size
-        bar = tqdm(total=self.total_steps, desc="training", unit="step", disable=not self.progress, leave=False)
-        with bar:
+        with progress_bar(self.total_steps, "training", "step", self.progress) as bar:
             for group in groups:
                 optimiser = masters.adam(hp.lr, hp.weight_decay)
                 for _ in range(hp.num_steps):

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.editors.base import Editor, EditResult, provenance
@@ -39,6 +38,7 @@ from easyedit_moe.measure import Stopwatch
 from easyedit_moe.moe.capture import hooks, layer_output, run, stop_after
 from easyedit_moe.moe.layers import MoELayer, MoELayerView
 from easyedit_moe.patches.tensors import writing_tensors
+from easyedit_moe.progress import progress_bar
 from easyedit_moe.statistics.corpus import load_texts
 from easyedit_moe.targets.search import (
     TargetSettings,
@@ -200,8 +200,7 @@ class UnKEEditor(Editor):
         masters = Masters(parameters)
         optimiser = masters.adam(hp.lr, 0.0)
         scale = 1 / sum(float(part.weight.sum()) for part in problem)
-        bar = tqdm(total=hp.optim_num_step, desc="fitting", unit="step", disable=not self.progress, leave=False)
-        with bar:
+        with progress_bar(hp.optim_num_step, "fitting", "step", self.progress) as bar:
             for _ in range(hp.optim_num_step):
                 masters.step(optimiser, _losses(layer, problem, scale))
                 masters.clear()

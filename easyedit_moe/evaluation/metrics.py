@@ -69,6 +69,7 @@ def evaluate(
     protocol: str = "counterfact",
     batch_size: int = 128,
     max_length: int | None = None,
+    progress: bool = False,
 ) -> EvaluationResult:
     """Score all records on the model as it is now.
 
@@ -88,7 +89,7 @@ def evaluate(
     for record in records:
         asked += _pairs(record, protocol)
     unique = list(dict.fromkeys(asked))
-    scores = dict(zip(unique, score_targets(model, tok, unique, batch_size, max_length), strict=True))
+    scores = dict(zip(unique, score_targets(model, tok, unique, batch_size, max_length, progress), strict=True))
     judge = _judge_counterfact if protocol == "counterfact" else _judge_zsre
     rows = [judge(record, scores) for record in records]
     exact = [float(scores[record.request.prompt, record.request.target_new].exact) for record in records]

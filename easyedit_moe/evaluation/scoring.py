@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from easyedit_moe.facts.tokens import collate, encode_target, encode_text, pad_id
 from easyedit_moe.moe.capture import hooks, inference_mode_of, model_device
 from easyedit_moe.moe.embeddings import output_embeddings
+from easyedit_moe.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ def score_targets(
     pairs: Sequence[tuple[str, str]],
     batch_size: int = 128,
     max_length: int | None = None,
+    progress: bool = False,
 ) -> list[TargetScore]:
     """Scores of (prompt, target) pairs, in their order; a prompt is cut from the left at ``max_length`` tokens."""
     rows = []
@@ -65,11 +67,12 @@ def score_targets(
         rows.append((ids[-max_length:] if max_length else ids, labels))
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
     scores: dict[int, TargetScore] = {}
-    with inference_mode_of(model):
+    with inference_mode_of(model), progress_bar(len(order), "scores", "answer", progress) as bar:
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             for i, score in zip(chosen, _score_batch(model, tok, [rows[i] for i in chosen]), strict=True):
                 scores[i] = score
+            bar.update(len(chosen))
     return [scores[i] for i in range(len(rows))]
 
 

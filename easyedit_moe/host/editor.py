@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy as copying
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -20,6 +19,7 @@ from easyedit_moe.facts.easyedit_requests import HostRequest, checked_batches
 from easyedit_moe.host.padding import name_for_host, padded
 from easyedit_moe.hparams import MoEHyperParams
 from easyedit_moe.moe.loading import load_model
+from easyedit_moe.storage.strict_json import write_json
 
 
 class HostEditor(EditCalls, host.BaseEditor):
@@ -135,8 +135,7 @@ class EasyEditScorer:
     def measured(self, before: Sequence[Any]) -> None:
         """Write the scores before the edits to ``pre_file``, if there is one."""
         if self.pre_file is not None:
-            text = json.dumps([{"pre": value} for value in before], indent=4)
-            Path(self.pre_file).write_text(text, encoding="utf-8")
+            write_json(self.pre_file, [{"pre": value} for value in before], indent=4)
 
     def after(self, number: int, batch: Sequence[HostRequest]) -> list[Any]:
         """EasyEdit's scores of the edited model, and its sentence metrics where ``metric_kwargs`` ask for them."""

@@ -28,10 +28,13 @@ def find_yaml(path: str | Path) -> Path:
     Raises:
         HyperParamsError: there is none.
     """
-    candidates = [Path(path), hparams_folder() / str(path), hparams_folder() / f"{path}.yaml"]
+    ends = ("", ".yaml", ".yml")
+    candidates = [Path(f"{folder}{path}{end}") for folder in ("", f"{hparams_folder()}/") for end in ends]
     if Path(path).parts[:1] == ("hparams",):
         candidates.append(hparams_folder() / Path(*Path(path).parts[1:]))
     found = next((c for c in candidates if c.is_file()), None)
+    if found is None and Path(path).is_dir():
+        raise HyperParamsError(f"{path} is a folder; name one hparams file in it.")
     if found is None:
         shipped = sorted(str(p.relative_to(hparams_folder())) for p in hparams_folder().glob("*/*.yaml"))
         raise HyperParamsError(f"The hparams file {path} does not exist.{did_you_mean(str(path), shipped)}")

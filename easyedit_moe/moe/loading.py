@@ -27,12 +27,14 @@ from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Co
 from easyedit_moe.errors import DataError, HyperParamsError
 from easyedit_moe.hparams import DTYPES
 from easyedit_moe.moe.hub import Source, find_source
+from easyedit_moe.progress import library_bars
 
 logger = logging.getLogger(__name__)
 
 _DEQUANTISE: dict[str | None, Any] = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}
 
 
+@library_bars()
 def load_model(
     model_name: str,
     dtype: str = "bfloat16",

@@ -13,7 +13,6 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.errors import DataError, not_finite
@@ -30,6 +29,7 @@ from easyedit_moe.moe.capture import (
 )
 from easyedit_moe.moe.layers import MoELayer, MoELayerView
 from easyedit_moe.moe.own_keys import are_sorted_by_expert, collecting_keys, own_keys, sorted_keys
+from easyedit_moe.progress import progress_bar
 from easyedit_moe.statistics.distributed import rank_and_size, sum_over_processes
 
 SHARD_CHARACTERS = 32768
@@ -243,8 +243,7 @@ def collect_moments(
     rank, size = rank_and_size()
     per_round = max(ROUND_SHARDS, size)
     rounds = range(first, -(-len(shards) // per_round))
-    bar = tqdm(total=len(shards), initial=first * per_round, desc="statistics", unit="shard", disable=not progress,
-               leave=False)  # fmt: skip
+    bar = progress_bar(len(shards), "statistics", "shard", progress, initial=first * per_round)
     with inference_mode_of(view.model), bar:
         for number in rounds:
             active = {layer: one for layer, one in sums.items() if layer not in done}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from easyedit_moe.errors import CacheError
 from easyedit_moe.storage.files import replacing
+from easyedit_moe.storage.strict_json import finite
 
 SCHEMA = 1
 
@@ -43,7 +44,9 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     """Write a safetensors file in full or not at all; ``metadata`` must be JSON and is kept under one entry."""
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as partial:
-        save_file(ready, partial, metadata={"easyedit_moe": json.dumps(metadata, sort_keys=True)})
+        save_file(
+            ready, partial, metadata={"easyedit_moe": json.dumps(finite(metadata), sort_keys=True, allow_nan=False)}
+        )
 
 
 def read_safetensors(path: Path, error: type[Exception], advice: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -26,6 +26,7 @@ from easyedit_moe.moe.capture import frozen_parameters, inference_mode_of
 from easyedit_moe.moe.config import text_config
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.moe.upper_layers import ShiftedSequence, UpperLayers
+from easyedit_moe.progress import progress_bar
 from easyedit_moe.targets.outcomes import MORE_SEARCH, Outcome, known_warning, missed_warning
 
 logger = logging.getLogger(__name__)
@@ -199,7 +200,7 @@ class TargetSearch:
         groups = [_rows_of(tok, t, request, self.prefixes, settings.fact_token) for t, request in enumerate(requests)]
         check_lengths(view, [len(row.ids) for rows in groups for row in rows])
         results: dict[int, tuple[Tensor, ...]] = {}
-        bar = tqdm(total=len(groups), desc="targets", unit="request", disable=not self.progress, leave=False)
+        bar = progress_bar(len(groups), "targets", "request", self.progress)
         with inference_mode_of(view.model), frozen_parameters(view.model), bar:
             waiting = sorted(range(len(groups)), key=lambda t: _lengths(groups[t]))
             limit = settings.batch_size

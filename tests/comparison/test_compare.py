@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from tiny import assert_same_state, state_of, tiny_model, tiny_tokenizer
-from tiny_comparison import tiny_hparams, tiny_records
+from tiny import assert_same_state, state_of
+from tiny_comparison import METHODS, run_compare, tiny_hparams, tiny_records
 from typer.testing import CliRunner
 
 from easyedit_moe.commands.app import app
@@ -19,35 +18,7 @@ from easyedit_moe.comparison.task import Task, load_task
 from easyedit_moe.editors import method_names, solving
 from easyedit_moe.editors.global_ import GlobalEditor
 from easyedit_moe.errors import DataError, HyperParamsError, MethodError, NumericalError
-from easyedit_moe.facts.records import parse_records
 from easyedit_moe.hparams import hyperparams_class
-
-METHODS = ("MoTE", "MoEEdit-BCD", "Global+speedup")
-
-
-@pytest.fixture
-def task(tmp_path: Path) -> Task:
-    found = parse_records(tiny_records())
-    provenance = {"model": "tiny", "edits": 4, "batch_size": 2, "protocol": "counterfact"}
-    return Task(tiny_model(), tiny_tokenizer(), found.records, found.protocol, 2, provenance)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A saved tiny model, a data file and a folder of hparams, as a user would have them."""
-    tiny_model().save_pretrained(tmp_path / "tiny")
-    tiny_tokenizer().save_pretrained(tmp_path / "tiny")
-    (tmp_path / "data.json").write_text(json.dumps(tiny_records()), encoding="utf-8")
-    for method in METHODS:
-        (tmp_path / "hparams" / method).mkdir(parents=True)
-        (tmp_path / "hparams" / method / "tiny.yaml").write_text(yaml.safe_dump(tiny_hparams(tmp_path, method)))
-    return tmp_path
-
-
-def _run(folder: Path, *args: str) -> object:
-    command = ["compare", "--model", str(folder / "tiny"), "--data", str(folder / "data.json"), "--edits", "4"]
-    command += ["--batch-size", "2", "--hparams", str(folder / "hparams"), "--out", str(folder / "out"), *args]
-    return CliRunner().invoke(app, command)
 
 
 def test_each_method_starts_from_the_same_weights_and_leaves_them(task: Task, tmp_path: Path) -> None:
@@ -112,7 +83,7 @@ def test_an_error_in_the_second_batch_restores_the_first(
 
 
 def test_command_writes_table_json_and_chart(folder: Path) -> None:
-    done = _run(folder, "--methods", "MoTE,MoEEdit", "--methods", "Global+speedup")
+    done = run_compare(folder, "--methods", "MoTE,MoEEdit", "--methods", "Global+speedup")
     assert done.exit_code == 0, done.output
     saved = json.loads((folder / "out" / "results.json").read_text())
     assert saved["schema"] == 1
@@ -132,7 +103,7 @@ def test_command_writes_table_json_and_chart(folder: Path) -> None:
 
 
 def test_command_can_skip_records_and_change_dtype(folder: Path) -> None:
-    done = _run(folder, "--methods", "MoTE", "--edits", "2", "--skip", "2", "--dtype", "bfloat16")
+    done = run_compare(folder, "--methods", "MoTE", "--edits", "2", "--skip", "2", "--dtype", "bfloat16")
     assert done.exit_code == 0, done.output
     row = json.loads((folder / "out" / "results.json").read_text())["rows"][1]
     assert row["hparams"]["dtype"] == "bfloat16"
@@ -152,7 +123,7 @@ def test_command_can_skip_records_and_change_dtype(folder: Path) -> None:
     ],
 )
 def test_command_explains_bad_input_and_writes_nothing(folder: Path, args: list[str], message: str) -> None:
-    done = _run(folder, "--methods", "MoTE", *args)
+    done = run_compare(folder, "--methods", "MoTE", *args)
     assert done.exit_code == 2
     assert message in " ".join(done.output.split())
     assert not (folder / "out" / "results.json").exists()
@@ -160,7 +131,7 @@ def test_command_explains_bad_input_and_writes_nothing(folder: Path, args: list[
 
 def test_command_refuses_an_unusable_output_folder(folder: Path) -> None:
     (folder / "file").write_text("x")
-    done = _run(folder, "--methods", "MoTE", "--out", str(folder / "file" / "out"))
+    done = run_compare(folder, "--methods", "MoTE", "--out", str(folder / "file" / "out"))
     assert done.exit_code == 2
     assert "can't be made" in " ".join(done.output.split())
 
