@@ -282,6 +282,27 @@ class MoEAdapter(nn.Module):
         """16 hexadecimal digits of shape, base, subjects and facts, and of how many batches were learnt."""
         return digest(self._content())[:16]
 
+    def describe(self, path: str | Path | None = None) -> dict[str, Any]:
+        """Shape, facts and base of the adapter, as JSON; and the bytes of the file or folder ``path`` that holds it."""
+        names = (WEIGHTS_FILE, CONFIG_FILE, ADAPTER_FILE)
+        where = None if path is None else Path(path)
+        files = [] if where is None else [where] if where.is_file() else [where / name for name in names]
+        settings = {key: value for key, value in asdict(self.config).items() if key != "fingerprint"}
+        return {
+            "kind": "adapter beside one FFN",
+            "id": self.id,
+            "methods": ["MEMoE"],
+            "facts": [asdict(fact) for fact in self.facts],
+            "fingerprint": self.config.fingerprint,
+            "layer": self.config.layer,
+            "subjects": list(self.subjects),
+            "batches": self.edits,
+            "parameters": sum(parameter.numel() for parameter in self.parameters()),
+            "dtype": str(self.first.dtype).removeprefix("torch."),
+            "settings": [settings],
+            "bytes": sum(file.stat().st_size for file in files if file.is_file()) if files else None,
+        }
+
     def _content(self) -> dict[str, Any]:
         """Everything but the tensors, as JSON."""
         return {

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.adapters.attachment import attach, find_adapter
 from easyedit_moe.adapters.base_saving import BaseSaving
 from easyedit_moe.adapters.moe_adapter import ADAPTER_FILE, MoEAdapter
-from easyedit_moe.errors import AdapterError, DataError
-from easyedit_moe.moe.loading import load_model
+from easyedit_moe.errors import AdapterError
+from easyedit_moe.moe.loading import checkpoint_dtype, load_model
 from easyedit_moe.storage.files import replacing
 
 LOADER_FILE = "load_with_adapter.py"
@@ -40,7 +40,8 @@ def save_with_adapter(
         model: with an adapter attached.
         tok: its tokenizer.
         folder: made where it does not exist.
-        save_base: writes the base's checkpoint into the folder; by default ``model.save_pretrained``.
+        save_base: writes the base's checkpoint, tokenizer included, into the folder; by default both are saved by their
+            own ``save_pretrained``.
 
     Raises:
         AdapterError: no adapter is attached, or the folder holds one of another model; nothing is written then.
@@ -49,10 +50,13 @@ def save_with_adapter(
     if adapter is None:
         raise AdapterError("The model has no adapter to save; use its save_pretrained.")
     adapter.check_place(folder / ADAPTER_FILE)
-    with _quiet(adapter):
-        of_transformers: Any = model
-        (save_base or of_transformers.save_pretrained)(folder)
-    tok.save_pretrained(folder)
+    if save_base is not None:
+        save_base(folder)
+    else:
+        with _quiet(adapter):
+            of_transformers: Any = model
+            of_transformers.save_pretrained(folder)
+        tok.save_pretrained(folder)
     adapter.save(folder / ADAPTER_FILE)
     with replacing(folder / LOADER_FILE) as partial:
         partial.write_text(LOADER, encoding="utf-8")
@@ -86,16 +90,6 @@ def load_with_adapter(
         AdapterError: no adapter there, or one of another model. DataError: the checkpoint can't be loaded.
     """
     adapter = MoEAdapter.load(Path(folder) / ADAPTER_FILE)
-    model, tok = load_model(str(folder), dtype or _dtype_of(Path(folder)), device)
+    model, tok = load_model(str(folder), dtype or checkpoint_dtype(str(folder)), device)
     attach(model, tok, adapter)
     return model, tok
-
-
-def _dtype_of(folder: Path) -> str:
-    """What the checkpoint's config says of its weights."""
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder} holds no checkpoint that can be loaded: {error}") from error
-    found = config.dtype if config.dtype is not None else config.get_text_config().dtype
-    return str(found).removeprefix("torch.") if found is not None else "bfloat16"

@@ -14,6 +14,7 @@ from easyedit_moe.checkpoints.staging import check_free, copy_files, new_folder,
 from easyedit_moe.checkpoints.targets import Patch, Target, check_applicable, targets_of
 from easyedit_moe.checkpoints.writing import write_patch
 from easyedit_moe.errors import CheckpointError
+from easyedit_moe.patches.inspection import methods_of
 from easyedit_moe.storage.checksums import checksum
 
 
@@ -67,7 +68,7 @@ def edit_of(patch: Patch, stored: StoredParameters | None = None, targets: Seque
     """A patch as an entry of a history, with the checksums of what was written where these are not the patch's own."""
     found = {} if stored is None else {target: checksum(target.read(stored)) for target in targets}
     own = {target.key: (target.after, value) for target, value in found.items() if value != target.after}
-    return Edit(patch.id, patch.parent, str(patch.metadata.get("method", "")), own)
+    return Edit(patch.id, patch.parent, ", ".join(methods_of(patch)), own)
 
 
 def _write(

@@ -8,23 +8,37 @@ from typing import Annotated
 import typer
 
 from easyedit_moe import __version__
+from easyedit_moe.commands.apply import apply
+from easyedit_moe.commands.ask import ask
 from easyedit_moe.commands.compare import compare
+from easyedit_moe.commands.edit import edit
 from easyedit_moe.commands.evaluate import evaluate
+from easyedit_moe.commands.inspect import inspect
+from easyedit_moe.commands.merge import merge
 from easyedit_moe.commands.methods import methods
 from easyedit_moe.commands.plan import plan
 from easyedit_moe.commands.reporting import Commands
+from easyedit_moe.commands.revert import revert
+from easyedit_moe.commands.statistics import statistics
 
 app = typer.Typer(
     name="easyedit-moe",
     cls=Commands,
     help="Knowledge editing for Mixture-of-Experts language models.",
-    epilog="Example: easyedit-moe compare --methods MoTE,Global --edits 20 --out results",
+    epilog="Example: easyedit-moe edit facts.csv --model factworld --out edited",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 EXAMPLES: dict[Callable[..., None], str] = {
+    edit: "Example: easyedit-moe edit facts.csv --model factworld --out edited --save patch,checkpoint",
+    ask: 'Example: easyedit-moe ask "The capital of France is" --patch edited/patch.safetensors',
+    inspect: "Example: easyedit-moe inspect edited/patch.safetensors",
+    apply: "Example: easyedit-moe apply edited/patch.safetensors --model /models/Qwen3-30B-A3B --out /models/edited",
+    revert: "Example: easyedit-moe revert edited/patch.safetensors --model /models/edited --out /models/reverted",
+    merge: "Example: easyedit-moe merge monday/patch.safetensors tuesday/patch.safetensors --out both.safetensors",
+    statistics: "Example: easyedit-moe statistics --model /models/Qwen3-30B-A3B --method MoTE --stats-dir /data/stats",
     compare: "Example: easyedit-moe compare --methods MoTE,Global --edits 20 --out results",
     plan: "Example: easyedit-moe plan --model /models/Qwen3-30B-A3B --method MoTE --edits 1000 --budget 80",
     methods: "Example: easyedit-moe methods --show MoTE/qwen3-30b-a3b",

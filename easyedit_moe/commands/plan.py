@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from easyedit_moe.commands.statistics_lines import statistics_lines
 from easyedit_moe.commands.tables import say, show_table
 
 if TYPE_CHECKING:
@@ -23,10 +24,11 @@ def plan(
     budget: Annotated[float, typer.Option(help="Memory of all devices in GB, to fit chunk sizes to; 0: none.")] = 0,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; default: that of the hparams.")] = "",
 ) -> None:
-    """Print what each stage of an edit will need of memory, before any weight is loaded."""
+    """Print what an edit will need of memory, and its statistics of disk and time, before any weight is loaded."""
     from easyedit_moe.comparison.settings import chosen_methods, loading_settings, resolve_hparams
     from easyedit_moe.editors import editor_class
     from easyedit_moe.editors.planner import Workload
+    from easyedit_moe.editors.statistics_plan import plan_statistics
     from easyedit_moe.moe.loading import empty_model
 
     name = method or chosen_methods([], hparams)[0]
@@ -36,9 +38,12 @@ def plan(
     loaded_as = dtype or loading.dtype
     limit = int(budget * 1e9) if budget else None
     workload = Workload(edits or None, earlier, limit)
-    found = editor_class(name).plan_for(settings, empty_model(model, loaded_as, loading.trust_remote_code), workload)
+    empty = empty_model(model, loaded_as, loading.trust_remote_code)
+    found = editor_class(name).plan_for(settings, empty, workload)
     show_table(_table(found, f"{settings.alg_name} on {model}, GB", loaded_as))
     say(", ".join(f"{name} {value}" for name, value in found.settings.items()))
+    for line in statistics_lines(plan_statistics(settings, empty), settings):
+        say(line)
     if not found.fits:
         say(f"The peak of {found.peak / 1e9:.1f} GB does not fit {budget} GB.")
         raise typer.Exit(1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from easyedit_moe.commands.reporting import is_quiet
 
@@ -33,6 +33,26 @@ def note(text: str) -> None:
     """A line about what goes on, on standard error; none with ``-q``."""
     if not is_quiet():
         output(stderr=True).print(text, markup=False, soft_wrap=True)
+
+
+def say_json(value: Any) -> None:
+    """A value as strict JSON on standard output, in lines."""
+    from easyedit_moe.storage.strict_json import json_text
+
+    say(json_text(value).rstrip())
+
+
+def show_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print rows of texts, whatever is in them, as a table; nothing without a row."""
+    from rich.table import Table
+    from rich.text import Text
+
+    if not rows:
+        return
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*(Text(" ".join(cell.split())) for cell in row))
+    show_table(table)
 
 
 def show_table(table: Table, console: Console | None = None) -> None:

@@ -63,21 +63,9 @@ def load_model(
     if dtype not in DTYPES:
         raise HyperParamsError(f"dtype must be one of {', '.join(DTYPES)}; found {dtype!r}.")
     where = _device(device)
-    source = find_source(model_name)
-    options: dict[str, Any] = {
-        "trust_remote_code": trust_remote_code,
-        "local_files_only": source.local_files_only,
-    }
+    source, options = _found(model_name, trust_remote_code)
     config = _config(model_name, source, options)
-    try:
-        tok = AutoTokenizer.from_pretrained(source.name, **options)
-    except (OSError, ValueError, TypeError, ImportError) as error:
-        raise DataError(f"The tokenizer of {model_name!r} can't be loaded: {error}") from error
-    # transformers makes an empty tokenizer for some models that come without one.
-    if not tok("a", add_special_tokens=False)["input_ids"]:
-        raise DataError(f"The model {model_name!r} can't be loaded: it has no tokenizer files. Save them beside it.")
-    if tok.pad_token_id is None:
-        tok.pad_token = tok.eos_token
+    tok = _tokenizer(model_name, source, options)
     options |= {"dtype": getattr(torch, dtype), "config": config}
     if device_map is not None or model_parallel:
         options["device_map"] = device_map if device_map is not None else "auto"
@@ -92,6 +80,50 @@ def load_model(
     return model.eval(), tok
 
 
+def load_tokenizer(model_name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """A model's own tokenizer, as `load_model` gives it; no weight is read.
+
+    Raises:
+        DataError: no tokenizer by this name, or code of its own that is not trusted.
+    """
+    source, options = _found(model_name, trust_remote_code)
+    _config(model_name, source, options)
+    return _tokenizer(model_name, source, options)
+
+
+def checkpoint_dtype(model_name: str, trust_remote_code: bool = False) -> str:
+    """The dtype that a checkpoint's config says its float weights have, such as "bfloat16", where it says none.
+
+    Raises:
+        DataError: no config by this name, or code of its own that is not trusted.
+    """
+    config = _config(model_name, *_found(model_name, trust_remote_code))
+    found = getattr(config, "dtype", None)
+    if found is None and hasattr(config, "get_text_config"):
+        found = getattr(config.get_text_config(), "dtype", None)
+    name = str(found).removeprefix("torch.")
+    return name if name in DTYPES else "bfloat16"
+
+
+def _found(model_name: str, trust_remote_code: bool) -> tuple[Source, dict[str, Any]]:
+    source = find_source(model_name)
+    return source, {"trust_remote_code": trust_remote_code, "local_files_only": source.local_files_only}
+
+
+def _tokenizer(model_name: str, source: Source, options: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+    """The tokenizer, with a token to pad with; DataError where there is none."""
+    try:
+        tok: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.name, **options)
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        raise DataError(f"The tokenizer of {model_name!r} can't be loaded: {error}") from error
+    # transformers makes an empty tokenizer for some models that come without one.
+    if not tok("a", add_special_tokens=False)["input_ids"]:
+        raise DataError(f"The model {model_name!r} can't be loaded: it has no tokenizer files. Save them beside it.")
+    if tok.pad_token_id is None:
+        tok.pad_token = tok.eos_token
+    return tok
+
+
 def empty_model(model_name: str, dtype: str = "bfloat16", trust_remote_code: bool = False) -> PreTrainedModel:
     """The model on the meta device: its config is read, no weight is.
 
@@ -100,8 +132,7 @@ def empty_model(model_name: str, dtype: str = "bfloat16", trust_remote_code: boo
     """
     if dtype not in DTYPES:
         raise HyperParamsError(f"dtype must be one of {', '.join(DTYPES)}; found {dtype!r}.")
-    source = find_source(model_name)
-    options = {"trust_remote_code": trust_remote_code, "local_files_only": source.local_files_only}
+    source, options = _found(model_name, trust_remote_code)
     config = _config(model_name, source, options)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # edits need float weights, so the model is loaded dequantised

@@ -19,14 +19,24 @@ def load_patch(path: str | Path) -> WeightPatch | TensorPatch:
         PatchError: missing, truncated or corrupt file, an adapter, or no patch of this version.
     """
     path = Path(path)
+    if holds_adapter(path):
+        raise _is_adapter(path)
     if path.is_dir():
-        if (path / "adapter.json").is_file() or (path / "memoe_adapter.safetensors").is_file():
-            raise _is_adapter(path)
         raise PatchError(f"{path} is a folder; a patch is one safetensors file.")
     kind = read_metadata(path, PatchError, "save the patch anew").get("kind")
-    if kind == _ADAPTER:
-        raise _is_adapter(path)
     return TensorPatch.load(path) if kind == "tensor patch" else WeightPatch.load(path)
+
+
+def holds_adapter(path: str | Path) -> bool:
+    """Whether a file or folder holds an adapter of MEMoE, which is no patch of weights.
+
+    Raises:
+        PatchError: a file that is missing or no safetensors file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return (path / "adapter.json").is_file() or (path / "memoe_adapter.safetensors").is_file()
+    return read_metadata(path, PatchError, "save the patch anew").get("kind") == _ADAPTER
 
 
 def _is_adapter(path: Path) -> PatchError:

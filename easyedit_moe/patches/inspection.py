@@ -37,7 +37,7 @@ def describe(patch: WeightPatch | TensorPatch, path: str | Path | None = None) -
         "id": patch.id,
         "parent": patch.parent,
         "merged": patch.metadata.get("merged", []),
-        "methods": _distinct(settings, "alg_name"),
+        "methods": methods_of(patch),
         "models": _distinct(settings, "model_name"),
         "facts": [fact for part in parts for fact in part.get("requests", [])],
         "fingerprint": patch.fingerprint,
@@ -51,6 +51,12 @@ def describe(patch: WeightPatch | TensorPatch, path: str | Path | None = None) -
         "notes": [{name: value for name, value in part.items() if name not in known} for part in parts],
         "bytes": None if path is None else Path(path).stat().st_size,
     }
+
+
+def methods_of(patch: WeightPatch | TensorPatch) -> list[str]:
+    """The methods that made a patch or its parts, each once; empty where it does not say."""
+    parts = patch.metadata.get("parts", [patch.metadata])
+    return [str(name) for name in _distinct([part["hparams"] for part in parts if "hparams" in part], "alg_name")]
 
 
 def relative_sizes(patch: WeightPatch) -> dict[int, dict[int, float | None]]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
@@ -13,24 +12,30 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from easyedit_moe.comparison.settings import loading_settings
-from easyedit_moe.errors import DataError, HyperParamsError
+from easyedit_moe.adapters.moe_adapter import base_fingerprint
+from easyedit_moe.errors import DataError, DenseModelError
 from easyedit_moe.evaluation import harness, metrics
 from easyedit_moe.evaluation.neighbours import answered
 from easyedit_moe.evaluation.portability import portability
 from easyedit_moe.facts.records import PROTOCOLS, RecordSet, load_records
 from easyedit_moe.moe.fingerprint import model_fingerprint
 from easyedit_moe.moe.layers import MoELayerView
-from easyedit_moe.moe.loading import load_model
 from easyedit_moe.patches.checks import versions
-from easyedit_moe.patches.files import load_patch
-from easyedit_moe.patches.tensors import TensorPatch
-from easyedit_moe.patches.weights import WeightPatch
 from easyedit_moe.statistics.corpus import corpus_hash
+from easyedit_moe.workflow.session import (
+    Loaded,
+    Loading,
+    SavedPatch,
+    applied,
+    check_patches,
+    load,
+    loading_options,
+    model_name,
+    read_patches,
+)
 
 logger = logging.getLogger(__name__)
 
-AnyPatch = WeightPatch | TensorPatch
 Scores = dict[tuple[str, str], "Value"]
 RECORDS = "records"
 SCORES = {
@@ -82,14 +87,13 @@ class Evaluation:
 
 
 def evaluate(
-    model: str | tuple[nn.Module, PreTrainedTokenizerBase] = "factworld",
-    patches: Sequence[str | Path | AnyPatch] = (),
+    model: str | Loaded = "factworld",
+    patches: Sequence[str | Path | SavedPatch] = (),
     data: str | Path | None = None,
     tasks: Sequence[str] = (),
     tasks_dir: str | Path | None = None,
     limit: int | None = None,
-    dtype: str = "",
-    device: str = "",
+    loading: Loading | None = None,
     progress: bool = True,
 ) -> Evaluation:
     """Scores of records and of tasks, before and after patches; the model is then bit-equal to before.
@@ -104,8 +108,7 @@ def evaluate(
         tasks: names of tasks; they need the extra ``eval``.
         tasks_dir: folder of tasks of one's own.
         limit: examples per task; all by default.
-        dtype: of a model to load; by default that of the first patch's hparams, else of the model's hparams.
-        device: of a model to load; by default that of the model's hparams.
+        loading: how a model is loaded; see `easyedit_moe.workflow.session.loading_options`.
         progress: show progress bars.
 
     Raises:
@@ -116,19 +119,18 @@ def evaluate(
         raise DataError("There is nothing to measure: give a file of records, tasks, or both.")
     found = load_records(data) if data is not None else None
     runner = harness.Harness(tasks, tasks_dir, limit, progress=progress) if tasks else None
-    loaded = [load_patch(patch) if isinstance(patch, (str, Path)) else patch for patch in patches]
-    settings = _loading(model, loaded, dtype, device) if isinstance(model, str) else {}
-    net, tok = load_model(model, **settings) if isinstance(model, str) else model
-    with _applied(net, loaded):
-        pass  # a patch that does not fit is refused before anything is measured
+    loaded = read_patches(patches)
+    options = loading_options(model, loaded, loading) if isinstance(model, str) else Loading()
+    net, tok = load(model, options, progress)
+    check_patches(net, tok, loaded)  # one that does not fit is refused before anything is measured
     provenance = {
-        "model": model if isinstance(model, str) else getattr(net, "name_or_path", type(net).__name__),
-        "model_fingerprint": model_fingerprint(MoELayerView(net)),
+        "model": model_name(model),
+        "model_fingerprint": _fingerprint(net),
         "patches": [str(p) if isinstance(p, (str, Path)) else type(p).__name__ for p in patches],
         "patch_ids": [patch.id for patch in loaded],
         **_about_records(data, found),
         **_about_tasks(tasks, tasks_dir, limit),
-        **settings,
+        **(asdict(options) if isinstance(model, str) else {}),
         "versions": versions() | ({"lm_eval": harness.version()} if tasks else {}),
     }
     return Evaluation(_measures(net, tok, found, runner, loaded), provenance)
@@ -139,7 +141,7 @@ def _measures(
     tok: PreTrainedTokenizerBase,
     found: RecordSet | None,
     runner: harness.Harness | None,
-    patches: Sequence[AnyPatch],
+    patches: Sequence[SavedPatch],
 ) -> tuple[Measure, ...]:
     records = answered(net, tok, found.records) if found is not None else ()
 
@@ -150,23 +152,17 @@ def _measures(
     before = scores()
     if not patches:
         return tuple(Measure(*name, value, None) for name, value in before.items())
-    with _applied(net, patches):
+    with applied(net, tok, patches):
         after = scores()
     return tuple(Measure(*name, value, after[name]) for name, value in before.items())
 
 
-def _loading(model: str, patches: Sequence[AnyPatch], dtype: str, device: str) -> dict[str, Any]:
-    """How the model is loaded: as the first patch was made on it, for the rest as its hparams have it."""
-    made = patches[0].metadata.get("hparams", {}).get("dtype", "") if patches else ""
+def _fingerprint(net: nn.Module) -> str:
+    """Of a MoE model; of a dense one, which only an adapter edits, the adapter's."""
     try:
-        usual = loading_settings([], model)
-    except HyperParamsError:  # a model without hparams of its own
-        return {"dtype": dtype or made or "bfloat16", "device": device or "cpu"}
-    return {
-        "dtype": dtype or made or usual.dtype,
-        "device": device or usual.device,
-        "model_parallel": usual.model_parallel,
-    }
+        return model_fingerprint(MoELayerView(net))
+    except DenseModelError:
+        return base_fingerprint(net)
 
 
 def _record_scores(net: nn.Module, tok: PreTrainedTokenizerBase, records: Sequence[Any], protocol: str) -> Scores:
@@ -182,20 +178,6 @@ def _task_scores(runner: harness.Harness, net: nn.Module, tok: PreTrainedTokeniz
         for task, found in runner.scores(net, tok).items()
         for metric, score in found.items()
     }
-
-
-@contextmanager
-def _applied(net: nn.Module, patches: Sequence[AnyPatch]) -> Iterator[None]:
-    """The patches lie on the model inside, each on those before it; afterwards none does, whatever was raised."""
-    done: list[AnyPatch] = []
-    try:
-        for patch in patches:
-            patch.apply(net)
-            done.append(patch)
-        yield
-    finally:
-        for patch in reversed(done):
-            patch.revert(net)
 
 
 def _about_records(data: str | Path | None, found: RecordSet | None) -> dict[str, Any]:

@@ -1,0 +1,19 @@
+"""``easyedit-moe merge``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from easyedit_moe.commands.tables import say
+
+
+def merge(
+    patches: Annotated[list[str], typer.Argument(metavar="PATCH...", help="Files, in the order of their edits.")],
+    out: Annotated[str, typer.Option(help="File for the one patch; it must not exist.")],
+) -> None:
+    """Make one patch of a chain: it gives the bits that applying them one after the other gives."""
+    from easyedit_moe.workflow.merge import merge as run
+
+    say(f"Written: {out}, patch {run(patches, out).id}")

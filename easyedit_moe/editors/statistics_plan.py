@@ -1,0 +1,103 @@
+"""How large the statistics of a method will be and how long they take, from shapes alone, before a weight is loaded."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from easyedit_moe.algebra.tucker import resolve_rank
+from easyedit_moe.editors.planner import shapes_of
+from easyedit_moe.hparams import MoTEHyperParams, SolverHyperParams
+from easyedit_moe.moe.layers import MoELayerView, decoder_stack
+
+
+@dataclass(frozen=True)
+class StatisticsPlan:
+    """What gathering once will cost.
+
+    Attributes:
+        layers: that are gathered in one pass over the corpus.
+        disk_bytes: of all files in the cache: moments, and MoTE's bases.
+        least_tokens: tokens of the corpus to read if routing were even; None where the whole corpus is read.
+        most_tokens: tokens of the whole corpus, each text cut at ``max_length``.
+        flops_per_token: floating-point operations: the forward up to the last of the layers, and the moments' sums.
+    """
+
+    layers: tuple[int, ...]
+    disk_bytes: int
+    least_tokens: int | None
+    most_tokens: int
+    flops_per_token: float
+
+    def seconds(self, flops_per_second: float) -> tuple[float, float]:
+        """Least and most seconds at a speed of arithmetic, which an actual run reaches at best."""
+        least = self.most_tokens if self.least_tokens is None else self.least_tokens
+        return (
+            least * self.flops_per_token / flops_per_second,
+            self.most_tokens * self.flops_per_token / flops_per_second,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def plan_statistics(hparams: Any, model: nn.Module) -> StatisticsPlan | None:
+    """The plan for hyper-parameters and a model, which may lie on the meta device; None where none are needed.
+
+    Raises:
+        LayerError, LayoutError: the model lacks the layers, or its config does not tell its sizes.
+    """
+    if not isinstance(hparams, SolverHyperParams) or not hparams.needs_statistics:
+        return None
+    hp, shapes = hparams, shapes_of(model, hparams.layers)
+    e, d, h, k = shapes.experts, shapes.d_model, shapes.d_hidden, shapes.active
+    item = 8 if hp.mom2_dtype == "float64" else 4
+    disk = item * (e * h * h + d * d) + 8 * e
+    if isinstance(hp, MoTEHyperParams):
+        pairs = ((hp.rank_expert, e, "rank_expert"), (hp.rank_out, d, "rank_out"), (hp.rank_in, h, "rank_in"))
+        disk += 8 * sum(size * resolve_rank(rank, size, name) for rank, size, name in pairs)
+    most = hp.mom2_n_samples * hp.max_length
+    least = None if hp.coverage_target is None else min(most, int(hp.coverage_target * h * e / k))
+    sums = 2.0 * (k * h * h + d * d) * len(hp.layers)
+    return StatisticsPlan(
+        tuple(hp.layers), disk * len(hp.layers), least, most, _forward_flops(model, hp.layers[-1], k) + sums
+    )
+
+
+def matmul_speed(device: str = "cpu", dtype: torch.dtype = torch.float32, seconds: float = 0.2) -> float:
+    """Floating-point operations per second of this machine's matrix products, measured for about ``seconds``."""
+    size = 1024 if device == "cpu" else 4096
+    left = torch.ones(size, size, dtype=dtype, device=device)
+    left @ left
+    _wait(device)
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        left @ left
+        count += 1
+        _wait(device)
+    return float(2 * size**3 * count / (time.perf_counter() - start))
+
+
+def _wait(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+
+
+def _forward_flops(model: nn.Module, last: int, active: int) -> float:
+    """Two operations per token and parameter that it meets, from the first layer to ``last``."""
+    stack, _ = decoder_stack(model)
+    view = MoELayerView(model, without_weights=True)
+    met = 0.0
+    for index in range(last + 1):
+        whole: float = sum(parameter.numel() for parameter in stack[index].parameters())
+        moe = view.layers.get(index)
+        if moe is not None:
+            routed = sum(p.numel() for p in model.get_submodule(moe.experts_name).parameters())
+            whole -= routed * (1 - active / moe.experts.layout.num_experts)
+        met += whole
+    return 2.0 * met

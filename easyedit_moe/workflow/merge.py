@@ -1,0 +1,40 @@
+"""``merge``: the patches of a chain as one file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from easyedit_moe.errors import PatchError
+from easyedit_moe.patches.files import load_patch
+from easyedit_moe.patches.merging import merge as merged
+from easyedit_moe.patches.tensors import TensorPatch
+from easyedit_moe.patches.weights import WeightPatch
+
+
+def merge(patches: Sequence[str | Path], out: str | Path) -> WeightPatch | TensorPatch:
+    """Write one patch that does what several do in the order in which they are given, oldest first.
+
+    The checkpoint that results is bit-equal to applying them one after the other. It holds originals if all of them do.
+
+    Args:
+        patches: files.
+        out: file for the result; it must not exist.
+
+    Returns:
+        The merged patch, not applied.
+
+    Raises:
+        PatchError: fewer than two patches, one that can't be read, a gap or a wrong order, both kinds of patches, or a
+            file that exists.
+    """
+    if len(patches) < 2:
+        raise PatchError(f"Merging takes at least two patches; found {len(patches)}.")
+    path = Path(out)
+    if path.exists():
+        raise PatchError(f"{path} exists; give another name for the merged patch, or delete it.")
+    if path.suffix != ".safetensors":
+        raise PatchError(f"A patch is a .safetensors file; found {path.name!r} as the name of the merged patch.")
+    whole = merged([load_patch(patch) for patch in patches])
+    whole.save(path, keep_originals=bool(whole.flips))
+    return whole
