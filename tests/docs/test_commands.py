@@ -14,6 +14,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from easyedit_moe import factworld
 from easyedit_moe.commands.app import app
 from easyedit_moe.hparams import presets
 
@@ -47,6 +48,23 @@ def test_commands_run(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         pytest.skip("needs the model's configuration")
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
+
+
+def test_the_quick_tour_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The README's lines from a file of facts to an edited checkpoint and back, one after the other."""
+    monkeypatch.chdir(tmp_path)
+    (tour,) = [code for page, code in blocks("bash", run=False) if page == "README.md" and "facts.csv" in code]
+    table, _, rest = tour.partition("\nEND\n")
+    Path("facts.csv").write_text(table.partition("\n")[2] + "\n", encoding="utf-8")
+    lines = [line.partition("  #")[0].strip() for line in rest.splitlines()]
+    names = [line.split()[1] for line in lines]
+    assert names == ["edit", "ask", "inspect", "apply", "revert", "evaluate"]
+    for line in lines:
+        done = CliRunner().invoke(app, shlex.split(line)[1:])
+        assert done.exit_code == 0, done.output
+    weights = "model.safetensors"
+    assert Path("applied", weights).read_bytes() == Path("edited", "checkpoint", weights).read_bytes()
+    assert Path("reverted", weights).read_bytes() == (factworld.model_path() / weights).read_bytes()
 
 
 def test_python_runs(tmp_path: Path) -> None:

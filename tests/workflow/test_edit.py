@@ -75,7 +75,8 @@ def test_an_adapter_is_saved_beside_the_base_and_found_again(tmp_path: Path) -> 
     model.save_pretrained(tmp_path / "base")
     TOK.save_pretrained(tmp_path / "base")
     hp = MEMoEHyperParams.from_dict({
-        "alg_name": "MEMoE", "model_name": "tiny", "layers": [1], "dtype": "bfloat16", "steps": 5, "locality_weight": 0.0,
+        "alg_name": "MEMoE", "model_name": "tiny", "layers": [1], "dtype": "bfloat16", "steps": 5,
+        "locality_weight": 0.0,
     })  # fmt: skip
     report = edit(facts(2), str(tmp_path / "base"), "MEMoE", hp, tmp_path / "out", ("patch", "checkpoint"),
                   progress=False)  # fmt: skip
