@@ -19,7 +19,7 @@ from easyedit_moe.errors import DataError
 from easyedit_moe.evaluation.scoring import TargetScore, score_targets
 from easyedit_moe.facts.records import PROTOCOLS, EvaluationRecord
 from easyedit_moe.facts.requests import EditRequest
-from easyedit_moe.facts.tokens import collate, encode_text, pad_id
+from easyedit_moe.facts.tokens import collate, encode_context, pad_id
 from easyedit_moe.moe.capture import Routing, hooks, inference_mode_of, read_routing, run
 from easyedit_moe.moe.layers import MoELayerView
 
@@ -157,7 +157,7 @@ def routing_snapshot(
 ) -> RoutingSnapshot:
     """The top-K expert sets of every token of ``prompts``, at every MoE layer."""
     view = MoELayerView(model)
-    sequences = [encode_text(tok, prompt) for prompt in prompts]
+    sequences = [encode_context(tok, prompt) for prompt in prompts]
     parts: dict[int, list[Tensor]] = {index: [] for index in view.layers}
     real: list[Tensor] = []
 

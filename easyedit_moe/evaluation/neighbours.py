@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.facts.records import EvaluationRecord
-from easyedit_moe.facts.tokens import decode, encode_text
+from easyedit_moe.facts.tokens import decode, encode_context
 from easyedit_moe.moe.capture import inference_mode_of, model_device
 
 ANSWER_TOKENS = 8
@@ -38,7 +38,7 @@ def _with_answers(record: EvaluationRecord, answers: dict[str, str]) -> Evaluati
 
 
 def _first_line(model: nn.Module, tok: PreTrainedTokenizerBase, prompt: str) -> str:
-    ids = torch.tensor([encode_text(tok, prompt)], device=model_device(model))
+    ids = torch.tensor([encode_context(tok, prompt)], device=model_device(model))
     generate: Any = model.generate
     generated = generate(
         input_ids=ids,

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.errors import RequestError
-from easyedit_moe.facts.tokens import encode_text
+from easyedit_moe.facts.tokens import encode_context
 
 WITHOUT_THINKING: dict[str, Any] = {"enable_thinking": False, "thinking": False, "reasoning_effort": "low"}
 """By what templates of reasoning models leave thinking out, or keep it short; each reads the names that it knows."""
@@ -23,7 +23,7 @@ def encode_question(tok: PreTrainedTokenizerBase, prompt: str, chat: bool = Fals
         RequestError: ``chat`` with a tokenizer that has no template.
     """
     if not chat:
-        return encode_text(tok, prompt.rstrip(" "))
+        return encode_context(tok, prompt)
     if tok.chat_template is None:
         raise RequestError(
             f"The tokenizer of {tok.name_or_path or type(tok).__name__!r} has no chat template, so it can't be asked "

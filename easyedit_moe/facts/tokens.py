@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.errors import HyperParamsError, RequestError
+from easyedit_moe.facts.joining import bare_prompt, separator
 
 FACT_TOKENS = ("subject_last", "subject_first", "last", "subject_first_after_last")
 
@@ -54,8 +55,9 @@ def encode_prompt(
     """Token ids of ``prompt`` and the position of its fact token, whatever the tokenizer's padding side.
 
     Special tokens that the tokenizer puts before the text stay; those that it appends (end of sequence) are dropped,
-    since a target follows. Positions follow EasyEdit's names: ``subject_last``, ``subject_first``, ``last`` and
-    ``subject_first_after_last``, the token behind the subject (the prompt's last token where the subject ends it).
+    since a target follows, and so are spaces at the end, which tokenizers put into the target's first word. Positions
+    follow EasyEdit's names: ``subject_last``, ``subject_first``, ``last`` and ``subject_first_after_last``, the token
+    behind the subject (the prompt's last token where the subject ends it).
     ``subject`` may be None for "last".
 
     Raises:
@@ -63,7 +65,7 @@ def encode_prompt(
     """
     if fact_token not in FACT_TOKENS:
         raise HyperParamsError(f"fact_token must be one of {', '.join(FACT_TOKENS)}; found {fact_token!r}.")
-    ids, spans = _encode_with_spans(tok, prompt)
+    ids, spans = _encode_with_spans(tok, bare_prompt(prompt))
     if not ids:
         raise RequestError(f"The prompt {prompt!r} has no tokens.")
     if fact_token == "last":
@@ -100,6 +102,33 @@ def encode_target(tok: PreTrainedTokenizerBase, target: str) -> list[int]:
     if joined[: len(before)] == before:
         return list(joined[len(before) :])
     return list(tok(" " + text, add_special_tokens=False)["input_ids"])
+
+
+def encode_answer(tok: PreTrainedTokenizerBase, prompt: str, target: str) -> list[int]:
+    """Token ids of a target as it continues a prompt, after the ids of `encode_context`; without special tokens.
+
+    Between both stands what `easyedit_moe.facts.joining.separator` says, whatever space either text brought along.
+
+    Raises:
+        RequestError: a blank target.
+    """
+    text = target.strip()
+    if not text:
+        raise RequestError(f"The target {target!r} is blank.")
+    if separator(prompt, text):
+        return encode_target(tok, text)
+    # What stands before decides how a tokenizer begins; where it merges both texts, an anchor is put before instead.
+    for start in (bare_prompt(prompt), "\n"):
+        before = tok(start, add_special_tokens=False)["input_ids"]
+        joined = tok(start + text, add_special_tokens=False)["input_ids"]
+        if joined[: len(before)] == before and len(joined) > len(before):
+            return list(joined[len(before) :])
+    return list(tok(text, add_special_tokens=False)["input_ids"])
+
+
+def encode_context(tok: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Token ids of a prompt that an answer follows: as `encode_text`, without spaces at its end."""
+    return encode_text(tok, bare_prompt(prompt))
 
 
 def encode_text(tok: PreTrainedTokenizerBase, text: str) -> list[int]:

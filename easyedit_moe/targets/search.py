@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.errors import RequestError, not_finite
 from easyedit_moe.facts.requests import EditRequest
-from easyedit_moe.facts.tokens import encode_prompt, encode_target, pad_id
+from easyedit_moe.facts.tokens import encode_answer, encode_prompt, pad_id
 from easyedit_moe.hparams import SolverHyperParams, UnKEHyperParams
 from easyedit_moe.moe.capture import frozen_parameters, inference_mode_of
 from easyedit_moe.moe.config import text_config
@@ -266,7 +266,7 @@ def _solve_or_none(
 def _rows_of(
     tok: PreTrainedTokenizerBase, owner: int, request: EditRequest, prefixes: Sequence[str], fact_token: str
 ) -> list[_Row]:
-    target = encode_target(tok, request.target_new)
+    target = encode_answer(tok, request.prompt, request.target_new)
     rows: list[_Row] = []
     for context in fact_contexts(tok, request, prefixes, fact_token):
         end = len(context.ids)

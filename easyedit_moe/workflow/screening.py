@@ -12,7 +12,7 @@ from easyedit_moe.errors import DataError, RequestError
 from easyedit_moe.facts.anchors import NO_ANCHOR, SubjectMatcher
 from easyedit_moe.facts.records import EvaluationRecord, FactSet
 from easyedit_moe.facts.requests import EditRequest
-from easyedit_moe.facts.tokens import encode_prompt, encode_target, encode_text
+from easyedit_moe.facts.tokens import encode_answer, encode_prompt, encode_text
 from easyedit_moe.hparams import MEMoEHyperParams
 
 
@@ -93,7 +93,7 @@ def _matcher(facts: FactSet, editor: Editor, tok: PreTrainedTokenizerBase) -> Su
 def _check(request: EditRequest, editor: Editor, tok: PreTrainedTokenizerBase, matcher: SubjectMatcher | None) -> None:
     """RequestError where an editor would refuse this fact."""
     editor.check_subjects([request])
-    encode_target(tok, request.target_new)
+    encode_answer(tok, request.prompt, request.target_new)
     place = getattr(editor.hparams, "fact_token", None)
     if place is not None:
         encode_prompt(tok, request.prompt, request.subject, place)

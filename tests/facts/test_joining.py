@@ -1,0 +1,98 @@
+"""What stands between a prompt and its answer, as text and as tokens of four kinds of tokenizers."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import transformers as hf
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from easyedit_moe.errors import RequestError
+from easyedit_moe.facts.joining import bare_prompt, separator
+from easyedit_moe.facts.tokens import decode, encode_answer, encode_context, encode_prompt
+
+JOINED = [
+    ("Ana lives in", "Rome", "Ana lives in Rome"),
+    ("Ana lives in ", "Rome", "Ana lives in Rome"),
+    ("Ana lives in", " Rome", "Ana lives in Rome"),
+    ("Ana lives in \t", "  Rome ", "Ana lives in Rome"),
+    ("Where does Ana live?\n", "Rome", "Where does Ana live?\nRome"),
+    ("Q: where?\nA:", "Rome", "Q: where?\nA: Rome"),
+    ("Where?", "Rome", "Where? Rome"),
+    ("Ana said: “", "Rome", "Ana said: “Rome"),
+    ('Ana said: "', "Rome", 'Ana said: "Rome'),
+    ('The town "Rome" is in', "Italy", 'The town "Rome" is in Italy'),
+    ("Rome (", "Italy", "Rome (Italy"),
+    ("Rome", ", Italy", "Rome, Italy"),
+    ("Rome (in Italy", ")", "Rome (in Italy)"),
+    ("It costs $", "5", "It costs $5"),
+    ("东京是", "日本的首都", "东京是日本的首都"),
+    ("首都：", "东京", "首都：东京"),
+    ("東京は", "日本", "東京は日本"),
+    ("กรุงเทพ", "ไทย", "กรุงเทพไทย"),
+    ("The capital of Japan is", "东京", "The capital of Japan is 东京"),
+    ("서울은", "한국", "서울은 한국"),
+    ("Столица —", "Рим", "Столица — Рим"),
+]
+CORPUS = [joined for *_, joined in JOINED] * 4 + ["Ana lives in Rome and Bob lives in Oslo."] * 20
+
+
+@cache
+def tokenizer(kind: str) -> hf.PreTrainedTokenizerFast:
+    """Trained on the spot: as GPT-2's, Llama's with and without its dummy prefix, and as tiktoken splits."""
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if kind.startswith("sentencepiece"):
+        made = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+        scheme = "first" if kind.endswith("prefix") else "never"
+        made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=True)
+        made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme=scheme)])
+        special = ["<unk>", "<s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+        made.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=500, special_tokens=special))
+        return hf.PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", unk_token="<unk>")
+    made = Tokenizer(models.BPE())
+    if kind == "tiktoken":
+        split = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        from tokenizers import Regex
+
+        parts = [pre_tokenizers.Split(Regex(split), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+        made.pre_tokenizer = pre_tokenizers.Sequence(parts)
+    else:
+        made.normalizer = normalizers.NFC()
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=500, special_tokens=["<s>"], initial_alphabet=alphabet)
+    )
+    return hf.PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>")
+
+
+KINDS = ["byte-level", "tiktoken", "sentencepiece with prefix", "sentencepiece"]
+
+
+@pytest.mark.parametrize(("prompt", "target", "joined"), JOINED)
+def test_texts(prompt: str, target: str, joined: str) -> None:
+    assert bare_prompt(prompt) + separator(prompt, target) + target.strip() == joined
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("prompt", "target", "joined"), JOINED)
+def test_tokens_spell_the_joined_text(kind: str, prompt: str, target: str, joined: str) -> None:
+    tok = tokenizer(kind)
+    ids = [*encode_context(tok, prompt), *encode_answer(tok, prompt, target)]
+    assert decode(tok, ids, clean_up_tokenization_spaces=False).strip() == joined
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_space_at_either_side_is_the_same_edit(kind: str) -> None:
+    tok = tokenizer(kind)
+    wanted = encode_prompt(tok, "Ana lives in", "Ana").ids, encode_answer(tok, "Ana lives in", "Rome")
+    for prompt, target in (("Ana lives in ", "Rome"), ("Ana lives in", " Rome"), ("Ana lives in  ", " Rome ")):
+        assert (encode_prompt(tok, prompt, "Ana").ids, encode_answer(tok, prompt, target)) == wanted
+    whole = tok("Ana lives in Rome", add_special_tokens=False)["input_ids"]
+    assert [*wanted[0], *wanted[1]] == whole
+
+
+def test_a_blank_target_is_refused() -> None:
+    with pytest.raises(RequestError, match="blank"):
+        encode_answer(tokenizer("byte-level"), "A", " \n")
