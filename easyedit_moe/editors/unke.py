@@ -32,6 +32,7 @@ from easyedit_moe.editors.training_planner import (
     originals_stage,
 )
 from easyedit_moe.facts.requests import EditRequest
+from easyedit_moe.facts.subjects import mentions
 from easyedit_moe.facts.tokens import collate, encode_text, pad_id
 from easyedit_moe.hparams import UnKEHyperParams
 from easyedit_moe.measure import Stopwatch
@@ -140,7 +141,7 @@ class UnKEEditor(Editor):
         if not hp.preserve_n_samples or not hp.preserve_weight:
             return []
         texts = load_texts(hp.preserve_dataset, hp.preserve_n_samples)
-        kept = [text for text in texts if not any(fact.named_subject in text for fact in facts)]
+        kept = [text for text in texts if not any(mentions(text, fact.named_subject) for fact in facts)]
         return [encode_text(tok, text)[: hp.max_length] for text in kept]
 
     def _problem(

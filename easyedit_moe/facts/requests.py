@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from easyedit_moe.errors import EditingWarning, RequestError
+from easyedit_moe.facts.subjects import mentions
 from easyedit_moe.facts.tokens import subject_span
 
 
@@ -70,7 +71,11 @@ def parse_request(record: Mapping[str, Any] | EditRequest) -> EditRequest:
         truth = truth[0] if truth else None
     if isinstance(truth, Mapping):
         truth = truth.get("str")
-    return EditRequest(prompt if subject is None else prompt.replace("{}", subject), subject, target, truth)
+    # Braces are text; a slot they are in ROME's layout, and where the prompt would not name its subject without them.
+    raw = rewrite is not record or isinstance(rewrite.get("target_new"), Mapping)
+    slot = subject is not None and (raw or not mentions(prompt, subject))
+    filled = prompt.replace("{}", subject) if slot and subject is not None else prompt
+    return EditRequest(filled, subject, target, truth)
 
 
 def parse_requests(records: Sequence[Mapping[str, Any] | EditRequest]) -> list[EditRequest]:

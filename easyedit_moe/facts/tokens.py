@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -13,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.errors import HyperParamsError, RequestError
 from easyedit_moe.facts.joining import bare_prompt, separator
+from easyedit_moe.facts.subjects import find_subject, nearest_span
 
 FACT_TOKENS = ("subject_last", "subject_first", "last", "subject_first_after_last")
 
@@ -35,18 +35,19 @@ class Batch:
 
 
 def subject_span(prompt: str, subject: str) -> tuple[int, int]:
-    """Character span of the subject: its first occurrence as a whole word, else its first occurrence.
+    """Character span of the subject: its first occurrence as whole words (see `find_subject`).
 
     Raises:
-        RequestError: the subject is empty or does not occur.
+        RequestError: the subject is empty or does not occur; the nearest words of the prompt are named.
     """
     if not subject.strip():
         raise RequestError(f"The subject of {prompt!r} is empty.")
-    whole = re.search(rf"(?<!\w){re.escape(subject)}(?!\w)", prompt)
-    start = whole.start() if whole else prompt.find(subject)
-    if start < 0:
-        raise RequestError(f"The subject {subject!r} does not occur in the prompt {prompt!r}.")
-    return start, start + len(subject)
+    found = find_subject(prompt, subject)
+    if found is None:
+        near = nearest_span(prompt, subject)
+        hint = f" The nearest words there are {near!r}." if near else ""
+        raise RequestError(f"The subject {subject!r} does not occur in the prompt {prompt!r} as whole words.{hint}")
+    return found
 
 
 def encode_prompt(

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.errors import RequestError, not_finite
 from easyedit_moe.facts.requests import EditRequest
+from easyedit_moe.facts.subjects import mentions
 from easyedit_moe.facts.tokens import encode_answer, encode_prompt, pad_id
 from easyedit_moe.hparams import SolverHyperParams, UnKEHyperParams
 from easyedit_moe.moe.capture import frozen_parameters, inference_mode_of
@@ -107,7 +108,7 @@ def fact_contexts(
     """The bare prompt first, then each prefix followed by the prompt."""
     contexts = []
     for prefix in ["", *prefixes]:
-        if prefix and request.subject is not None and request.subject in prefix:
+        if prefix and request.subject is not None and mentions(prefix, request.subject):
             raise RequestError(
                 f"The context prefix {prefix!r} mentions the subject {request.subject!r}; choose another."
             )
