@@ -19,7 +19,7 @@ from torch import nn
 
 from easyedit_moe import factworld
 from easyedit_moe.editor import MoEEditor
-from easyedit_moe.errors import EditingWarning, HyperParamsError, RequestError, RidgeTooLargeWarning
+from easyedit_moe.errors import EditingWarning, HyperParamsError, KeywordError, RequestError, RidgeTooLargeWarning
 from easyedit_moe.facts.records import load_records
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.hparams import MoEHyperParams, MoTEHyperParams
@@ -521,3 +521,18 @@ def test_logs_go_to_the_working_folder_and_only_once(
     saved = json.loads((tmp_path / "logs" / "results.json").read_text())
     assert saved[0]["post"]["rewrite_acc"] == metrics[0]["post"]["rewrite_acc"]
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["results.json", "run.log"]
+
+
+def test_no_keyword_is_ignored(pair: Any) -> None:
+    editor = pair().host
+    before = state_of(editor.model)
+    refused = [
+        ("edit", "metrics_kwargs", "Did you mean 'metric_kwargs'"), ("batch_edit", "pre_file", "own scores"),
+        ("generate_edit", "pre_edit", "own scores"), ("edit", "use_chat_template", "no such setting"),
+    ]  # fmt: skip
+    for call, name, message in refused:
+        with pytest.raises(KeywordError, match=f"{call} .*{message}"):
+            getattr(editor, call)(**LISTS, **{name: "x"})
+    with pytest.raises(KeywordError, match=r"apply_algo has no keyword 'kopy'\. Did you mean 'copy'"):
+        editor.apply_algo(editor.model, editor.tok, FACTS[:1], editor.hparams, kopy=True)
+    assert_same_state(before, state_of(editor.model))
