@@ -81,8 +81,12 @@ def _make_editors(base: Any, names: frozenset[str]) -> None:
         """Reached on one of ours only where a subclass names BaseEditor instead of super()."""
         from easyedit_moe.editor import EditCalls
 
-        own = _with_our_calls(base, base).__init__ if isinstance(self, EditCalls) else original
-        own(self, *args, **kwargs)
+        if not isinstance(self, EditCalls):
+            return original(self, *args, **kwargs)
+        from easyedit_moe.host.editor import HostEditor
+
+        ours: Any = HostEditor
+        return ours.__init__(self, *args, **kwargs)
 
     base.__new__, base.__init__ = new, init
     setattr(base, _MARK, True)
