@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import time
 from abc import ABC, abstractmethod
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.editors import Editor, EditResult, Patch, make_editor
+from easyedit_moe.editors.keywords import check_keywords
 from easyedit_moe.errors import PatchError, RequestError
 from easyedit_moe.evaluation.answers import AnswerScorer
 from easyedit_moe.evaluation.scoring import TargetScore, score_targets
@@ -69,6 +71,7 @@ def _with_columns(run: Callable[..., Any]) -> Callable[..., Any]:
         requests: Sequence[Mapping[str, Any] | EditRequest] | None = None,
         **options: Any,
     ) -> Any:
+        self._check_keywords(run.__name__, options)
         made = requests or requests_from_columns(
             prompts, target_new, ground_truth, target_neg, rephrase_prompts, locality_inputs, portability_inputs,
             subject,
@@ -95,6 +98,9 @@ class EditCalls(ABC):
 
     case_id_per_batch = False
     """Whether ``case_id`` starts anew in each batch, as EasyEdit's ``batch_edit`` has it."""
+
+    options: tuple[str, ...] = ()
+    """Further keywords of the calls, which `scorer` is given."""
 
     progress = True
     """Whether editors show progress bars."""
@@ -124,6 +130,7 @@ class EditCalls(ABC):
         Raises:
             RequestError: missing subjects where the method uses them, lists of different lengths, or requests that
                 can't be used.
+            KeywordError: an unknown keyword, or one of EasyEdit's that would be ignored.
         """
         return self.edit_requests(requests, sequential, verbose, **options)
 
@@ -136,7 +143,9 @@ class EditCalls(ABC):
         **options: Any,
     ) -> Results:
         """As `edit`, with request dicts (EasyEdit's or ROME's) or `EditRequest` values."""
-        scorer = self.scorer(test_generation=test_generation, **options)
+        options["test_generation"] = test_generation
+        self._check_keywords("edit_requests", options)
+        scorer = self.scorer(**options)
         return self._run([[request] for request in requests], sequential_edit, verbose, scorer, measure_first=True)
 
     @_with_columns
@@ -173,6 +182,12 @@ class EditCalls(ABC):
             weights = result.patch.weights_copy(self.model)
             self._settle(result, kept=sequential_edit)
         return None, self.model, weights
+
+    def _check_keywords(self, call: str, given: Mapping[str, Any]) -> None:
+        """Refuse what this call would ignore: `generate_edit` has no scores, `batch_edit` none of all requests."""
+        without = {"generate_edit": self.options, "batch_edit": ("pre_file",)}.get(call, ())
+        taken = [name for name in self.options if name not in without]
+        check_keywords(call, given, taken, [*inspect.signature(getattr(self, call)).parameters])
 
     def _run(
         self,

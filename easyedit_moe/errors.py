@@ -14,6 +14,10 @@ class RequestError(EditingError, ValueError):
     """An edit request, or a set of them, that can't be used."""
 
 
+class KeywordError(EditingError, TypeError):
+    """A keyword that a call does not have, or one of EasyEdit's with a value that would be ignored."""
+
+
 class HyperParamsError(EditingError, ValueError):
     """A hyper-parameter that is unknown, of the wrong type or out of range."""
 

@@ -14,7 +14,8 @@ from torch import nn
 
 from easyedit_moe import editor as editor_module
 from easyedit_moe.editor import MoEEditor
-from easyedit_moe.errors import DataError, EditingWarning, HyperParamsError, PatchError, RequestError
+from easyedit_moe.editors import editor_class
+from easyedit_moe.errors import DataError, EditingWarning, HyperParamsError, KeywordError, PatchError, RequestError
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.patches.files import load_patch
@@ -499,3 +500,56 @@ def test_answers_by_free_generation(make: Any) -> None:
     assert all(isinstance(entry["pre"]["rewrite_ans"], str) for entry in results)
     del editor.model.generate
     assert_same_state(before, state_of(editor.model))
+
+
+# ---------------------------------------------------------------- keywords
+
+
+@pytest.mark.parametrize("call", ["edit", "batch_edit", "generate_edit", "edit_requests"])
+def test_no_keyword_is_ignored(call: str, make: Any) -> None:
+    editor = make()
+    before = state_of(editor.model)
+    given: dict[str, Any] = {"requests": FACTS[:1]} if call == "edit_requests" else LISTS
+    wrong = {
+        "sequential_edits": (True, "no keyword 'sequential_edits'. Did you mean 'sequential_edit'"),
+        "keep_original_weights": (True, "Did you mean 'keep_original_weight'"),
+        "zzz": (1, "no keyword 'zzz'.$"),
+        "copy": (True, "copy=True: the model is edited in place"),
+        "test_generation": (True, "EasyEdit's own scores"),
+        "loc_prompts": (["a"], "WISE"),
+        "evaluation_type": ("LLM-judge", "has no such setting"),
+        "use_chat_template": (True, "has no such setting"),
+    }
+    if call != "edit_requests":
+        wrong["rephrase_prompt"] = (PROMPTS, "Did you mean 'rephrase_prompts'")
+    for name, (value, message) in wrong.items():
+        with pytest.raises(TypeError, match=message) as caught:
+            getattr(editor, call)(**given, **{name: value})
+        assert isinstance(caught.value, KeywordError)
+        assert call in str(caught.value)
+    assert_same_state(before, state_of(editor.model))
+
+
+def test_easyedits_keywords_with_their_defaults_are_taken(make: Any) -> None:
+    given = {
+        "copy": False,
+        "eval_metric": "exact match",
+        "train_ds": None,
+        "return_orig_weights": True,
+        "api_key": None,
+    }
+    metrics, _, weights = make().edit(PROMPTS[0], TARGETS[0], subject=SUBJECTS[0], verbose=False, **given)
+    assert len(metrics) == 1
+    assert weights
+
+
+def test_apply_to_model_has_no_other_keywords(data: Path) -> None:
+    model, hp = tiny_model(), hparams(data, "Global")
+    before = state_of(model)
+    for name, message in (
+        ("return_orig_weight", "Did you mean 'return_orig_weights'"),
+        ("cache_template", "cached"),
+    ):
+        with pytest.raises(KeywordError, match=message):
+            editor_class("Global").apply_to_model(model, TOK, FACTS[:1], hp, **{name: "x"})
+    assert_same_state(before, state_of(model))

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import configparser
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import easyedit_moe
 
@@ -53,3 +55,14 @@ def test_nothing_heavy_is_imported(code: str) -> None:
     check = f"{code}\nimport sys\nassert not {heavy} & set(sys.modules), {heavy} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_pins_of_easyedit_are_allowed() -> None:
+    """It pins peft 0.18.0; a higher bound could not be installed beside it."""
+    setup = configparser.ConfigParser()
+    setup.read(Path(__file__).parents[1] / "setup.cfg")
+    needs = {
+        need.name: need.specifier for need in map(Requirement, setup["options"]["install_requires"].split("\n")[1:])
+    }
+    assert needs["peft"].contains("0.18.0")
+    assert not needs["peft"].contains("0.17.1")

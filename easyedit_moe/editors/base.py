@@ -13,11 +13,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.editors.diagnosis import EditDiagnosis, warnings_of
+from easyedit_moe.editors.keywords import check_keywords
 from easyedit_moe.editors.planner import MemoryPlan, Workload
 from easyedit_moe.errors import HyperParamsError, RequestError
 from easyedit_moe.facts.requests import EditRequest, check_batch, parse_requests
 from easyedit_moe.hparams import MoEHyperParams, hyperparams_class, presets
 from easyedit_moe.moe.layers import MoELayerView
+
+APPLY_KEYWORDS = ("model", "tok", "requests", "hparams", "copy", "return_orig_weights", "keep_original_weight")
+"""What EasyEdit's ``apply_algo`` is called with."""
 
 
 class Patch(Protocol):
@@ -258,8 +262,12 @@ class Editor(ABC):
         """EasyEdit's interface: the edited model, and full original tensors by full parameter name.
 
         ``requests`` are EasyEdit's dicts (or ROME's, or `EditRequest` values). ``copy`` edits a deep copy instead of
-        ``model``. Other keywords that EasyEdit passes are accepted and unused.
+        ``model``. Other keywords that EasyEdit passes (``train_ds``, ``cache_template``) may have their defaults.
+
+        Raises:
+            KeywordError: any other keyword, or one of EasyEdit's that would be ignored. Further errors are `edit`'s.
         """
+        check_keywords("apply_to_model", kwargs, (), APPLY_KEYWORDS)
         facts = parse_requests(requests)
         if copy:
             model = copying.deepcopy(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -41,7 +42,9 @@ class PeftEditor(TrainingEditor):
         config = self.config(peft, view, job)
         with trainable(model):
             with same_structure(model), seeded(model, self.hparams.seed):
-                wrapped = peft.get_peft_model(model, config, ADAPTER)
+                with warnings.catch_warnings():  # peft 0.18 does so for experts, whose parameters it adapts rightly
+                    warnings.filterwarnings("ignore", "Unsupported layer type", UserWarning)
+                    wrapped = peft.get_peft_model(model, config, ADAPTER)
                 model.eval()
                 adapters = {name: p for name, p in model.named_parameters() if p.requires_grad}
                 masters = Masters(adapters)

@@ -14,6 +14,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.editor import EditCalls, Scorer
+from easyedit_moe.editors.base import APPLY_KEYWORDS
+from easyedit_moe.editors.keywords import check_keywords
 from easyedit_moe.errors import HostError, HyperParamsError
 from easyedit_moe.facts.easyedit_requests import HostRequest, checked_batches
 from easyedit_moe.host.padding import name_for_host, padded
@@ -33,6 +35,7 @@ class HostEditor(EditCalls, host.BaseEditor):
     """
 
     case_id_per_batch = True
+    options = ("eval_metric", "test_generation", "pre_edit", "pre_file", "metric_kwargs")
     progress = False
 
     def __init__(self, hparams: MoEHyperParams) -> None:
@@ -88,6 +91,7 @@ class HostEditor(EditCalls, host.BaseEditor):
         **kwargs: Any,
     ) -> tuple[nn.Module, Any]:
         """EasyEdit's ``apply_algo``: as ``apply_to_model``, but what was prepared is kept."""
+        check_keywords("apply_algo", kwargs, (), APPLY_KEYWORDS)
         (batch,) = checked_batches([requests])
         self.hparams, kept = hparams, (self.hparams, self.model)
         self.model = copying.deepcopy(model) if copy else model
@@ -120,7 +124,7 @@ class EasyEditScorer:
         pre_edit: Sequence[Mapping[str, Any]] | None = None,
         pre_file: str | Path | None = None,
         metric_kwargs: Sequence[Any] | None = None,
-        **unused: Any,
+        **without_effect: Any,
     ) -> None:
         self.editor, self.metric_kwargs, self.pre_file = editor, metric_kwargs, pre_file
         self.options = {"eval_metric": eval_metric, "test_generation": test_generation}

@@ -115,12 +115,17 @@ def _on_path(folder: Path | None) -> Iterator[None]:
 
 @contextmanager
 def _process_state() -> Iterator[None]:
-    """Random states and the root logger as before; importing EasyEdit seeds the one and configures the other."""
+    """Random states, the root logger and the environment as before.
+
+    Importing EasyEdit seeds the first, configures the second, and sets CUDA_LAUNCH_BLOCKING in the third; packages that
+    it imports set more.
+    """
     import numpy
     import torch
 
     root = logging.getLogger()
     states = random.getstate(), numpy.random.get_state(), torch.get_rng_state(), root.level, list(root.handlers)
+    environment = dict(os.environ)
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     try:
         yield
@@ -132,3 +137,6 @@ def _process_state() -> Iterator[None]:
             torch.cuda.set_rng_state_all(cuda)
         root.setLevel(states[3])
         root.handlers[:] = states[4]
+        for name in set(os.environ) - set(environment):
+            del os.environ[name]
+        os.environ.update({k: v for k, v in environment.items() if os.environ.get(k) != v})

@@ -16,8 +16,9 @@ def load() -> ModuleType:
     """Import EasyEdit and register our editors in it; from ``EASYEDIT_HOME`` if set, else from the path.
 
     Packages that text editing never uses (`easyedit_moe.host.placeholders.OPTIONAL`) may be absent: EasyEdit
-    then gets placeholders for them, named in one log line, which raise when used. The random state and the root
-    logger, which importing EasyEdit changes, are put back; the editors' own logger keeps the level INFO.
+    then gets placeholders for them, named in one log line, which raise when used. The random state, the
+    root logger and environment variables, which importing EasyEdit changes, are put back; the editors' own logger
+    keeps the level INFO.
 
     Raises:
         HostError: EasyEdit is not there, lacks a package that text editing needs, or is too old or too new (the

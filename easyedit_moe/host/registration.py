@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import types
 from typing import Any
 
 from easyedit_moe.editors import editor_class, method_names
@@ -10,6 +12,7 @@ from easyedit_moe.host.importing import check_symbols
 from easyedit_moe.hparams import MoEHyperParams, hyperparams_class, presets
 
 _MARK = "_easyedit_moe"
+_JOINED = "_easyedit_moe_joined"
 
 
 def register() -> list[str]:
@@ -17,7 +20,8 @@ def register() -> list[str]:
 
     ``ALG_DICT`` gets their ``apply_to_model``, ``BatchEditor.is_batchable_method`` knows them, and
     ``BaseEditor.from_hparams`` (or ``BaseEditor(hparams)``) makes a `easyedit_moe.host.editor.HostEditor` for
-    our hparams. For all other hparams EasyEdit is as before. Runs by itself once both packages have been imported.
+    our hparams; subclasses of ``BaseEditor`` do so, too, and keep what they override. For all other hparams EasyEdit is
+    as before. Runs by itself once both packages have been imported.
 
     Returns:
         The names that were registered, aliases included.
@@ -59,11 +63,11 @@ def _make_editors(base: Any, names: frozenset[str]) -> None:
     if _MARK in vars(base):
         return
 
-    def new(cls: type, hparams: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(hparams, MoEHyperParams):
-            from easyedit_moe.host.editor import HostEditor
+    original = base.__init__
 
-            return object.__new__(HostEditor if cls is base else cls)
+    def new(cls: type, hparams: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(value, MoEHyperParams) for value in (hparams, *args, *kwargs.values())):
+            return object.__new__(_with_our_calls(cls, base))
         name = getattr(hparams, "alg_name", None)
         if name in names:
             raise HyperParamsError(
@@ -72,5 +76,35 @@ def _make_editors(base: Any, names: frozenset[str]) -> None:
             )
         return object.__new__(cls)
 
-    base.__new__ = new
+    @functools.wraps(original)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        """Reached on one of ours only where a subclass names BaseEditor instead of super()."""
+        from easyedit_moe.editor import EditCalls
+
+        if not isinstance(self, EditCalls):
+            return original(self, *args, **kwargs)
+        from easyedit_moe.host.editor import HostEditor
+
+        ours: Any = HostEditor
+        return ours.__init__(self, *args, **kwargs)
+
+    base.__new__, base.__init__ = new, init
     setattr(base, _MARK, True)
+
+
+def _with_our_calls(cls: type, base: type) -> type:
+    """The class of an editor with our hparams: HostEditor, or for a subclass of BaseEditor one of both.
+
+    In the latter ``super()`` of the subclass leads to HostEditor, and what the subclass overrides counts.
+    """
+    from easyedit_moe.host.editor import HostEditor
+
+    if cls is base or issubclass(cls, HostEditor):
+        return HostEditor if cls is base else cls
+    if _JOINED not in vars(cls):
+        names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+        setattr(
+            cls, _JOINED, types.new_class(cls.__name__, (cls, HostEditor), exec_body=lambda body: body.update(names))
+        )
+    found: type = vars(cls)[_JOINED]
+    return found

@@ -19,7 +19,7 @@ from torch import nn
 
 from easyedit_moe import factworld
 from easyedit_moe.editor import MoEEditor
-from easyedit_moe.errors import EditingWarning, HyperParamsError, RequestError, RidgeTooLargeWarning
+from easyedit_moe.errors import EditingWarning, HyperParamsError, KeywordError, RequestError, RidgeTooLargeWarning
 from easyedit_moe.facts.records import load_records
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.hparams import MoEHyperParams, MoTEHyperParams
@@ -521,3 +521,54 @@ def test_logs_go_to_the_working_folder_and_only_once(
     saved = json.loads((tmp_path / "logs" / "results.json").read_text())
     assert saved[0]["post"]["rewrite_acc"] == metrics[0]["post"]["rewrite_acc"]
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["results.json", "run.log"]
+
+
+def test_no_keyword_is_ignored(pair: Any) -> None:
+    editor = pair().host
+    before = state_of(editor.model)
+    refused = [
+        ("edit", "metrics_kwargs", "Did you mean 'metric_kwargs'"), ("batch_edit", "pre_file", "own scores"),
+        ("generate_edit", "pre_edit", "own scores"), ("edit", "use_chat_template", "no such setting"),
+    ]  # fmt: skip
+    for call, name, message in refused:
+        with pytest.raises(KeywordError, match=f"{call} .*{message}"):
+            getattr(editor, call)(**LISTS, **{name: "x"})
+    with pytest.raises(KeywordError, match=r"apply_algo has no keyword 'kopy'\. Did you mean 'copy'"):
+        editor.apply_algo(editor.model, editor.tok, FACTS[:1], editor.hparams, kopy=True)
+    assert_same_state(before, state_of(editor.model))
+
+
+@pytest.mark.parametrize("parent", ["super", "named", "reordered"])
+def test_subclasses_of_their_editor_get_our_calls_and_keep_their_own(
+    parent: str, pair: Any, host: ModuleType, data: Path
+) -> None:
+    class Loud(host.BaseEditor):
+        shouts = 0
+
+        def edit(self, *args: Any, **kwargs: Any) -> Any:
+            self.shouts += 1
+            return super().edit(*args, **kwargs)
+
+    class Named(Loud):
+        def __init__(self, hparams: Any) -> None:
+            host.BaseEditor.__init__(self, hparams)
+
+    class Reordered(Loud):
+        def __init__(self, name: str, hparams: Any) -> None:
+            super().__init__(hparams)
+            self.name = name
+
+    both = pair()
+    hp = hparams(data, "Global", v_num_grad_steps=3, v_lr=0.5, clamp_norm_factor=20, lambda_reg=1e-3)
+    hp.model_name = (tiny_model(), tiny_tokenizer())
+    cls = {"super": Loud, "named": Named, "reordered": Reordered}[parent]
+    editor = cls("mine", hp) if parent == "reordered" else cls.from_hparams(hp)
+    assert isinstance(editor, cls)
+    assert isinstance(editor, type(both.host))
+    assert type(editor).__name__ == cls.__name__
+    theirs, _, _ = both.host.edit(**LISTS, verbose=False, sequential_edit=True)
+    ours, _, _ = editor.edit(**LISTS, verbose=False, sequential_edit=True)
+    assert editor.shouts == 1
+    assert_same_scores(theirs, ours)
+    assert_same_state(state_of(both.host.model), state_of(editor.model))
+    assert cls.__new__(cls, hp).__class__ is type(editor)

@@ -319,6 +319,23 @@ def test_load_leaves_random_states_and_the_root_logger(folder: Path) -> None:
     assert str(folder) not in sys.path
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_load_leaves_the_environment(fails: bool, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = "CUDA_LAUNCH_BLOCKING='1', KMP_BLOCKTIME='0', KEPT='theirs'"
+    text = f"import os\nos.environ.update({changes})\ndel os.environ['GONE']\n"
+    _write(folder, {"util/__init__.py": text + ("import absent_package_of_theirs" if fails else "")})
+    monkeypatch.delenv("CUDA_LAUNCH_BLOCKING", raising=False)
+    for name in ("KEPT", "GONE"):
+        monkeypatch.setenv(name, "ours")
+    before = dict(os.environ)
+    if fails:
+        with pytest.raises(HostError, match="absent_package_of_theirs"):
+            host.load()
+    else:
+        host.load()
+    assert dict(os.environ) == before
+
+
 # ---------------------------------------------------------------- registration
 
 
