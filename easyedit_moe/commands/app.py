@@ -13,6 +13,7 @@ from easyedit_moe.commands.ask import ask
 from easyedit_moe.commands.compare import compare
 from easyedit_moe.commands.edit import edit
 from easyedit_moe.commands.evaluate import evaluate
+from easyedit_moe.commands.export import export
 from easyedit_moe.commands.inspect import inspect
 from easyedit_moe.commands.merge import merge
 from easyedit_moe.commands.methods import methods
@@ -38,6 +39,7 @@ EXAMPLES: dict[Callable[..., None], str] = {
     apply: "Example: easyedit-moe apply edited/patch.safetensors --model /models/Qwen3-30B-A3B --out /models/edited",
     revert: "Example: easyedit-moe revert edited/patch.safetensors --model /models/edited --out /models/reverted",
     merge: "Example: easyedit-moe merge monday/patch.safetensors tuesday/patch.safetensors --out both.safetensors",
+    export: "Example: easyedit-moe export edited/patch.safetensors --to vllm --model /models/Qwen3-30B-A3B --rank 64",
     statistics: "Example: easyedit-moe statistics --model /models/Qwen3-30B-A3B --method MoTE --stats-dir /data/stats",
     compare: "Example: easyedit-moe compare --methods MoTE,Global --edits 20 --out results",
     plan: "Example: easyedit-moe plan --model /models/Qwen3-30B-A3B --method MoTE --edits 1000 --budget 80",

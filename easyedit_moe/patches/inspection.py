@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from easyedit_moe.algebra.routed_keys import FactoredUpdate
 from easyedit_moe.patches.tensors import TensorPatch
 from easyedit_moe.patches.weights import WeightPatch
 
@@ -70,23 +71,26 @@ def relative_sizes(patch: WeightPatch) -> dict[int, dict[int, float | None]]:
         for expert, squared in report.weight_squared.items():
             before.setdefault((report.layer, expert), squared)
     found: dict[int, dict[int, float | None]] = {}
-    for (layer, expert), factors in sorted(_factors(patch).items()):
+    for layer, expert, left, right in expert_factors(patch):
         weight = before.get((layer, expert))
-        left = torch.cat([pair[0] for pair in factors], dim=1)
-        right = torch.cat([pair[1] for pair in factors], dim=1)
         update = float(((left.T @ left) * (right.T @ right)).sum().clamp_min(0))
         found.setdefault(layer, {})[expert] = (update / weight) ** 0.5 if weight else None
     return found
 
 
-def _factors(patch: WeightPatch) -> dict[tuple[int, int], list[tuple[Tensor, Tensor]]]:
-    """Layer and expert -> factors ``[d, r]`` and ``[h, r]`` of each of its writes, in float64 on the CPU."""
-    found: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+def expert_factors(patch: WeightPatch) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """Layer, expert, and the factors ``[d, r]`` and ``[h, r]`` of the sum of its writes, in float64 on the CPU.
+
+    By layer and expert; one expert at a time, since together they are many times the patch.
+    """
+    writes: dict[tuple[int, int], list[tuple[FactoredUpdate, int]]] = defaultdict(list)
     for layer, update in patch.steps:
-        left = update.left.to("cpu", torch.float64)
-        for expert, columns, right in zip(update.experts, update.columns, update.right, strict=True):
-            found[layer, expert].append((left[:, columns.cpu()], right.to("cpu", torch.float64)))
-    return found
+        for place, expert in enumerate(update.experts):
+            writes[layer, expert].append((update, place))
+    for (layer, expert), parts in sorted(writes.items(), key=lambda item: item[0]):
+        lefts = [update.left[:, update.columns[place]].to("cpu", torch.float64) for update, place in parts]
+        rights = [update.right[place].to("cpu", torch.float64) for update, place in parts]
+        yield layer, expert, torch.cat(lefts, dim=1), torch.cat(rights, dim=1)
 
 
 def _layers(patch: WeightPatch) -> list[dict[str, Any]]:
