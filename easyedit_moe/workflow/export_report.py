@@ -104,7 +104,8 @@ def notes_of(exported: Exported, patch: WeightPatch) -> str:
         "",
         f"Made by easyedit-moe of the patch {patch.id} ({', '.join(about['methods']) or 'unknown method'}, "
         f"{len(about['facts'])} facts) as a LoRA of the experts' down-projections, {exported.form}, rank "
-        f"{exported.rank}, {exported.dtype}. The layout follows the loader of {exported.checked}; other versions may read another one.",
+        f"{exported.rank}, {exported.dtype}. The layout follows the loader of {exported.checked}; other versions may "
+        "read another one.",
         "",
         f"    {exported.command}",
         "",

@@ -72,7 +72,8 @@ def test_apply_and_revert(family: str, shard: str, originals: bool, tmp_path: Pa
     for name in changed:
         assert name.endswith(".safetensors")
         assert read_header(source / name) == read_header(out / name)
-    differing = {name for name, tensor in tensors_of(source).items() if not torch.equal(tensor, tensors_of(out)[name])}
+    before, edited_tensors = tensors_of(source), tensors_of(out)
+    differing = {name for name, tensor in before.items() if not torch.equal(tensor, edited_tensors[name])}
     assert all("experts" in name and (".1." in name or ".2." in name) for name in differing)
     with pytest.raises(AlreadyAppliedError):
         apply_patch(patch, out, tmp_path / "twice")
