@@ -44,6 +44,7 @@ def for_peft(
     peft_version: str,
     form: str = "",
     names: Sequence[ExpertNames] | None = None,
+    model_class: str = "AutoModelForCausalLM",
 ) -> ServedAdapter:
     """An adapter that `PeftModel.from_pretrained` lays on the model.
 
@@ -57,13 +58,14 @@ def for_peft(
         peft_version: see `easyedit_moe.serving.adapter_files.is_turned`.
         form: "packed" or "per-expert"; by default as the experts are stored in memory.
         names: what the experts are called; by default as in memory.
+        model_class: class of transformers in whose names the patch was made.
 
     Raises:
         PatchError: a version that reads no such adapter, or the packed form of experts that are modules.
     """
     packed = all(factors.stored.packed for factors in layers)
     form = form or (PACKED if packed else PER_EXPERT)
-    command = f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{{adapter}}")'
+    command = f'PeftModel.from_pretrained({model_class}.from_pretrained("{base}"), "{{adapter}}")'
     checked = f"PEFT {peft_version}"
     if form == PER_EXPERT:
         names = names or [model_names(factors.stored) for factors in layers]

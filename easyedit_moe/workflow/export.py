@@ -87,7 +87,8 @@ def export(
         names = None
         if form == PER_EXPERT and base.names is not None:
             names = [checkpoint_names(base.names, factors.stored) for factors in layers]
-        served = for_peft(layers, most, base.name, installed, form, names)
+        kind_of_model = "AutoModelForCausalLM" if base.names is None else type(base.names.model).__name__
+        served = for_peft(layers, most, base.name, installed, form, names, kind_of_model)
     else:
         found = base.needed(f"The names of the tensors that {SERVERS[to].name} reads are those of the checkpoint")
         served = for_server(SERVERS[to], layers, most, base.name, found, base.architecture, installed)

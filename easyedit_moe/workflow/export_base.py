@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+from easyedit_moe import factworld
 from easyedit_moe.checkpoints.history import read_history
 from easyedit_moe.checkpoints.naming import CheckpointNames
 from easyedit_moe.checkpoints.parameters import StoredParameters
@@ -22,7 +23,7 @@ class ExportBase:
     """The checkpoint on which a patch was made, as far as it is at hand.
 
     Attributes:
-        name: what it is called; empty where nobody said.
+        name: what others load it by: its hub name or folder; empty where nobody said.
         names: of its tensors; None where it is not at hand.
         architecture: class that its config.json names.
         quantised: as which it is stored; None where its weights are floats.
@@ -59,6 +60,8 @@ class ExportBase:
         compared = all(stored.dtype(target.parameter) == target.dtype for target in targets)
         if compared:
             check_applicable(patch, stored, targets, read_history(folder))
+        if name == factworld.MODEL_NAME:
+            name = str(folder)
         architecture = str(next(iter(settings.get("architectures") or []), type(names.model).__name__))
         return ExportBase(name, names, architecture, quant_method(SimpleNamespace(**settings)), compared)
 
