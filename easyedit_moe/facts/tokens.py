@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.errors import HyperParamsError, RequestError
-from easyedit_moe.facts.joining import bare_prompt, separator
+from easyedit_moe.facts.joining import bare_prompt, bare_target, separator
 from easyedit_moe.facts.subjects import find_subject, nearest_span
 
 FACT_TOKENS = ("subject_last", "subject_first", "last", "subject_first_after_last")
@@ -113,11 +113,13 @@ def encode_answer(tok: PreTrainedTokenizerBase, prompt: str, target: str) -> lis
     Raises:
         RequestError: a blank target.
     """
-    text = target.strip()
+    text = bare_target(target)
     if not text:
         raise RequestError(f"The target {target!r} is blank.")
-    if separator(prompt, text):
+    between = separator(prompt, text)
+    if between == " ":
         return encode_target(tok, text)
+    text = between + text
     # What stands before decides how a tokenizer begins; where it merges both texts, an anchor is put before instead.
     for start in (bare_prompt(prompt), "\n"):
         before = tok(start, add_special_tokens=False)["input_ids"]

@@ -9,7 +9,7 @@ import transformers as hf
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from easyedit_moe.errors import RequestError
-from easyedit_moe.facts.joining import bare_prompt, separator
+from easyedit_moe.facts.joining import bare_prompt, bare_target, join, separator
 from easyedit_moe.facts.tokens import decode, encode_answer, encode_context, encode_prompt
 
 JOINED = [
@@ -35,6 +35,93 @@ JOINED = [
     ("서울은", "한국", "서울은 한국"),
     ("Столица —", "Рим", "Столица — Рим"),
 ]
+MARKS = [
+    ("Ana works with", ".NET", "Ana works with .NET"),
+    ("about", ".5", "about .5"),
+    ("see", "../x", "see ../x"),
+    ("Wait", "...and", "Wait...and"),
+    ("Wait", ".", "Wait."),
+    ("so", ": it", "so: it"),
+    ("Ana", "'s mother's house", "Ana's mother's house"),
+    ("Ana", "'s house", "Ana's house"),
+    ("they", "'re", "they're"),
+    ("Ana", "’s", "Ana’s"),
+    ("lives in", "'s-Hertogenbosch", "lives in 's-Hertogenbosch"),
+    ("in", "'t Harde", "in 't Harde"),
+    ("can", "'t", "can't"),
+    ("do", "n't", "don't"),
+    ("lives in", "'Rome'", "lives in 'Rome'"),
+    ("Ana said '", "Rome", "Ana said 'Rome"),
+    ("Ana said 'Rome", "'", "Ana said 'Rome'"),
+    ("the dogs'", "tails", "the dogs' tails"),
+    ("called 'Ana'", "here", "called 'Ana' here"),
+    ("It's Ana's '", "Rome", "It's Ana's 'Rome"),
+    ("Er sagt", "»Rom«", "Er sagt »Rom«"),
+    ("Er sagt »", "Rom", "Er sagt »Rom"),
+    ("Er sagt »Rom", "«", "Er sagt »Rom«"),
+    ("Er sagte »ja«", "und", "Er sagte »ja« und"),
+    ("Er sagte", "„ja“", "Er sagte „ja“"),
+    ("Er sagte „", "ja", "Er sagte „ja"),
+    ("Er sagte „ja", "“", "Er sagte „ja“"),
+    ("Er sagte „ja“", "und", "Er sagte „ja“ und"),
+    ("Er sagte ‚ja‘", "und", "Er sagte ‚ja‘ und"),
+    ("Il dit", "« Rome »", "Il dit « Rome »"),
+    ("Il dit « ", "Rome", "Il dit « Rome"),
+    ("Il dit «\xa0", "Rome", "Il dit «\xa0Rome"),
+    ("Il dit « Rome", "»", "Il dit « Rome »"),
+    ("Il dit « Rome »", "et", "Il dit « Rome » et"),
+    ("Он сказал «", "Рим", "Он сказал «Рим"),
+    ("Он сказал «Рим", "»", "Он сказал «Рим»"),
+    ("Il dit « oui » puis «", "non", "Il dit « oui » puis « non"),
+    ("Han sa ”", "ja", "Han sa ”ja"),
+    ("Han sa ”ja”", "och", "Han sa ”ja” och"),
+    ("Han sa", "”ja”", "Han sa ”ja”"),
+    ("contact us @", "Rome", "contact us @ Rome"),
+    ("ana@", "x.org", "ana@x.org"),
+    ("item #", "Rome", "item # Rome"),
+    ("ranked #", "1", "ranked #1"),
+    ("She codes in C#", "and", "She codes in C# and"),
+    ("It costs 5 €", "today", "It costs 5 € today"),
+    ("costs ₹", "5", "costs ₹5"),
+    ("A:", "\nRome", "A:\nRome"),
+    ("A:\t", "\tRome\n", "A:\tRome"),
+    ("A: ", " \nRome", "A: \nRome"),
+    ("東京は\n", "日本", "東京は\n日本"),
+    ("ＮＨＫ", "東京", "ＮＨＫ東京"),
+    ("東京は", "ＮＨＫ", "東京はＮＨＫ"),
+    ("the", "ＮＨＫ", "the ＮＨＫ"),
+    ("ＮＨＫ", "is", "ＮＨＫ is"),
+    ("第１", "回", "第１回"),
+    ("La capitale de l'", "Italie", "La capitale de l'Italie"),
+    ("Patrick O'", "Neill", "Patrick O'Neill"),
+    ('The 5"', "screen", 'The 5" screen'),
+    ('The 5" screen is', '"Retina"', 'The 5" screen is "Retina"'),
+    ('He said "yes', '"', 'He said "yes"'),
+    ('He said "yes', '", then', 'He said "yes", then'),
+    ("“Rome", "”", "“Rome”"),
+    ("In the '90s Ana said '", "Rome", "In the '90s Ana said 'Rome"),
+    ("他说“", "东京", "他说“东京"),
+    ("他说", "“东京”", "他说“东京”"),
+    ("他说“东京”", "是", "他说“东京”是"),
+    ('他说"东京"', "是", '他说"东京"是'),
+    ("首都是東京", "。", "首都是東京。"),
+    ("Rome", "。", "Rome。"),
+    ("ที่", "ไทย", "ที่ไทย"),
+    ("ที่", "x", "ที่x"),
+    ("use", "%d", "use %d"),
+    ("5", "%", "5%"),
+    ("smile", ":)", "smile :)"),
+    ("std", "::vector", "std::vector"),
+    ("Rome", "!", "Rome!"),
+    ("He said “Go.”", "Then", "He said “Go.” Then"),
+    ("(Rome", ")", "(Rome)"),
+    ("Rome", "(Italy)", "Rome (Italy)"),
+    ("‘Rome", "’", "‘Rome’"),
+    ("on", "’90s", "on ’90s"),
+    ("Say 'x', then", "'y'", "Say 'x', then 'y'"),
+    ("Say 'x", "', she said", "Say 'x', she said"),
+]
+"""Marks, quotes of several languages, endings, white space of the answer, fullwidth letters."""
 CORPUS = [joined for *_, joined in JOINED] * 4 + ["Ana lives in Rome and Bob lives in Oslo."] * 20
 
 
@@ -70,9 +157,10 @@ def tokenizer(kind: str) -> hf.PreTrainedTokenizerFast:
 KINDS = ["byte-level", "tiktoken", "sentencepiece with prefix", "sentencepiece"]
 
 
-@pytest.mark.parametrize(("prompt", "target", "joined"), JOINED)
+@pytest.mark.parametrize(("prompt", "target", "joined"), [*JOINED, *MARKS])
 def test_texts(prompt: str, target: str, joined: str) -> None:
-    assert bare_prompt(prompt) + separator(prompt, target) + target.strip() == joined
+    assert bare_prompt(prompt) + separator(prompt, target) + bare_target(target) == joined
+    assert join(prompt, target) == joined
 
 
 @pytest.mark.parametrize("kind", KINDS)
