@@ -200,6 +200,10 @@ def _runs_on(text: str, answer: str) -> bool:
     letters = [char for char in text if char.isalnum()]
     last = letters[-1] if letters else ""
     end = next((c for c in reversed(text) if unicodedata.category(c)[0] != "M" and not is_ignorable(c)), "")
+    if end == last and last.isdecimal() and without_spaces(after):
+        # A number is of the text's script: 2025年.
+        words = [char for char in letters if not char.isdecimal()]
+        return not words or without_spaces(words[-1]) or _is_fullwidth(last)
     if _is_fullwidth(last):
         return end == last and without_spaces(after)
     return without_spaces(last) and (end == last or without_spaces(after) or _is_fullwidth(after))
