@@ -20,7 +20,7 @@ from easyedit_moe import factworld
 from easyedit_moe.editors import make_editor
 from easyedit_moe.errors import EditingWarning
 from easyedit_moe.facts.requests import EditRequest, parse_requests
-from easyedit_moe.facts.tokens import collate, encode_prompt, encode_target, pad_id
+from easyedit_moe.facts.tokens import collate, encode_prompt, pad_id
 from easyedit_moe.hparams import load_hyperparams
 from easyedit_moe.moe.capture import hooks, layer_output, replace_layer_output
 from easyedit_moe.moe.layers import MoELayerView
@@ -127,8 +127,8 @@ def whole_model_target(
     This is how ROME (arXiv 2202.05262) and MEMIT (2210.07229) describe the search, written from the papers; the
     objective and its settings are those of :func:`easyedit_moe.targets.search.compute_targets`.
     """
-    model, answer = view.model, encode_target(tok, fact.target_new)
-    contexts = fact_contexts(tok, fact, prefixes, settings.fact_token)
+    model, contexts = view.model, fact_contexts(tok, fact, prefixes, settings.fact_token)
+    answer = contexts[0].answer
     kl = encode_prompt(tok, KL_PROMPT.format(fact.subject), fact.subject, settings.fact_token)
     batch = collate([[*c.ids, *answer[:-1]] for c in contexts] + [kl.ids], pad_id(tok), str(model.device))
     at = torch.tensor([c.fact for c in contexts] + [kl.fact], device=model.device)

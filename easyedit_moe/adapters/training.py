@@ -22,7 +22,7 @@ from easyedit_moe.adapters.moe_adapter import (
 from easyedit_moe.errors import RequestError, not_finite
 from easyedit_moe.evaluation.scoring import score_only
 from easyedit_moe.facts.anchors import NO_ANCHOR, SubjectMatcher
-from easyedit_moe.facts.tokens import collate, encode_answer, encode_context, encode_text, pad_id, subject_span
+from easyedit_moe.facts.tokens import collate, encode_pair, encode_text, pad_id, subject_span
 from easyedit_moe.hparams import MEMoEHyperParams
 from easyedit_moe.moe.capture import hooks, model_device
 from easyedit_moe.progress import progress_bar
@@ -132,7 +132,7 @@ class _Training:
         self.facts = [*facts, *earlier]
         self.new = len(facts)
         self.rows = [
-            [(encode_context(tok, prefix + fact.prompt), encode_answer(tok, fact.prompt, fact.target_new))
+            [encode_pair(tok, prefix + fact.prompt, fact.target_new, fact.subject)
              for prefix in ("", *hparams.context_prefixes)]
             for fact in self.facts
         ]  # fmt: skip

@@ -24,7 +24,7 @@ from easyedit_moe.editors.training_planner import Trained, plan_training
 from easyedit_moe.errors import NumericalError, not_finite
 from easyedit_moe.evaluation.scoring import answer_logits
 from easyedit_moe.facts.requests import EditRequest
-from easyedit_moe.facts.tokens import encode_answer, pad_id
+from easyedit_moe.facts.tokens import pad_id
 from easyedit_moe.hparams import TrainingHyperParams
 from easyedit_moe.measure import Stopwatch
 from easyedit_moe.moe.capture import inference_mode_of
@@ -293,8 +293,7 @@ def examples_of(
     """
     out = []
     for fact in facts:
-        answer = tuple(encode_answer(tok, fact.prompt, fact.target_new))
-        out.append([Example(c.ids, answer) for c in fact_contexts(tok, fact, prefixes, "last")])
+        out.append([Example(c.ids, c.answer) for c in fact_contexts(tok, fact, prefixes, "last")])
     return out
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.facts.easyedit_requests import HostRequest, prompts_of
-from easyedit_moe.facts.tokens import decode
+from easyedit_moe.facts.tokens import decode, encode_text
 from easyedit_moe.moe.capture import inference_mode_of, model_device
 
 SYSTEM_PROMPT = "You are a helpful assistant."
@@ -20,12 +20,11 @@ MAX_NEW_TOKENS = 512
 def generate_answer(model: nn.Module, tok: PreTrainedTokenizerBase, question: str) -> str:
     """The model's answer, in the tokenizer's chat template where it has one; by the model's generation settings."""
     if tok.chat_template is None:
-        ids = tok(question, return_tensors="pt")["input_ids"]
+        text = question
     else:
         messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": question}]
-        text = tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        ids = tok.encode(text, return_tensors="pt")
-    ids = ids.to(model_device(model))
+        text = cast(str, tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    ids = torch.tensor([encode_text(tok, text)], device=model_device(model))
     generate: Any = model.generate
     with inference_mode_of(model), torch.no_grad():
         generated = generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=MAX_NEW_TOKENS)

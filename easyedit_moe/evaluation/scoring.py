@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from easyedit_moe.facts.tokens import collate, encode_answer, encode_context, pad_id
+from easyedit_moe.facts.tokens import collate, encode_pair, pad_id
 from easyedit_moe.moe.capture import hooks, inference_mode_of, model_device
 from easyedit_moe.moe.embeddings import output_embeddings
 from easyedit_moe.progress import progress_bar
@@ -63,7 +63,7 @@ def score_targets(
     """Scores of (prompt, target) pairs, in their order; a prompt is cut from the left at ``max_length`` tokens."""
     rows = []
     for prompt, target in pairs:
-        ids, labels = encode_context(tok, prompt), encode_answer(tok, prompt, target)
+        ids, labels = encode_pair(tok, prompt, target)
         rows.append((ids[-max_length:] if max_length else ids, labels))
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
     scores: dict[int, TargetScore] = {}

@@ -7,14 +7,13 @@ found in "Anabel").
 
 from __future__ import annotations
 
-import re
-import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from easyedit_moe.facts.subjects import Folded, find_all
 from easyedit_moe.facts.tokens import decode
 
 NO_ANCHOR = -1
@@ -35,28 +34,25 @@ class SubjectMatcher:
     def __init__(self, tok: PreTrainedTokenizerBase, subjects: Sequence[str]) -> None:
         self.tok = tok
         self.subjects = tuple(subjects)
-        self._flat = [_flat(subject) for subject in self.subjects]
-        self._exact = [re.compile(_bounded(re.escape(s), s)) for s in self.subjects]
-        loose = [r"\s+".join(re.escape(word) for word in s.split()) for s in self.subjects]
-        self._loose = [
-            re.compile(_bounded(p, s.strip()), re.IGNORECASE) for p, s in zip(loose, self.subjects, strict=True)
-        ]
+        self._wanted = [Folded.of(subject.strip(), ignore_case=True).folded for subject in self.subjects]
+        self._cased = [Folded.of(subject.strip()).folded for subject in self.subjects]
+        added = getattr(tok, "added_tokens_decoder", {})
+        self._special = frozenset(tok.all_special_ids) | {i for i, token in added.items() if token.special}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SubjectMatcher:
         return self
 
     def find(self, text: str) -> list[Occurrence]:
-        """Occurrences as whole words, by their ends; case and white space may differ.
+        """Occurrences as whole words (see `easyedit_moe.facts.subjects.find_subject`), by their ends; case may differ.
 
         Of two that overlap the longer one counts, and of two of the same length the one that is exact.
         """
-        flat = _flat(text)
-        candidates = [i for i, subject in enumerate(self._flat) if subject in flat]
+        folded = Folded.of(text, ignore_case=True)
         matches = [
-            (match.start() - match.end(), level, Occurrence(*match.span(), i))
-            for level, patterns in enumerate((self._exact, self._loose))
-            for i in candidates
-            for match in patterns[i].finditer(text)
+            (start - end, self._difference(text[start:end], i), Occurrence(start, end, i))
+            for i, wanted in enumerate(self._wanted)
+            if wanted in folded.folded
+            for start, end in find_all(folded, wanted)
         ]
         found: list[Occurrence] = []
         for _, _, one in sorted(matches, key=lambda m: m[:2]):
@@ -65,13 +61,34 @@ class SubjectMatcher:
         return sorted(found, key=lambda o: o.end)
 
     def anchors(self, ids: Sequence[int]) -> list[int]:
-        """Index of each token's anchor, ``NO_ANCHOR`` before the first subject ends. Special tokens are skipped."""
-        text = self._decode(ids)
+        """Index of each token's anchor, ``NO_ANCHOR`` before the first subject ends.
+
+        Special tokens are skipped; a text ends and another begins there.
+        """
         out = [NO_ANCHOR] * len(ids)
-        for one in self.find(text):
-            first = self._token_at(ids, text[: one.end])
-            out[first:] = [one.subject] * (len(ids) - first)
+        for start, run in self._runs(ids):
+            for one, last in self._ends(run):
+                out[start + last :] = [one] * (len(ids) - start - last)
         return out
+
+    def _difference(self, found: str, subject: int) -> int:
+        """How far a text is from the subject as it was given: exact, an equivalent form, another case."""
+        if found == self.subjects[subject]:
+            return 0
+        return 1 if Folded.of(found).folded == self._cased[subject] else 2
+
+    def _runs(self, ids: Sequence[int]) -> Iterator[tuple[int, Sequence[int]]]:
+        """Where the stretches without special tokens begin, and their ids."""
+        start = 0
+        for place in [*(i for i, one in enumerate(ids) if int(one) in self._special), len(ids)]:
+            if place > start:
+                yield start, ids[start:place]
+            start = place + 1
+
+    def _ends(self, ids: Sequence[int]) -> list[tuple[int, int]]:
+        """The subjects in a stretch of ids, and the token that completes each."""
+        text = self._decode(ids)
+        return [(one.subject, self._token_at(ids, text[: one.end])) for one in self.find(text)]
 
     def _token_at(self, ids: Sequence[int], prefix: str) -> int:
         """Index of the token that completes ``prefix``: by bisection, since decoded prefixes only grow."""
@@ -85,15 +102,4 @@ class SubjectMatcher:
         return low - 1
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return decode(self.tok, ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-def _flat(text: str) -> str:
-    return " ".join(text.lower().split())
-
-
-def _bounded(pattern: str, subject: str) -> str:
-    """``pattern`` as a whole word; an end in a script without letter case, which may have no spaces, is no boundary."""
-    before = "" if unicodedata.category(subject[0]) == "Lo" else r"(?<!\w)"
-    after = "" if unicodedata.category(subject[-1]) == "Lo" else r"(?!\w)"
-    return f"{before}{pattern}{after}"
+        return decode(self.tok, ids, clean_up_tokenization_spaces=False)

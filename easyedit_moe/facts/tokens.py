@@ -11,9 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.errors import HyperParamsError, RequestError
-from easyedit_moe.facts.joining import bare_prompt, separator
+from easyedit_moe.facts.joining import bare_prompt, bare_target, separator
 from easyedit_moe.facts.subjects import find_subject, nearest_span
 
+Span = tuple[int, int]
 FACT_TOKENS = ("subject_last", "subject_first", "last", "subject_first_after_last")
 
 
@@ -51,9 +52,15 @@ def subject_span(prompt: str, subject: str) -> tuple[int, int]:
 
 
 def encode_prompt(
-    tok: PreTrainedTokenizerBase, prompt: str, subject: str | None, fact_token: str = "subject_last"
+    tok: PreTrainedTokenizerBase,
+    prompt: str,
+    subject: str | None,
+    fact_token: str = "subject_last",
+    target: str | None = None,
 ) -> Prompt:
     """Token ids of ``prompt`` and the position of its fact token, whatever the tokenizer's padding side.
+
+    With a ``target`` the ids are those of `encode_pair`: tokens that reach into the answer are not among them.
 
     Special tokens that the tokenizer puts before the text stay; those that it appends (end of sequence) are dropped,
     since a target follows, and so are spaces at the end, which tokenizers put into the target's first word. Positions
@@ -62,22 +69,22 @@ def encode_prompt(
     ``subject`` may be None for "last".
 
     Raises:
-        HyperParamsError: unknown ``fact_token``. RequestError: empty prompt, or a subject that does not occur.
+        HyperParamsError: unknown ``fact_token``. RequestError: empty prompt, blank target, or a subject that does not
+            occur.
     """
     if fact_token not in FACT_TOKENS:
         raise HyperParamsError(f"fact_token must be one of {', '.join(FACT_TOKENS)}; found {fact_token!r}.")
-    ids, spans = _encode_with_spans(tok, bare_prompt(prompt))
+    if target is None:
+        ids, spans = _encode_with_spans(tok, bare_prompt(prompt))
+    else:
+        ids, spans, _ = _encode_joined(tok, prompt, target, None if fact_token == "last" else subject)
     if not ids:
         raise RequestError(f"The prompt {prompt!r} has no tokens.")
     if fact_token == "last":
         return Prompt(tuple(ids), len(ids) - 1)
     if subject is None:
         raise RequestError(f"fact_token {fact_token!r} needs a subject; the prompt {prompt!r} came without one.")
-    start, end = subject_span(prompt, subject)
-    inside = [i for i, (a, b) in enumerate(spans) if a < end and b > start]
-    # SentencePiece puts a space of its own before a text, sometimes as a token, and counts it to the first character.
-    while inside and not decode(tok, [ids[inside[0]]]).strip():
-        inside.pop(0)
+    inside = _tokens_of(tok, ids, spans, subject_span(prompt, subject))
     if not inside:
         raise RequestError(f"No token of the prompt {prompt!r} covers its subject {subject!r}.")
     positions = {
@@ -105,30 +112,33 @@ def encode_target(tok: PreTrainedTokenizerBase, target: str) -> list[int]:
     return list(tok(" " + text, add_special_tokens=False)["input_ids"])
 
 
-def encode_answer(tok: PreTrainedTokenizerBase, prompt: str, target: str) -> list[int]:
-    """Token ids of a target as it continues a prompt, after the ids of `encode_context`; without special tokens.
+def encode_pair(
+    tok: PreTrainedTokenizerBase, prompt: str, target: str, subject: str | None = None
+) -> tuple[list[int], list[int]]:
+    """Token ids of a prompt and of the target that continues it: one text, tokenised once and divided at the border.
 
-    Between both stands what `easyedit_moe.facts.joining.separator` says, whatever space either text brought along.
+    The text is `easyedit_moe.facts.joining.join`; special tokens that the tokenizer puts before it are the prompt's. A
+    token that reaches over the border is the answer's first. Where that would leave the prompt, or its ``subject``,
+    without a token, both are tokenised by themselves.
 
     Raises:
         RequestError: a blank target.
     """
-    text = target.strip()
-    if not text:
-        raise RequestError(f"The target {target!r} is blank.")
-    if separator(prompt, text):
-        return encode_target(tok, text)
-    # What stands before decides how a tokenizer begins; where it merges both texts, an anchor is put before instead.
-    for start in (bare_prompt(prompt), "\n"):
-        before = tok(start, add_special_tokens=False)["input_ids"]
-        joined = tok(start + text, add_special_tokens=False)["input_ids"]
-        if joined[: len(before)] == before and len(joined) > len(before):
-            return list(joined[len(before) :])
-    return list(tok(text, add_special_tokens=False)["input_ids"])
+    ids, _, answer = _encode_joined(tok, prompt, target, subject)
+    return ids, answer
+
+
+def encode_answer(tok: PreTrainedTokenizerBase, prompt: str, target: str) -> list[int]:
+    """Token ids of a target as it continues a prompt; the second part of `encode_pair`.
+
+    Raises:
+        RequestError: a blank target.
+    """
+    return encode_pair(tok, prompt, target)[1]
 
 
 def encode_context(tok: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Token ids of a prompt that an answer follows: as `encode_text`, without spaces at its end."""
+    """Token ids of a prompt whose answer is not known: as `encode_text`, without spaces at its end."""
     return encode_text(tok, bare_prompt(prompt))
 
 
@@ -142,12 +152,54 @@ def decode(tok: PreTrainedTokenizerBase, ids: Sequence[int], **options: Any) -> 
     return cast(str, tok.decode(list(ids), **options))  # a list of texts only for a list of sequences
 
 
-def _encode_with_spans(tok: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+def _encode_joined(
+    tok: PreTrainedTokenizerBase, prompt: str, target: str, subject: str | None
+) -> tuple[list[int], list[Span], list[int]]:
+    """Ids of the prompt with their spans, and of the answer; see `encode_pair`."""
+    text, answer = bare_prompt(prompt), bare_target(target)
+    if not answer:
+        raise RequestError(f"The target {target!r} is blank.")
+    between = separator(prompt, target) + answer
+    ids, spans = _encode_with_spans(tok, text + between)
+    if getattr(tok, "is_fast", False):
+        count = next((i for i, (_, end) in enumerate(spans) if end > len(text)), len(ids))
+    else:
+        alone = _encode_with_spans(tok, text)[0]
+        count = next((i for i, (a, b) in enumerate(zip(ids, alone, strict=False)) if a != b), min(len(ids), len(alone)))
+    whole = any(start < end for start, end in spans[:count]) and count < len(ids)
+    span = find_subject(prompt, subject) if subject and whole else None
+    if whole and (span is None or _tokens_of(tok, ids[:count], spans[:count], span)):
+        return ids[:count], spans[:count], ids[count:]
+    return *_encode_with_spans(tok, text), _continuation(tok, between)
+
+
+def _continuation(tok: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text that continues another one, whatever that is."""
+    # A tokenizer may treat the beginning of a text in its own way, so the text is put behind a line break.
+    before = tok("\n", add_special_tokens=False)["input_ids"]
+    joined = tok("\n" + text, add_special_tokens=False)["input_ids"]
+    if joined[: len(before)] == before and len(joined) > len(before):
+        return list(joined[len(before) :])
+    return list(tok(text, add_special_tokens=False)["input_ids"])
+
+
+def _tokens_of(tok: PreTrainedTokenizerBase, ids: Sequence[int], spans: Sequence[Span], place: Span) -> list[int]:
+    """Indices of the tokens that cover a part of a text."""
+    inside = [i for i, (start, end) in enumerate(spans) if start < place[1] and end > place[0]]
+    # SentencePiece puts a space of its own before a text, sometimes as a token, and counts it to the first character.
+    while inside and not decode(tok, [ids[inside[0]]]).strip():
+        inside.pop(0)
+    return inside
+
+
+def _encode_with_spans(tok: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[Span]]:
     if getattr(tok, "is_fast", False):
         out = tok(text, return_offsets_mapping=True, return_special_tokens_mask=True)
-        ids, spans, special = out["input_ids"], out["offset_mapping"], out["special_tokens_mask"]
+        first = _is_twice(tok, out["input_ids"])
+        ids, spans, special = (out[name][first:] for name in ("input_ids", "offset_mapping", "special_tokens_mask"))
     else:
         ids = tok(text)["input_ids"]
+        ids = ids[_is_twice(tok, ids) :]
         special = tok.get_special_tokens_mask(ids, already_has_special_tokens=True)
         spans = _spans_by_decoding(tok, text, ids, special)
     count = len(ids)
@@ -156,20 +208,30 @@ def _encode_with_spans(tok: PreTrainedTokenizerBase, text: str) -> tuple[list[in
     return list(ids[:count]), [tuple(s) for s in spans[:count]]
 
 
+def _is_twice(tok: PreTrainedTokenizerBase, ids: Sequence[int]) -> bool:
+    """Whether a beginning of text was put before a text that begins with one, as those of chat templates do."""
+    return len(ids) > 1 and ids[0] == ids[1] == tok.bos_token_id
+
+
 def _spans_by_decoding(
     tok: PreTrainedTokenizerBase, text: str, ids: Sequence[int], special: Sequence[int]
-) -> list[tuple[int, int]]:
+) -> list[Span]:
     """Character spans for a tokenizer without offsets: the growth of the decoded prefix, token by token.
 
-    A token that holds some bytes of a character covers that character, as it does with offsets.
+    A token that holds some bytes of a character covers that character, as it does with offsets. A special token covers
+    its own characters where the text has them.
     """
-    spans, whole = [], 0
+    spans: list[Span] = []
+    whole, skipped = 0, 0
     for i, mark in enumerate(special):
         if mark:
-            spans.append((whole, whole))
+            name = decode(tok, [ids[i]])
+            length = len(name) if name and text.startswith(name, whole) else 0
+            spans.append((whole, whole + length))
+            whole, skipped = whole + length, skipped + length
             continue
         decoded = decode(tok, ids[: i + 1], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        complete = min(len(text), max(whole, len(decoded.rstrip("\ufffd"))))
+        complete = min(len(text), max(whole, skipped + len(decoded.rstrip("\ufffd"))))
         spans.append((whole, min(len(text), complete + 1) if decoded.endswith("\ufffd") else complete))
         whole = complete
     return spans

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from easyedit_moe.errors import CacheError
 from easyedit_moe.facts.requests import EditRequest
-from easyedit_moe.facts.tokens import encode_answer
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.statistics.cache import statistics_folder
 from easyedit_moe.storage.checksums import checksum
@@ -79,7 +78,7 @@ def _key(fingerprint: str, weights: str, search: TargetSearch, request: EditRequ
         "settings": kept,
         "subject": request.subject,
         "contexts": [[*context.ids, context.fact] for context in found],
-        "target": encode_answer(search.tok, request.prompt, request.target_new),
+        "target": list(found[0].answer),
     }
 
 

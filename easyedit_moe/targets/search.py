@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from easyedit_moe.errors import RequestError, not_finite
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.facts.subjects import mentions
-from easyedit_moe.facts.tokens import encode_answer, encode_prompt, pad_id
+from easyedit_moe.facts.tokens import encode_pair, encode_prompt, pad_id
 from easyedit_moe.hparams import SolverHyperParams, UnKEHyperParams
 from easyedit_moe.moe.capture import frozen_parameters, inference_mode_of
 from easyedit_moe.moe.config import text_config
@@ -71,10 +71,11 @@ class TargetSettings:
 
 @dataclass(frozen=True)
 class FactContext:
-    """One place where a fact is asked: token ids of (context prefix +) prompt, and the fact token's position."""
+    """A place where a fact is asked: ids of (context prefix +) prompt, the fact token's position, the answer's ids."""
 
     ids: tuple[int, ...]
     fact: int
+    answer: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,10 @@ def fact_contexts(
             raise RequestError(
                 f"The context prefix {prefix!r} mentions the subject {request.subject!r}; choose another."
             )
-        prompt = encode_prompt(tok, prefix + request.prompt, request.subject, fact_token)
-        contexts.append(FactContext(prompt.ids, prompt.fact))
+        text, target = prefix + request.prompt, request.target_new
+        prompt = encode_prompt(tok, text, request.subject, fact_token, target)
+        answer = encode_pair(tok, text, target, None if fact_token == "last" else request.subject)[1]
+        contexts.append(FactContext(prompt.ids, prompt.fact, tuple(answer)))
     return contexts
 
 
@@ -267,12 +270,11 @@ def _solve_or_none(
 def _rows_of(
     tok: PreTrainedTokenizerBase, owner: int, request: EditRequest, prefixes: Sequence[str], fact_token: str
 ) -> list[_Row]:
-    target = encode_answer(tok, request.prompt, request.target_new)
     rows: list[_Row] = []
     for context in fact_contexts(tok, request, prefixes, fact_token):
-        end = len(context.ids)
+        end, target = len(context.ids), context.answer
         predict = tuple(range(end - 1, end - 1 + len(target)))
-        rows.append(_Row(owner, context.ids + tuple(target[:-1]), context.fact, predict, tuple(target), bare=not rows))
+        rows.append(_Row(owner, context.ids + target[:-1], context.fact, predict, target, bare=not rows))
     kl = encode_prompt(tok, KL_PROMPT.format(request.named_subject), request.subject, fact_token)
     # Tokens behind the fact token can't change what it predicts.
     rows.append(_Row(owner, kl.ids[: kl.fact + 1], kl.fact, (kl.fact,), (), bare=False))

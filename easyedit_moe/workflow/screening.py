@@ -96,7 +96,7 @@ def _check(request: EditRequest, editor: Editor, tok: PreTrainedTokenizerBase, m
     encode_answer(tok, request.prompt, request.target_new)
     place = getattr(editor.hparams, "fact_token", None)
     if place is not None:
-        encode_prompt(tok, request.prompt, request.subject, place)
+        encode_prompt(tok, request.prompt, request.subject, place, request.target_new)
     if matcher is not None:
         last = matcher.anchors(encode_text(tok, request.prompt))[-1]
         found = None if last == NO_ANCHOR else matcher.subjects[last]

@@ -6,11 +6,12 @@ from functools import cache
 
 import pytest
 import transformers as hf
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from easyedit_moe.errors import RequestError
-from easyedit_moe.facts.joining import bare_prompt, separator
-from easyedit_moe.facts.tokens import decode, encode_answer, encode_context, encode_prompt
+from easyedit_moe.facts.chat import encode_question
+from easyedit_moe.facts.joining import bare_prompt, bare_target, join, separator
+from easyedit_moe.facts.tokens import decode, encode_answer, encode_context, encode_pair, encode_prompt, encode_text
 
 JOINED = [
     ("Ana lives in", "Rome", "Ana lives in Rome"),
@@ -35,6 +36,96 @@ JOINED = [
     ("서울은", "한국", "서울은 한국"),
     ("Столица —", "Рим", "Столица — Рим"),
 ]
+MARKS = [
+    ("Ana works with", ".NET", "Ana works with .NET"),
+    ("about", ".5", "about .5"),
+    ("see", "../x", "see ../x"),
+    ("Wait", "...and", "Wait...and"),
+    ("Wait", ".", "Wait."),
+    ("so", ": it", "so: it"),
+    ("Ana", "'s mother's house", "Ana's mother's house"),
+    ("Ana", "'s house", "Ana's house"),
+    ("they", "'re", "they're"),
+    ("Ana", "’s", "Ana’s"),
+    ("lives in", "'s-Hertogenbosch", "lives in 's-Hertogenbosch"),
+    ("in", "'t Harde", "in 't Harde"),
+    ("can", "'t", "can't"),
+    ("do", "n't", "don't"),
+    ("lives in", "'Rome'", "lives in 'Rome'"),
+    ("Ana said '", "Rome", "Ana said 'Rome"),
+    ("Ana said 'Rome", "'", "Ana said 'Rome'"),
+    ("the dogs'", "tails", "the dogs' tails"),
+    ("called 'Ana'", "here", "called 'Ana' here"),
+    ("It's Ana's '", "Rome", "It's Ana's 'Rome"),
+    ("Er sagt", "»Rom«", "Er sagt »Rom«"),
+    ("Er sagt »", "Rom", "Er sagt »Rom"),
+    ("Er sagt »Rom", "«", "Er sagt »Rom«"),
+    ("Er sagte »ja«", "und", "Er sagte »ja« und"),
+    ("Er sagte", "„ja“", "Er sagte „ja“"),
+    ("Er sagte „", "ja", "Er sagte „ja"),
+    ("Er sagte „ja", "“", "Er sagte „ja“"),
+    ("Er sagte „ja“", "und", "Er sagte „ja“ und"),
+    ("Er sagte ‚ja‘", "und", "Er sagte ‚ja‘ und"),
+    ("Il dit", "« Rome »", "Il dit « Rome »"),
+    ("Il dit « ", "Rome", "Il dit « Rome"),
+    ("Il dit «\xa0", "Rome", "Il dit «\xa0Rome"),
+    ("Il dit « Rome", "»", "Il dit « Rome »"),
+    ("Il dit « Rome »", "et", "Il dit « Rome » et"),
+    ("Он сказал «", "Рим", "Он сказал «Рим"),
+    ("Он сказал «Рим", "»", "Он сказал «Рим»"),
+    ("Il dit « oui » puis «", "non", "Il dit « oui » puis « non"),
+    ("Han sa ”", "ja", "Han sa ”ja"),
+    ("Han sa ”ja”", "och", "Han sa ”ja” och"),
+    ("Han sa", "”ja”", "Han sa ”ja”"),
+    ("contact us @", "Rome", "contact us @ Rome"),
+    ("ana@", "x.org", "ana@x.org"),
+    ("item #", "Rome", "item # Rome"),
+    ("ranked #", "1", "ranked #1"),
+    ("She codes in C#", "and", "She codes in C# and"),
+    ("It costs 5 €", "today", "It costs 5 € today"),
+    ("costs ₹", "5", "costs ₹5"),
+    ("A:", "\nRome", "A:\nRome"),
+    ("A:\t", "\tRome\n", "A:\tRome"),
+    ("A: ", " \nRome", "A: \nRome"),
+    ("東京は\n", "日本", "東京は\n日本"),
+    ("今年是2025", "年", "今年是2025年"),
+    ("5", "月", "5月"),
+    ("In 2025", "东京", "In 2025 东京"),
+    ("ＮＨＫ", "東京", "ＮＨＫ東京"),
+    ("東京は", "ＮＨＫ", "東京はＮＨＫ"),
+    ("the", "ＮＨＫ", "the ＮＨＫ"),
+    ("ＮＨＫ", "is", "ＮＨＫ is"),
+    ("第１", "回", "第１回"),
+    ("La capitale de l'", "Italie", "La capitale de l'Italie"),
+    ("Patrick O'", "Neill", "Patrick O'Neill"),
+    ('The 5"', "screen", 'The 5" screen'),
+    ('The 5" screen is', '"Retina"', 'The 5" screen is "Retina"'),
+    ('He said "yes', '"', 'He said "yes"'),
+    ('He said "yes', '", then', 'He said "yes", then'),
+    ("“Rome", "”", "“Rome”"),
+    ("In the '90s Ana said '", "Rome", "In the '90s Ana said 'Rome"),
+    ("他说“", "东京", "他说“东京"),
+    ("他说", "“东京”", "他说“东京”"),
+    ("他说“东京”", "是", "他说“东京”是"),
+    ('他说"东京"', "是", '他说"东京"是'),
+    ("首都是東京", "。", "首都是東京。"),
+    ("Rome", "。", "Rome。"),
+    ("ที่", "ไทย", "ที่ไทย"),
+    ("ที่", "x", "ที่x"),
+    ("use", "%d", "use %d"),
+    ("5", "%", "5%"),
+    ("smile", ":)", "smile :)"),
+    ("std", "::vector", "std::vector"),
+    ("Rome", "!", "Rome!"),
+    ("He said “Go.”", "Then", "He said “Go.” Then"),
+    ("(Rome", ")", "(Rome)"),
+    ("Rome", "(Italy)", "Rome (Italy)"),
+    ("‘Rome", "’", "‘Rome’"),
+    ("on", "’90s", "on ’90s"),
+    ("Say 'x', then", "'y'", "Say 'x', then 'y'"),
+    ("Say 'x", "', she said", "Say 'x', she said"),
+]
+"""Marks, quotes of several languages, endings, white space of the answer, fullwidth letters."""
 CORPUS = [joined for *_, joined in JOINED] * 4 + ["Ana lives in Rome and Bob lives in Oslo."] * 20
 
 
@@ -70,17 +161,106 @@ def tokenizer(kind: str) -> hf.PreTrainedTokenizerFast:
 KINDS = ["byte-level", "tiktoken", "sentencepiece with prefix", "sentencepiece"]
 
 
-@pytest.mark.parametrize(("prompt", "target", "joined"), JOINED)
+@pytest.mark.parametrize(("prompt", "target", "joined"), [*JOINED, *MARKS])
 def test_texts(prompt: str, target: str, joined: str) -> None:
-    assert bare_prompt(prompt) + separator(prompt, target) + target.strip() == joined
+    assert bare_prompt(prompt) + separator(prompt, target) + bare_target(target) == joined
+    assert join(prompt, target) == joined
+
+
+class Slow(hf.PreTrainedTokenizerFast):
+    """A tokenizer that gives no offsets, as slow ones don't."""
+
+    is_fast = False
+
+
+def with_bos(kind: str, slow: bool = False) -> hf.PreTrainedTokenizerFast:
+    """A tokenizer that puts <s> before every text and </s> behind it."""
+    made = Tokenizer.from_str(tokenizer(kind).backend_tokenizer.to_str())
+    made.add_special_tokens(["</s>"])
+    ids = [(name, made.token_to_id(name)) for name in ("<s>", "</s>")]
+    made.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ids)
+    return (Slow if slow else hf.PreTrainedTokenizerFast)(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("prompt", "target", "joined"), JOINED)
-def test_tokens_spell_the_joined_text(kind: str, prompt: str, target: str, joined: str) -> None:
-    tok = tokenizer(kind)
-    ids = [*encode_context(tok, prompt), *encode_answer(tok, prompt, target)]
-    assert decode(tok, ids, clean_up_tokenization_spaces=False).strip() == joined
+@pytest.mark.parametrize(("prompt", "target", "joined"), [*JOINED, *MARKS])
+def test_tokens_are_those_of_the_joined_text(kind: str, prompt: str, target: str, joined: str) -> None:
+    plain = tokenizer(kind)
+    ids, answer = encode_pair(plain, prompt, target)
+    assert ids
+    assert answer == encode_answer(plain, prompt, target)
+    assert decode(plain, [*ids, *answer], clean_up_tokenization_spaces=False).strip() == joined
+    whole = plain(joined, add_special_tokens=False)
+    if [*ids, *answer] != whole["input_ids"]:
+        # Only where one token holds the whole prompt, which is then tokenised by itself.
+        spans = plain(joined, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        assert spans[0][1] > len(bare_prompt(prompt))
+        assert ids == plain(bare_prompt(prompt), add_special_tokens=False)["input_ids"]
+    else:
+        # No token of the prompt reaches over the border, and the answer's first one is not the prompt's alone.
+        assert bare_prompt(prompt).startswith(decode(plain, ids, clean_up_tokenization_spaces=False).strip("\ufffd"))
+    for slow in (False, True):
+        tok = with_bos(kind, slow)
+        found = encode_pair(tok, prompt, target)
+        assert found[0][0] == tok.bos_token_id
+        assert [*found[0], *found[1]].count(tok.bos_token_id) == 1
+        assert tok.eos_token_id not in found[0] + found[1]
+        assert (found[0][1:], found[1]) == (ids, answer)
+
+
+@pytest.mark.parametrize("slow", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_beginning_of_text_on_every_path(kind: str, slow: bool) -> None:
+    tok = with_bos(kind, slow)
+    tok.chat_template = "<s>{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
+    paths = [
+        encode_pair(tok, "<s>Ana lives in", "Rome")[0],
+        list(encode_prompt(tok, "<s>Ana lives in", "Ana", target="Rome").ids),
+        list(encode_prompt(tok, "Ana lives in", "Ana").ids),
+        encode_context(tok, "<s>Ana lives in"),
+        encode_text(tok, "<s>Ana"),
+        encode_question(tok, "Ana lives in"),
+        encode_question(tok, "Ana lives in", chat=True),
+    ]
+    assert [ids.count(tok.bos_token_id) for ids in paths] == [1] * len(paths)
+    assert {ids[0] for ids in paths} == {tok.bos_token_id}
+    place = encode_prompt(tok, "<s>Ana lives in", "Ana", target="Rome")
+    assert decode(tok, place.ids[: place.fact + 1]).replace(" ", "").endswith("Ana")
+
+
+def merging(slow: bool, *tokens: str) -> hf.PreTrainedTokenizerFast:
+    """A tokenizer of characters, and of words of several characters that it makes wherever it can."""
+    letters = sorted(set("the word: Ana東京都港区は\n()abc"))
+    vocab = {token: i for i, token in enumerate(["<unk>", "<s>", *letters])}
+    merges = []
+    for token in tokens:
+        for end in range(2, len(token) + 1):
+            if token[:end] not in vocab:
+                vocab[token[:end]] = len(vocab)
+                merges.append((token[: end - 1], token[end - 1]))
+    made = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>"))
+    made.decoder = decoders.Fuse()
+    return (Slow if slow else hf.PreTrainedTokenizerFast)(tokenizer_object=made, bos_token="<s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_a_token_over_the_border_is_the_answers(slow: bool) -> None:
+    tok = merging(slow, "京都", "(a")
+
+    def texts(prompt: str, target: str, subject: str | None = None) -> tuple[list[str], list[str]]:
+        ids, answer = encode_pair(tok, prompt, target, subject)
+        return tok.convert_ids_to_tokens(ids), tok.convert_ids_to_tokens(answer)
+
+    assert texts("は東京", "都港区") == (["は", "東"], ["京都", "港", "区"])
+    assert texts("Ana (", "abc") == (["A", "n", "a", " "], ["(a", "b", "c"])
+    assert encode_prompt(tok, "は東京", "東京", target="都港区").fact == 1
+    assert encode_prompt(tok, "は東京", "東京", "last", target="都港区").ids == tuple(
+        encode_pair(tok, "は東京", "都")[0]
+    )
+    # What would leave the prompt or its subject without a token.
+    assert texts("京", "都") == (["京"], ["都"])
+    assert texts("は京", "都", "京") == (["は", "京"], ["都"])
+    assert encode_prompt(tok, "は京", "京", target="都").fact == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
