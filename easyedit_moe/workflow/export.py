@@ -21,7 +21,7 @@ from easyedit_moe.patches.weights import WeightPatch, restore, writing
 from easyedit_moe.serving.adapter_files import write_adapter
 from easyedit_moe.serving.factors import LayerFactors, layer_factors
 from easyedit_moe.serving.naming import checkpoint_names
-from easyedit_moe.serving.peft_adapter import for_peft
+from easyedit_moe.serving.peft_adapter import ServedAdapter, for_peft
 from easyedit_moe.serving.server_adapter import for_server
 from easyedit_moe.serving.servers import PACKED, PER_EXPERT, SERVERS, Server
 from easyedit_moe.workflow.export_base import ExportBase
@@ -80,31 +80,39 @@ def export(
     check_free(folder)
     kind = dtype or next(iter(read.dtypes.values()), "float32")
     layers = layer_factors(read, rank, getattr(torch, kind))
-    most = max(factors.rank for factors in layers)
     base = ExportBase.of(read, model)
-    installed = peft_version or version("peft")
-    if to == PEFT:
-        names = None
-        if form == PER_EXPERT and base.names is not None:
-            names = [checkpoint_names(base.names, factors.stored) for factors in layers]
-        kind_of_model = "AutoModelForCausalLM" if base.names is None else type(base.names.model).__name__
-        served = for_peft(layers, most, base.name, installed, form, names, kind_of_model)
-    else:
-        found = base.needed(f"The names of the tensors that {SERVERS[to].name} reads are those of the checkpoint")
-        served = for_server(SERVERS[to], layers, most, base.name, found, base.architecture, installed)
+    served = _served(layers, to, form, base, peft_version or version("peft"))
     facts: tuple[ExportedFact, ...] = ()
     if score if score is not None else rank is not None:
         base.needed("The facts are scored on the model")
         facts = _scored(read, layers, base.name, loading, progress)
     exported = Exported(
-        folder=folder, target=to, checked=served.checked, form=served.form, rank=most, dtype=kind,
+        folder=folder, target=to, checked=served.checked, form=served.form, rank=_rank(layers), dtype=kind,
         layers=tuple(ExportedLayer(f.layer, len(f.experts), f.exact_rank, f.rank, f.loss) for f in layers),
         facts=facts, slot_bytes=served.slot_bytes, merged_bytes=_merged_bytes(read, layers),
-        command=served.command.format(adapter=folder), remarks=_remarks(read, base, SERVERS.get(to)),
+        command=served.command.replace("{adapter}", str(folder)), remarks=_remarks(read, base, SERVERS.get(to)),
     )  # fmt: skip
     with new_folder(folder) as partial:
         write_adapter(partial, served.tensors, served.config, notes_of(exported, read))
     return exported
+
+
+def _served(layers: Sequence[LayerFactors], to: str, form: str, base: ExportBase, peft_version: str) -> ServedAdapter:
+    """The adapter for one target."""
+    if to != PEFT:
+        server = SERVERS[to]
+        found = base.needed(f"The names of the tensors that {server.name} reads are those of the checkpoint")
+        return for_server(server, layers, _rank(layers), base.name, found, base.architecture, peft_version)
+    names = None
+    if form == PER_EXPERT and base.names is not None:
+        names = [checkpoint_names(base.names, factors.stored) for factors in layers]
+    model_class = "AutoModelForCausalLM" if base.names is None else type(base.names.model).__name__
+    return for_peft(layers, _rank(layers), base.name, peft_version, form, names, model_class)
+
+
+def _rank(layers: Sequence[LayerFactors]) -> int:
+    """That of every pair of the adapter: servers read one rank."""
+    return max(factors.rank for factors in layers)
 
 
 def _check_choice(name: str, value: str, known: Sequence[str]) -> None:

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from easyedit_moe import factworld
 from easyedit_moe.commands.app import app
 from easyedit_moe.hparams import presets
+from easyedit_moe.patches.files import load_patch
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -56,15 +57,20 @@ def test_the_quick_tour_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tour,) = [code for page, code in blocks("bash", run=False) if page == "README.md" and "facts.csv" in code]
     table, _, rest = tour.partition("\nEND\n")
     Path("facts.csv").write_text(table.partition("\n")[2] + "\n", encoding="utf-8")
-    lines = [line.partition("  #")[0].strip() for line in rest.splitlines()]
+    second, *lines = [line.partition("  #")[0].strip() for line in rest.splitlines()]
+    subprocess.run(second, shell=True, check=True)
     names = [line.split()[1] for line in lines]
-    assert names == ["edit", "ask", "inspect", "apply", "revert", "evaluate"]
+    assert names == ["edit", "ask", "inspect", "apply", "revert", "export", "evaluate", "edit", "merge"]
     for line in lines:
         done = CliRunner().invoke(app, shlex.split(line)[1:])
         assert done.exit_code == 0, done.output
     weights = "model.safetensors"
     assert Path("applied", weights).read_bytes() == Path("edited", "checkpoint", weights).read_bytes()
     assert Path("reverted", weights).read_bytes() == (factworld.model_path() / weights).read_bytes()
+    assert load_patch("both.safetensors").metadata["merged"] == [
+        load_patch(f"{n}/patch.safetensors").id for n in ("edited", "second")
+    ]
+    assert Path("edited", "adapter-peft", "adapter_model.safetensors").is_file()
 
 
 def test_python_runs(tmp_path: Path) -> None:
