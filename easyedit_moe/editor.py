@@ -310,7 +310,7 @@ class MoEEditor(EditCalls):
 
     def scorer(self, **options: Any) -> Scorer:
         """Token accuracies by this package's own forwards; all prompts of a batch at once."""
-        return TokenScorer(self.model, self.tok)
+        return TokenScorer(self.model, self.tok, self.hparams.chat)
 
     def undo(self) -> None:
         """Revert the newest edit that is still in the model, bit-exactly.
@@ -339,8 +339,8 @@ class TokenScorer:
     Locality is the share of predicted tokens that are the same before and after the edit.
     """
 
-    def __init__(self, model: nn.Module, tok: PreTrainedTokenizerBase) -> None:
-        self.model, self.tok = model, tok
+    def __init__(self, model: nn.Module, tok: PreTrainedTokenizerBase, chat: bool = False) -> None:
+        self.model, self.tok, self.chat = model, tok, chat
 
     def before(self, batch: Sequence[HostRequest]) -> list[Any]:
         """Scores of every prompt of every request, keyed by its place in the result."""
@@ -351,7 +351,7 @@ class TokenScorer:
                 places.append((i, place))
                 pairs.append((prompt, target))
         found: list[Any] = [{} for _ in batch]
-        for (i, place), score in zip(places, score_targets(self.model, self.tok, pairs), strict=True):
+        for (i, place), score in zip(places, score_targets(self.model, self.tok, pairs, chat=self.chat), strict=True):
             found[i].setdefault(place, []).append(score)
         return found
 

@@ -56,6 +56,19 @@ def tiny_tokenizer(specials: str = "", padding_side: str = "right", pad: bool = 
     )
 
 
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def chat_tokenizer(specials: str = "", template: str = CHAT_TEMPLATE) -> hf.PreTrainedTokenizerFast:
+    """:func:`tiny_tokenizer` with a chat template."""
+    tok = tiny_tokenizer(specials)
+    tok.chat_template = template
+    return tok
+
+
 COMMON = {
     "vocab_size": VOCAB,
     "hidden_size": 32,

@@ -22,7 +22,7 @@ from easyedit_moe.adapters.moe_adapter import (
 from easyedit_moe.errors import RequestError, not_finite
 from easyedit_moe.evaluation.scoring import score_only
 from easyedit_moe.facts.anchors import NO_ANCHOR, SubjectMatcher
-from easyedit_moe.facts.tokens import collate, encode_pair, encode_text, pad_id, subject_span
+from easyedit_moe.facts.tokens import collate, encode_context, encode_pair, encode_text, pad_id, subject_span
 from easyedit_moe.hparams import MEMoEHyperParams
 from easyedit_moe.moe.capture import hooks, model_device
 from easyedit_moe.progress import progress_bar
@@ -63,7 +63,11 @@ class AdapterReport:
 
 
 def check_facts(
-    tok: PreTrainedTokenizerBase, adapter: MoEAdapter, facts: Sequence[Fact], prefixes: Sequence[str]
+    tok: PreTrainedTokenizerBase,
+    adapter: MoEAdapter,
+    facts: Sequence[Fact],
+    prefixes: Sequence[str],
+    chat: bool = False,
 ) -> None:
     """Every fact's subject must be found in its prompt by the adapter's own matching.
 
@@ -75,7 +79,7 @@ def check_facts(
     matcher = cast(SubjectMatcher, adapter.matcher)  # an attached adapter has one
     for number, fact in enumerate(facts):
         for prefix in ("", *prefixes):
-            found = matcher.anchors(encode_text(tok, prefix + fact.prompt))
+            found = matcher.anchors(encode_context(tok, prefix + fact.prompt, chat))
             if found[-1] == NO_ANCHOR or adapter.subjects[found[-1]] != fact.subject:
                 seen = "nothing" if found[-1] == NO_ANCHOR else repr(adapter.subjects[found[-1]])
                 raise RequestError(
@@ -132,7 +136,7 @@ class _Training:
         self.facts = [*facts, *earlier]
         self.new = len(facts)
         self.rows = [
-            [encode_pair(tok, prefix + fact.prompt, fact.target_new, fact.subject)
+            [encode_pair(tok, prefix + fact.prompt, fact.target_new, fact.subject, hparams.chat)
              for prefix in ("", *hparams.context_prefixes)]
             for fact in self.facts
         ]  # fmt: skip
@@ -216,7 +220,7 @@ class _Training:
             prompt = self.facts[asked].prompt
             text = prompt[:start] + self.facts[about].subject + prompt[end:]
             if text not in self.prompts:
-                rows.append(encode_text(self.tok, text))
+                rows.append(encode_context(self.tok, text, self.hparams.chat))
                 answers.append(self.answers[about])
         return rows, answers
 

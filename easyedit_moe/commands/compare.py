@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from easyedit_moe.commands import options
 from easyedit_moe.commands.reporting import shows_progress
 from easyedit_moe.commands.tables import note, show_table
 
@@ -45,6 +46,7 @@ def compare(
     easyedit_metrics: Annotated[
         bool | None, typer.Option(help="Score by EasyEdit's protocol, too; default: if a method is EasyEdit's.")
     ] = None,
+    chat: options.EditsInChat = False,
     resume: Annotated[
         bool, typer.Option(help="Go on after an interruption: rows of results.json that would come out again are kept.")
     ] = False,
@@ -57,7 +59,7 @@ def compare(
     from easyedit_moe.host.baseline_hparams import HOST_METHODS
 
     names = chosen_methods(split_names([*(methods or []), *(more or [])]), hparams)
-    overrides = {"device": device, "dtype": dtype, "stats_dir": stats_dir}
+    overrides = {"device": device, "dtype": dtype, "stats_dir": stats_dir, "chat": chat}
     given = {name: value for name, value in overrides.items() if value}
     settings = resolve_methods(names, model, hparams, {**given, "model_name": model})
     folder = check_folder(out)
@@ -68,7 +70,7 @@ def compare(
     first = loading_settings(settings, model)
     task = load_task(
         model, data, edits, skip, batch_size, dtype or first.dtype, device or first.device, first.model_parallel,
-        first.trust_remote_code, progress=shows_progress(),
+        first.trust_remote_code, shows_progress(), any(getattr(hp, "chat", False) for hp in settings),
     )  # fmt: skip
     result = _run(task, settings, folder, easyedit_metrics, resume)
     paths = write_results(result, folder)

@@ -37,6 +37,7 @@ def edit(
         bool, typer.Option("--dry-run", help="Check facts, settings and memory; read no weight, write nothing.")
     ] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse the file if any fact can't be edited.")] = False,
+    chat: options.EditsInChat = False,
     settings: options.Settings = None,
     stats_dir: options.StatsDir = "",
     dtype: options.DType = "",
@@ -51,7 +52,7 @@ def edit(
     """
     kinds = split_names(save or ["patch"])
     given = options.settings_of(
-        settings, stats_dir=stats_dir, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+        settings, stats_dir=stats_dir, dtype=dtype, device=device, trust_remote_code=trust_remote_code, chat=chat
     )
     if dry_run:
         from easyedit_moe.workflow.preview import preview

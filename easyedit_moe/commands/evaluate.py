@@ -26,6 +26,7 @@ def evaluate(
     ] = None,
     tasks_dir: Annotated[str | None, typer.Option(help="Folder of tasks of your own; works offline.")] = None,
     limit: Annotated[int | None, typer.Option(help="Examples per task; default: all.")] = None,
+    chat: options.EditsInChat = False,
     out: Annotated[str, typer.Option(help="Folder for results.json and table.md; default: only shown.")] = "",
     dtype: options.DType = "",
     device: options.Device = "",
@@ -42,7 +43,7 @@ def evaluate(
         check_folder(out)
     result = run(
         model, patch or [], data or None, split_names(tasks or []), tasks_dir, limit,
-        options.loading_of(dtype, device, trust_remote_code), shows_progress(),
+        options.loading_of(dtype, device, trust_remote_code), shows_progress(), chat,
     )  # fmt: skip
     paths = write_evaluation(result, out) if out else []
     table = Table()

@@ -29,6 +29,10 @@ DType = Annotated[
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; default: that of the hparams.")]
 TrustRemoteCode = Annotated[bool, typer.Option(help="Let code that comes with the checkpoint run.")]
 Chat = Annotated[bool, typer.Option("--chat", help="Put each prompt into the model's chat template.")]
+EditsInChat = Annotated[
+    bool,
+    typer.Option("--chat", help="Each prompt is the user's turn in the model's chat template."),
+]
 Patches = Annotated[
     list[str] | None, typer.Option(metavar="PATCH", help="A patch (or MEMoE's adapter); several: laid on in order.")
 ]

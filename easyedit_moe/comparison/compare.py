@@ -12,7 +12,7 @@ from torch import nn
 
 from easyedit_moe.comparison.task import Task
 from easyedit_moe.editors import Editor, EditResult, Patch, make_editor
-from easyedit_moe.errors import EditingWarning
+from easyedit_moe.errors import EditingWarning, HyperParamsError
 from easyedit_moe.evaluation.metrics import (
     EvaluationResult,
     RoutingSnapshot,
@@ -122,6 +122,7 @@ def compare(
     Raises:
         HostError: EasyEdit is asked for, by a method or for its metrics, and is not there.
     """
+    _check_chat(task, hparams)
     names = [PRE_EDIT, *(labels or [hp.alg_name for hp in hparams])]
     settings = [None, *hparams]
     kept = [_reusable(earlier, name, hp, easyedit_metrics) for name, hp in zip(names, settings, strict=True)]
@@ -137,6 +138,16 @@ def compare(
         if save:
             save(_so_far(task, rows, len(names), easyedit_metrics))
     return _so_far(task, rows, len(names), easyedit_metrics)
+
+
+def _check_chat(task: Task, hparams: Sequence[MoEHyperParams | BaselineHyperParams]) -> None:
+    for hp in hparams:
+        if getattr(hp, "chat", False) != task.chat:
+            raise HyperParamsError(
+                f"{hp.alg_name} edits {'plain text' if task.chat else 'in a chat'}, but the records are judged "
+                f"{'in a chat' if task.chat else 'as plain text'}. Compare methods of one kind; EasyEdit's own edit "
+                "plain text."
+            )
 
 
 def _so_far(task: Task, rows: Mapping[int, Row], wanted: int, easyedit_metrics: bool) -> Comparison:
@@ -171,7 +182,7 @@ class _Judge:
         self._before = {name: self._snapshot(name) for name in self._prompts}
 
     def _snapshot(self, name: str) -> RoutingSnapshot:
-        return routing_snapshot(self.task.model, self.task.tok, self._prompts[name])
+        return routing_snapshot(self.task.model, self.task.tok, self._prompts[name], chat=self.task.chat)
 
     def routing(self) -> dict[str, Any]:
         """Similarity of the experts picked now and at first, over edited prompts and over those to preserve."""
@@ -179,7 +190,8 @@ class _Judge:
 
     def scores(self) -> EvaluationResult:
         """By the papers' protocol."""
-        return evaluate(self.task.model, self.task.tok, self.task.records, self.task.protocol, progress=self.progress)
+        task = self.task
+        return evaluate(task.model, task.tok, task.records, task.protocol, progress=self.progress, chat=task.chat)
 
     def easyedit(self, label: str) -> dict[str, Score] | None:
         """By EasyEdit's protocol, where it is asked for."""

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Task:
-    """What a comparison runs on: a loaded model and the records to edit and judge."""
+    """What a comparison runs on: a loaded model and the records to edit and judge, in a chat or as plain text."""
 
     model: nn.Module
     tok: PreTrainedTokenizerBase
@@ -32,11 +32,12 @@ class Task:
     protocol: str
     batch_size: int
     provenance: dict[str, Any]
+    chat: bool = False
 
 
 def load_task(
     model_name: str, data: str, edits: int, skip: int, batch_size: int, dtype: str, device: int | str,
-    model_parallel: bool = False, trust_remote_code: bool = False, progress: bool = True,
+    model_parallel: bool = False, trust_remote_code: bool = False, progress: bool = True, chat: bool = False,
 ) -> Task:  # fmt: skip
     """Load model and records; record ``skip`` is the first to be edited.
 
@@ -66,8 +67,9 @@ def load_task(
         "skip": skip,
         "batch_size": batch_size,
         "skipped_records": len(found.skipped),
+        **({"chat": True} if chat else {}),
         "dtype": dtype,
         "device": str(device),
         "versions": versions(),
     }
-    return Task(model, tok, answered(model, tok, records), found.protocol, batch_size, provenance)
+    return Task(model, tok, answered(model, tok, records, chat), found.protocol, batch_size, provenance, chat)

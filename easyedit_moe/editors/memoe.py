@@ -176,7 +176,7 @@ class MEMoEEditor(Editor):
             replaced = {fact.prompt for fact in facts}
             earlier = [fact for fact in adapter.facts if fact.prompt not in replaced]
             add_subjects(model, tok, adapter, [fact.subject for fact in facts])
-            check_facts(tok, adapter, facts, self.hparams.context_prefixes)
+            check_facts(tok, adapter, facts, self.hparams.context_prefixes, self.hparams.chat)
             adapter.generator = torch.Generator().manual_seed(self.hparams.seed + adapter.edits)
             with watch.stage("solve"):
                 report = train_adapter(model, tok, adapter, facts, earlier, self.hparams, self.progress)

@@ -82,7 +82,9 @@ class MoEFTEditor(TrainingEditor):
         every = {n: p for moe in layers for n, p in expert_parameters(moe, "down_projections").items()}
         if hp.experts == "all":
             return every, {}
-        prompts = [encode_prompt(tok, fact.prompt, fact.subject, hp.fact_token, fact.target_new) for fact in facts]
+        prompts = [
+            encode_prompt(tok, fact.prompt, fact.subject, hp.fact_token, fact.target_new, hp.chat) for fact in facts
+        ]
         found = capture_facts(view, [p.ids for p in prompts], [p.fact for p in prompts], hp.layers, [], pad_id(tok))
         parameters, slices = {}, {}
         for moe in layers:

@@ -233,7 +233,7 @@ class BatchSolve:
         contexts = [
             context
             for fact in self.facts
-            for context in fact_contexts(self.tok, fact, hp.context_prefixes, hp.fact_token)
+            for context in fact_contexts(self.tok, fact, hp.context_prefixes, hp.fact_token, hp.chat)
         ]
         self.sequences = [context.ids for context in contexts]
         self.positions = [context.fact for context in contexts]

@@ -95,7 +95,7 @@ class TrainingEditor(Editor):
         """
         view, watch = MoELayerView(model), Stopwatch()
         view.require(self.hparams.layers)
-        examples = examples_of(tok, facts, self.hparams.context_prefixes)
+        examples = examples_of(tok, facts, self.hparams.context_prefixes, self.hparams.chat)
         check_lengths(view, [len(e.prompt) + len(e.answer) for group in examples for e in group])
         with writing_tensors(model) as writer:
             job = TrainingJob(self.hparams, model, pad_id(tok), examples, writer, self.progress)
@@ -284,16 +284,16 @@ class Masters:
 
 
 def examples_of(
-    tok: PreTrainedTokenizerBase, facts: Sequence[EditRequest], prefixes: Sequence[str]
+    tok: PreTrainedTokenizerBase, facts: Sequence[EditRequest], prefixes: Sequence[str], chat: bool = False
 ) -> list[list[Example]]:
     """Per fact: the bare prompt and, behind each prefix, the prompt again, all with the new answer.
 
     Raises:
-        RequestError: a prefix that mentions the subject, or a blank target.
+        RequestError: a prefix that mentions the subject, a blank target, or ``chat`` without a template.
     """
     out = []
     for fact in facts:
-        out.append([Example(c.ids, c.answer) for c in fact_contexts(tok, fact, prefixes, "last")])
+        out.append([Example(c.ids, c.answer) for c in fact_contexts(tok, fact, prefixes, "last", chat)])
     return out
 
 

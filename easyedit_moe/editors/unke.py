@@ -156,7 +156,7 @@ class UnKEEditor(Editor):
         hp = self.hparams
         rows: list[tuple[Sequence[int], int, int]] = [(ids, -1, -1) for ids in texts if ids]
         for t, fact in enumerate(facts):
-            for context in fact_contexts(tok, fact, hp.context_prefixes, hp.fact_token):
+            for context in fact_contexts(tok, fact, hp.context_prefixes, hp.fact_token, hp.chat):
                 rows.append((context.ids, context.fact, t))
         check_lengths(view, [len(ids) for ids, _, _ in rows])
         rows.sort(key=lambda row: len(row[0]))

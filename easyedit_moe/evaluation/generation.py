@@ -12,8 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.errors import RequestError
-from easyedit_moe.facts.chat import encode_question
-from easyedit_moe.facts.tokens import decode
+from easyedit_moe.facts.tokens import decode, encode_context
 from easyedit_moe.moe.capture import inference_mode_of, model_device
 from easyedit_moe.progress import progress_bar
 
@@ -100,7 +99,7 @@ def generate_answers(
     """
     if max_new_tokens < 1:
         raise RequestError(f"max_new_tokens must be at least 1; found {max_new_tokens}.")
-    rows = [encode_question(tok, prompt, chat=chat) for prompt in prompts]
+    rows = [encode_context(tok, prompt, chat) for prompt in prompts]
     by_length: dict[int, list[int]] = defaultdict(list)
     for number, ids in enumerate(rows):
         if not ids:

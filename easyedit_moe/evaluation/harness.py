@@ -51,6 +51,7 @@ class Harness:
         limit: examples per task; all by default.
         batch_size: sequences per forward.
         progress: show the harness's progress bars, on a terminal.
+        chat: prompts go through the tokenizer's chat template, in the harness's own way.
 
     Raises:
         DependencyError: lm-evaluation-harness is not installed. DataError: no such folder or task, or data of a task
@@ -64,12 +65,19 @@ class Harness:
         limit: int | None = None,
         batch_size: int = 16,
         progress: bool = True,
+        chat: bool = False,
     ) -> None:
         if limit is not None and limit < 1:
             raise DataError(f"limit must be at least 1 example per task; found {limit}.")
         if batch_size < 1:
             raise DataError(f"batch_size must be at least 1; found {batch_size}.")
-        self.tasks, self.limit, self.batch_size, self.progress = list(tasks), limit, batch_size, progress
+        self.tasks, self.limit, self.batch_size, self.progress, self.chat = (
+            list(tasks),
+            limit,
+            batch_size,
+            progress,
+            chat,
+        )
         self._manager = _manager(self.tasks, tasks_dir)
         self._ready: Any = self._load()
 
@@ -80,11 +88,12 @@ class Harness:
         """
         loaded, self._ready = self._ready or self._load(), None  # tasks keep answers, so each run has its own
         with inference_mode_of(model), _seeded(), self._quiet():
+            in_chat = {"apply_chat_template": True} if self.chat else {}
             wrapped = _import("lm_eval.models.huggingface").HFLM(
                 pretrained=model, tokenizer=copy.deepcopy(tok), batch_size=self.batch_size
             )
             results = _import("lm_eval.evaluator").evaluate(
-                wrapped, loaded, limit=self.limit, bootstrap_iters=BOOTSTRAP, log_samples=False
+                wrapped, loaded, limit=self.limit, bootstrap_iters=BOOTSTRAP, log_samples=False, **in_chat
             )
         counts = results["n-samples"]
         return {name: _metrics(found, _count(found, counts.get(name))) for name, found in results["results"].items()}

@@ -70,16 +70,18 @@ def evaluate(
     batch_size: int = 128,
     max_length: int | None = None,
     progress: bool = False,
+    chat: bool = False,
 ) -> EvaluationResult:
     """Score all records on the model as it is now.
 
     "counterfact": efficacy is P(new) > P(true) after the prompt, generalisation the same after paraphrases, specificity
     P(true) > P(new) after neighbourhood prompts; probabilities are per-token geometric means, as in ROME and MEMIT.
     "zsre" and "token_accuracy": token accuracy of the new target after the prompt and the paraphrases, and of the true
-    answer after prompts that the edit does not concern. Portability groups are not scored here.
+    answer after prompts that the edit does not concern. Portability groups are not scored here. With ``chat`` every
+    prompt is the user's turn in the tokenizer's template.
 
     Raises:
-        DataError: no record, or an unknown protocol.
+        DataError: no record, or an unknown protocol. RequestError: ``chat`` without a template.
     """
     if protocol not in PROTOCOLS:
         raise DataError(f"protocol must be one of {', '.join(PROTOCOLS)}; found {protocol!r}.")
@@ -89,7 +91,7 @@ def evaluate(
     for record in records:
         asked += _pairs(record, protocol)
     unique = list(dict.fromkeys(asked))
-    scores = dict(zip(unique, score_targets(model, tok, unique, batch_size, max_length, progress), strict=True))
+    scores = dict(zip(unique, score_targets(model, tok, unique, batch_size, max_length, progress, chat), strict=True))
     judge = _judge_counterfact if protocol == "counterfact" else _judge_zsre
     rows = [judge(record, scores) for record in records]
     exact = [float(scores[record.request.prompt, record.request.target_new].exact) for record in records]
@@ -153,11 +155,11 @@ class RoutingSnapshot:
 
 
 def routing_snapshot(
-    model: nn.Module, tok: PreTrainedTokenizerBase, prompts: Sequence[str], batch_size: int = 64
+    model: nn.Module, tok: PreTrainedTokenizerBase, prompts: Sequence[str], batch_size: int = 64, chat: bool = False
 ) -> RoutingSnapshot:
-    """The top-K expert sets of every token of ``prompts``, at every MoE layer."""
+    """The top-K expert sets of every token of ``prompts``, at every MoE layer; see `evaluate` for ``chat``."""
     view = MoELayerView(model)
-    sequences = [encode_context(tok, prompt) for prompt in prompts]
+    sequences = [encode_context(tok, prompt, chat) for prompt in prompts]
     parts: dict[int, list[Tensor]] = {index: [] for index in view.layers}
     real: list[Tensor] = []
 

@@ -18,16 +18,17 @@ ANSWER_TOKENS = 8
 
 
 def answered(
-    model: nn.Module, tok: PreTrainedTokenizerBase, records: Sequence[EvaluationRecord]
+    model: nn.Module, tok: PreTrainedTokenizerBase, records: Sequence[EvaluationRecord], chat: bool = False
 ) -> tuple[EvaluationRecord, ...]:
     """The records with their ``unanswered`` prompts among the neighbours, with the model's own greedy answer.
 
     An answer has up to `ANSWER_TOKENS` tokens and ends with its line. A prompt to which the model says nothing stays
-    unanswered. ``model`` must be the unedited one.
+    unanswered. ``model`` must be the unedited one. With ``chat`` each prompt is the user's turn in the tokenizer's
+    template.
     """
     prompts = dict.fromkeys(prompt for record in records for prompt in record.unanswered)
     with inference_mode_of(model), torch.no_grad():
-        answers = {prompt: _first_line(model, tok, prompt) for prompt in prompts}
+        answers = {prompt: _first_line(model, tok, prompt, chat) for prompt in prompts}
     return tuple(_with_answers(record, answers) if record.unanswered else record for record in records)
 
 
@@ -37,8 +38,8 @@ def _with_answers(record: EvaluationRecord, answers: dict[str, str]) -> Evaluati
     return replace(record, neighbours=(*record.neighbours, *new), unanswered=left)
 
 
-def _first_line(model: nn.Module, tok: PreTrainedTokenizerBase, prompt: str) -> str:
-    ids = torch.tensor([encode_context(tok, prompt)], device=model_device(model))
+def _first_line(model: nn.Module, tok: PreTrainedTokenizerBase, prompt: str, chat: bool) -> str:
+    ids = torch.tensor([encode_context(tok, prompt, chat)], device=model_device(model))
     generate: Any = model.generate
     generated = generate(
         input_ids=ids,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from easyedit_moe.facts.tokens import collate, encode_pair, pad_id
+from easyedit_moe.facts.tokens import collate, cut_context, encode_pair, pad_id
 from easyedit_moe.moe.capture import hooks, inference_mode_of, model_device
 from easyedit_moe.moe.embeddings import output_embeddings
 from easyedit_moe.progress import progress_bar
@@ -59,12 +59,20 @@ def score_targets(
     batch_size: int = 128,
     max_length: int | None = None,
     progress: bool = False,
+    chat: bool = False,
 ) -> list[TargetScore]:
-    """Scores of (prompt, target) pairs, in their order; a prompt is cut from the left at ``max_length`` tokens."""
+    """Scores of (prompt, target) pairs, in their order.
+
+    A prompt of more than ``max_length`` tokens is cut from the left (`easyedit_moe.facts.tokens.cut_context`). With
+    ``chat`` each prompt is the user's turn in the tokenizer's template, and the target the beginning of the answer.
+
+    Raises:
+        RequestError: a blank target, or ``chat`` without a template.
+    """
     rows = []
     for prompt, target in pairs:
-        ids, labels = encode_pair(tok, prompt, target)
-        rows.append((ids[-max_length:] if max_length else ids, labels))
+        ids, labels = encode_pair(tok, prompt, target, chat=chat)
+        rows.append((cut_context(tok, ids, max_length, chat), labels))
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
     scores: dict[int, TargetScore] = {}
     with inference_mode_of(model), progress_bar(len(order), "scores", "answer", progress) as bar:

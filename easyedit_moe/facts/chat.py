@@ -1,36 +1,84 @@
-"""Questions as a chat model gets them: the prompt as the user's turn in the tokenizer's own template."""
+"""The user's turn of a chat: what a tokenizer's own template puts around a question."""
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from dataclasses import dataclass
+from typing import Any, cast
 
+from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.errors import RequestError
-from easyedit_moe.facts.tokens import encode_context
 
-WITHOUT_THINKING: dict[str, Any] = {"enable_thinking": False, "thinking": False, "reasoning_effort": "low"}
-"""By what templates of reasoning models leave thinking out, or keep it short; each reads the names that it knows."""
+WITHOUT_THINKING: dict[str, Any] = {"enable_thinking": False, "thinking": False, "thinking_budget": 0}
+"""By what templates of reasoning models leave thinking out; each reads the names that it knows."""
+
+_QUESTION, _ANSWER = "QUESTION7f3a", "ANSWER7f3a"
+_OPENING = re.compile(r"[<\[]\|?(?!/)[\w:]*think\w*\|?[>\]]", re.I)
+_CLOSING = re.compile(r"[<\[]\|?/[\w:]*think\w*\|?[>\]]", re.I)
 
 
-def encode_question(tok: PreTrainedTokenizerBase, prompt: str, chat: bool = False) -> list[int]:
-    """Token ids after which a model answers: the text, or with ``chat`` the user's turn and the start of the answer.
+@dataclass(frozen=True)
+class Turn:
+    """The text before and after a question; the answer begins right behind ``after``."""
 
-    A space at the end of a text is left out, since tokenizers put it into the answer's first word. Thinking is left out
-    in the template's own way. Special tokens are those of the tokenizer, or of the template, which writes its own.
+    before: str
+    after: str
+
+
+def user_turn(tok: PreTrainedTokenizerBase) -> Turn:
+    """What the tokenizer's chat template puts around a single question of the user.
+
+    ``after`` ends where the answer begins, thinking left out in the template's own way: by the switches it knows, or as
+    it writes an answer without thoughts into a history (which is also how GPT-OSS gets to its final channel, and
+    templates that always open a thought past it).
 
     Raises:
-        RequestError: ``chat`` with a tokenizer that has no template.
+        RequestError: there is no template, it fails, or it changes what the user says.
     """
-    if not chat:
-        return encode_context(tok, prompt)
     if tok.chat_template is None:
         raise RequestError(
             f"The tokenizer of {tok.name_or_path or type(tok).__name__!r} has no chat template, so it can't be asked "
             "in a chat. Leave chat out, or use the model's instruct version."
         )
-    # The template writes the special tokens that it wants, a beginning of text included.
+    question = {"role": "user", "content": _QUESTION}
+    try:
+        asked = _rendered(tok, [question], add_generation_prompt=True)
+    except TemplateError as error:
+        raise RequestError(f"The chat template fails on a single question: {error}") from error
+    before, mark, after = asked.partition(_QUESTION)
+    if not mark or _QUESTION in after:
+        raise RequestError("The chat template does not write the user's text once and as it is; leave chat out.")
+    return Turn(before, _start_of_answer(after, _in_history(tok, question, before)))
+
+
+def _start_of_answer(asked: str, told: str | None) -> str:
+    """What stands between question and answer: where an answer is asked for, or where one is told in a history."""
+    if told is not None and (told.startswith(asked) or _is_open(asked)):
+        return told
+    return asked
+
+
+def _in_history(tok: PreTrainedTokenizerBase, question: dict[str, str], before: str) -> str | None:
+    """The text between question and answer in a chat that has both; None where the template has its own idea of it."""
+    answer = {"role": "assistant", "content": _ANSWER}
+    try:
+        told = _rendered(tok, [question, answer], add_generation_prompt=False)
+    except TemplateError:
+        return None
+    head, mark, _ = told.partition(_ANSWER)
+    start, _, after = head.partition(_QUESTION)
+    return after if mark and start == before and not _is_open(after) else None
+
+
+def _is_open(text: str) -> bool:
+    """Whether a thought is begun in a text and not ended."""
+    return len(_OPENING.findall(text)) > len(_CLOSING.findall(text))
+
+
+def _rendered(tok: PreTrainedTokenizerBase, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
     text = tok.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, **WITHOUT_THINKING
+        messages, tokenize=False, add_generation_prompt=add_generation_prompt, **WITHOUT_THINKING
     )
-    return list(tok(text, add_special_tokens=False)["input_ids"])
+    return cast(str, text)

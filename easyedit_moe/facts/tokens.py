@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.errors import HyperParamsError, RequestError
+from easyedit_moe.facts.chat import Turn, user_turn
 from easyedit_moe.facts.joining import bare_prompt, bare_target, separator
 from easyedit_moe.facts.subjects import find_subject, nearest_span
 
@@ -57,6 +58,7 @@ def encode_prompt(
     subject: str | None,
     fact_token: str = "subject_last",
     target: str | None = None,
+    chat: bool = False,
 ) -> Prompt:
     """Token ids of ``prompt`` and the position of its fact token, whatever the tokenizer's padding side.
 
@@ -66,25 +68,28 @@ def encode_prompt(
     since a target follows, and so are spaces at the end, which tokenizers put into the target's first word. Positions
     follow EasyEdit's names: ``subject_last``, ``subject_first``, ``last`` and ``subject_first_after_last``, the token
     behind the subject (the prompt's last token where the subject ends it).
-    ``subject`` may be None for "last".
+    ``subject`` may be None for "last". With ``chat`` the prompt is the user's turn in the tokenizer's template
+    (`easyedit_moe.facts.chat.user_turn`), its subject is looked for in what the user says, and "last" is the token
+    before the answer.
 
     Raises:
-        HyperParamsError: unknown ``fact_token``. RequestError: empty prompt, blank target, or a subject that does not
-            occur.
+        HyperParamsError: unknown ``fact_token``. RequestError: empty prompt, blank target, a subject that does not
+            occur, or ``chat`` without a template.
     """
     if fact_token not in FACT_TOKENS:
         raise HyperParamsError(f"fact_token must be one of {', '.join(FACT_TOKENS)}; found {fact_token!r}.")
+    turn = _turn(tok, chat)
     if target is None:
-        ids, spans = _encode_with_spans(tok, bare_prompt(prompt))
+        ids, spans = _encode_with_spans(tok, _context(prompt, turn))
     else:
-        ids, spans, _ = _encode_joined(tok, prompt, target, None if fact_token == "last" else subject)
+        ids, spans, _ = _encode_joined(tok, prompt, target, None if fact_token == "last" else subject, turn)
     if not ids:
         raise RequestError(f"The prompt {prompt!r} has no tokens.")
     if fact_token == "last":
         return Prompt(tuple(ids), len(ids) - 1)
     if subject is None:
         raise RequestError(f"fact_token {fact_token!r} needs a subject; the prompt {prompt!r} came without one.")
-    inside = _tokens_of(tok, ids, spans, subject_span(prompt, subject))
+    inside = _tokens_of(tok, ids, spans, _within(turn, subject_span(prompt, subject)))
     if not inside:
         raise RequestError(f"No token of the prompt {prompt!r} covers its subject {subject!r}.")
     positions = {
@@ -113,18 +118,19 @@ def encode_target(tok: PreTrainedTokenizerBase, target: str) -> list[int]:
 
 
 def encode_pair(
-    tok: PreTrainedTokenizerBase, prompt: str, target: str, subject: str | None = None
+    tok: PreTrainedTokenizerBase, prompt: str, target: str, subject: str | None = None, chat: bool = False
 ) -> tuple[list[int], list[int]]:
     """Token ids of a prompt and of the target that continues it: one text, tokenised once and divided at the border.
 
     The text is `easyedit_moe.facts.joining.join`; special tokens that the tokenizer puts before it are the prompt's. A
     token that reaches over the border is the answer's first. Where that would leave the prompt, or its ``subject``,
-    without a token, both are tokenised by themselves.
+    without a token, both are tokenised by themselves. With ``chat`` the prompt is the user's turn in the tokenizer's
+    template, and the target follows where the template begins an answer.
 
     Raises:
-        RequestError: a blank target.
+        RequestError: a blank target, or ``chat`` without a template.
     """
-    ids, _, answer = _encode_joined(tok, prompt, target, subject)
+    ids, _, answer = _encode_joined(tok, prompt, target, subject, _turn(tok, chat))
     return ids, answer
 
 
@@ -137,9 +143,29 @@ def encode_answer(tok: PreTrainedTokenizerBase, prompt: str, target: str) -> lis
     return encode_pair(tok, prompt, target)[1]
 
 
-def encode_context(tok: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Token ids of a prompt whose answer is not known: as `encode_text`, without spaces at its end."""
-    return encode_text(tok, bare_prompt(prompt))
+def encode_context(tok: PreTrainedTokenizerBase, prompt: str, chat: bool = False) -> list[int]:
+    """Token ids of a prompt whose answer is not known: as `encode_text`, without spaces at its end.
+
+    With ``chat`` the prompt is the user's turn in the tokenizer's template.
+
+    Raises:
+        RequestError: ``chat`` without a template.
+    """
+    return encode_text(tok, _context(prompt, _turn(tok, chat)))
+
+
+def cut_context(
+    tok: PreTrainedTokenizerBase, ids: Sequence[int], max_length: int | None, chat: bool = False
+) -> list[int]:
+    """The last ``max_length`` ids of a context, behind what always stays: its beginning of text, a template's head."""
+    if max_length is None or len(ids) <= max_length:
+        return list(ids)
+    turn = _turn(tok, chat)
+    head = 1 if ids[0] == tok.bos_token_id else 0
+    if turn is not None:
+        head = max(head, len(encode_text(tok, turn.before)))
+    head = min(head, max_length - 1)
+    return [*ids[:head], *ids[len(ids) - max_length + head :]]
 
 
 def encode_text(tok: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -152,14 +178,32 @@ def decode(tok: PreTrainedTokenizerBase, ids: Sequence[int], **options: Any) -> 
     return cast(str, tok.decode(list(ids), **options))  # a list of texts only for a list of sequences
 
 
+def _turn(tok: PreTrainedTokenizerBase, chat: bool) -> Turn | None:
+    return user_turn(tok) if chat else None
+
+
+def _context(prompt: str, turn: Turn | None) -> str:
+    """The text after which an answer follows, without spaces at its end: tokenizers put them into the answer."""
+    return bare_prompt(prompt if turn is None else turn.before + bare_prompt(prompt) + turn.after)
+
+
+def _within(turn: Turn | None, place: Span) -> Span:
+    """Where a part of a prompt stands in the text with the template around it."""
+    shift = 0 if turn is None else len(turn.before)
+    return place[0] + shift, place[1] + shift
+
+
 def _encode_joined(
-    tok: PreTrainedTokenizerBase, prompt: str, target: str, subject: str | None
+    tok: PreTrainedTokenizerBase, prompt: str, target: str, subject: str | None, turn: Turn | None = None
 ) -> tuple[list[int], list[Span], list[int]]:
     """Ids of the prompt with their spans, and of the answer; see `encode_pair`."""
-    text, answer = bare_prompt(prompt), bare_target(target)
+    text, answer = _context(prompt, turn), bare_target(target)
     if not answer:
         raise RequestError(f"The target {target!r} is blank.")
-    between = separator(prompt, target) + answer
+    if turn is None:
+        between = separator(prompt, target) + answer
+    else:
+        between = (turn.before + bare_prompt(prompt) + turn.after)[len(text) :] + answer
     ids, spans = _encode_with_spans(tok, text + between)
     if getattr(tok, "is_fast", False):
         count = next((i for i, (_, end) in enumerate(spans) if end > len(text)), len(ids))
@@ -168,7 +212,7 @@ def _encode_joined(
         count = next((i for i, (a, b) in enumerate(zip(ids, alone, strict=False)) if a != b), min(len(ids), len(alone)))
     whole = any(start < end for start, end in spans[:count]) and count < len(ids)
     span = find_subject(prompt, subject) if subject and whole else None
-    if whole and (span is None or _tokens_of(tok, ids[:count], spans[:count], span)):
+    if whole and (span is None or _tokens_of(tok, ids[:count], spans[:count], _within(turn, span))):
         return ids[:count], spans[:count], ids[count:]
     return *_encode_with_spans(tok, text), _continuation(tok, between)
 

@@ -53,6 +53,8 @@ class MoEHyperParams:
     Ours: bfloat16."""
     batch_size: int = 50
     """Requests per edit in ``batch_edit``. Papers: 50."""
+    chat: bool = False
+    """Put each prompt into the tokenizer's chat template as the user's turn, for edits and scores. Ours: false."""
     max_length: int = 512
     """Tokens at which a text of the statistics corpus, or an evaluation prompt, is cut. Ours: 512."""
 

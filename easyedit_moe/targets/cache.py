@@ -69,8 +69,11 @@ def cached_targets(
 
 
 def _key(fingerprint: str, weights: str, search: TargetSearch, request: EditRequest) -> dict[str, Any]:
-    kept = {name: value for name, value in asdict(search.settings).items() if name != "batch_size"}
-    found = fact_contexts(search.tok, request, search.prefixes, search.settings.fact_token)
+    settings = search.settings
+    # Without a chat the key is what it was before there were chats, so that what is cached stays.
+    left_out = {"batch_size"} if settings.chat else {"batch_size", "chat"}
+    kept = {name: value for name, value in asdict(settings).items() if name not in left_out}
+    found = fact_contexts(search.tok, request, search.prefixes, settings.fact_token, settings.chat)
     return {
         "fingerprint": fingerprint,
         "weights": weights,

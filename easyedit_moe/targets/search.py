@@ -48,6 +48,7 @@ class TargetSettings:
         early_stop_loss: a request whose loss falls below leaves the batch.
         batch_size: token sequences in one forward.
         fact_token: see `easyedit_moe.facts.tokens.encode_prompt`.
+        chat: prompts are the user's turn in the tokenizer's template.
     """
 
     steps: int
@@ -58,6 +59,7 @@ class TargetSettings:
     early_stop_loss: float
     batch_size: int
     fact_token: str
+    chat: bool = False
 
     @staticmethod
     def of(hparams: SolverHyperParams | UnKEHyperParams) -> TargetSettings:
@@ -65,7 +67,7 @@ class TargetSettings:
         hp = hparams
         return TargetSettings(
             hp.v_num_grad_steps, hp.v_lr, hp.kl_factor, hp.v_weight_decay, hp.clamp_norm_factor, hp.early_stop_loss,
-            hp.target_batch_size, hp.fact_token,
+            hp.target_batch_size, hp.fact_token, hp.chat,
         )  # fmt: skip
 
 
@@ -104,9 +106,9 @@ class TargetVectors:
 
 
 def fact_contexts(
-    tok: PreTrainedTokenizerBase, request: EditRequest, prefixes: Sequence[str], fact_token: str
+    tok: PreTrainedTokenizerBase, request: EditRequest, prefixes: Sequence[str], fact_token: str, chat: bool = False
 ) -> list[FactContext]:
-    """The bare prompt first, then each prefix followed by the prompt."""
+    """The bare prompt first, then each prefix followed by the prompt; with ``chat`` each as the user's turn."""
     contexts = []
     for prefix in ["", *prefixes]:
         if prefix and request.subject is not None and mentions(prefix, request.subject):
@@ -114,8 +116,8 @@ def fact_contexts(
                 f"The context prefix {prefix!r} mentions the subject {request.subject!r}; choose another."
             )
         text, target = prefix + request.prompt, request.target_new
-        prompt = encode_prompt(tok, text, request.subject, fact_token, target)
-        answer = encode_pair(tok, text, target, None if fact_token == "last" else request.subject)[1]
+        prompt = encode_prompt(tok, text, request.subject, fact_token, target, chat)
+        answer = encode_pair(tok, text, target, None if fact_token == "last" else request.subject, chat)[1]
         contexts.append(FactContext(prompt.ids, prompt.fact, tuple(answer)))
     return contexts
 
@@ -201,7 +203,7 @@ class TargetSearch:
         ``receive`` gets the numbers of the chunk's requests and their targets.
         """
         view, tok, settings = self.view, self.tok, self.settings
-        groups = [_rows_of(tok, t, request, self.prefixes, settings.fact_token) for t, request in enumerate(requests)]
+        groups = [_rows_of(tok, t, request, self.prefixes, settings) for t, request in enumerate(requests)]
         check_lengths(view, [len(row.ids) for rows in groups for row in rows])
         results: dict[int, tuple[Tensor, ...]] = {}
         bar = progress_bar(len(groups), "targets", "request", self.progress)
@@ -268,14 +270,15 @@ def _solve_or_none(
 
 
 def _rows_of(
-    tok: PreTrainedTokenizerBase, owner: int, request: EditRequest, prefixes: Sequence[str], fact_token: str
+    tok: PreTrainedTokenizerBase, owner: int, request: EditRequest, prefixes: Sequence[str], settings: TargetSettings
 ) -> list[_Row]:
     rows: list[_Row] = []
-    for context in fact_contexts(tok, request, prefixes, fact_token):
+    for context in fact_contexts(tok, request, prefixes, settings.fact_token, settings.chat):
         end, target = len(context.ids), context.answer
         predict = tuple(range(end - 1, end - 1 + len(target)))
         rows.append(_Row(owner, context.ids + target[:-1], context.fact, predict, target, bare=not rows))
-    kl = encode_prompt(tok, KL_PROMPT.format(request.named_subject), request.subject, fact_token)
+    text = KL_PROMPT.format(request.named_subject)
+    kl = encode_prompt(tok, text, request.subject, settings.fact_token, chat=settings.chat)
     # Tokens behind the fact token can't change what it predicts.
     rows.append(_Row(owner, kl.ids[: kl.fact + 1], kl.fact, (kl.fact,), (), bare=False))
     return rows

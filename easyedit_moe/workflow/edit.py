@@ -97,13 +97,14 @@ def _edited(
 ) -> EditReport:
     """Measure, edit, measure, write; the model is as before if any of it fails."""
     model, net, tok = loaded
-    records = answered(net, tok, screened.records)
+    chat = editor.hparams.chat
+    records = answered(net, tok, screened.records, chat)
     asked = [pair for record in records for pairs in prompts_of(record).values() for pair in pairs]
-    before = ask_all(net, tok, asked, max_new_tokens, editor.progress)
+    before = ask_all(net, tok, asked, max_new_tokens, editor.progress, chat)
     results: list[EditResult] = []
     try:
         _edit_batches(net, tok, editor, screened.requests, results, parent_of(model))
-        after = ask_all(net, tok, asked, max_new_tokens, editor.progress)
+        after = ask_all(net, tok, asked, max_new_tokens, editor.progress, chat)
         whole = chained([result.patch for result in results])
         report = EditReport(
             _fact_reports(records, screened.numbers, editor, before, after, results),

@@ -95,6 +95,7 @@ def evaluate(
     limit: int | None = None,
     loading: Loading | None = None,
     progress: bool = True,
+    chat: bool = False,
 ) -> Evaluation:
     """Scores of records and of tasks, before and after patches; the model is then bit-equal to before.
 
@@ -110,6 +111,7 @@ def evaluate(
         limit: examples per task; all by default.
         loading: how a model is loaded; see `easyedit_moe.workflow.session.loading_options`.
         progress: show progress bars.
+        chat: every prompt of the records is the user's turn in the tokenizer's template, and so are the tasks' prompts.
 
     Raises:
         DataError: nothing to measure, or data, a task or a model that can't be used. PatchError: a file that is no
@@ -118,7 +120,7 @@ def evaluate(
     if data is None and not tasks:
         raise DataError("There is nothing to measure: give a file of records, tasks, or both.")
     found = load_records(data) if data is not None else None
-    runner = harness.Harness(tasks, tasks_dir, limit, progress=progress) if tasks else None
+    runner = harness.Harness(tasks, tasks_dir, limit, progress=progress, chat=chat) if tasks else None
     loaded = read_patches(patches)
     options = loading_options(model, loaded, loading) if isinstance(model, str) else Loading()
     net, tok = load(model, options, progress)
@@ -130,10 +132,11 @@ def evaluate(
         "patch_ids": [patch.id for patch in loaded],
         **_about_records(data, found),
         **_about_tasks(tasks, tasks_dir, limit),
+        **({"chat": True} if chat else {}),
         **(asdict(options) if isinstance(model, str) else {}),
         "versions": versions() | ({"lm_eval": harness.version()} if tasks else {}),
     }
-    return Evaluation(_measures(net, tok, found, runner, loaded), provenance)
+    return Evaluation(_measures(net, tok, found, runner, loaded, chat), provenance)
 
 
 def _measures(
@@ -142,11 +145,12 @@ def _measures(
     found: RecordSet | None,
     runner: harness.Harness | None,
     patches: Sequence[SavedPatch],
+    chat: bool,
 ) -> tuple[Measure, ...]:
-    records = answered(net, tok, found.records) if found is not None else ()
+    records = answered(net, tok, found.records, chat) if found is not None else ()
 
     def scores() -> Scores:
-        out = _record_scores(net, tok, records, found.protocol) if found is not None else {}
+        out = _record_scores(net, tok, records, found.protocol, chat) if found is not None else {}
         return out | (_task_scores(runner, net, tok) if runner is not None else {})
 
     before = scores()
@@ -165,10 +169,12 @@ def _fingerprint(net: nn.Module) -> str:
         return base_fingerprint(net)
 
 
-def _record_scores(net: nn.Module, tok: PreTrainedTokenizerBase, records: Sequence[Any], protocol: str) -> Scores:
-    result = metrics.evaluate(net, tok, records, protocol)
+def _record_scores(
+    net: nn.Module, tok: PreTrainedTokenizerBase, records: Sequence[Any], protocol: str, chat: bool
+) -> Scores:
+    result = metrics.evaluate(net, tok, records, protocol, chat=chat)
     found = {shown: getattr(result, name) for name, shown in SCORES.items()}
-    found["portability"] = portability(net, tok, records)
+    found["portability"] = portability(net, tok, records, chat=chat)
     return {(RECORDS, name): Value(s.mean, s.stderr, s.count) for name, s in found.items() if s.count}
 
 

@@ -78,8 +78,7 @@ def export(
     read = _factored(read_patch(patch))
     folder = _out(patch, to, out)
     check_free(folder)
-    kind = dtype or next(iter(read.dtypes.values()), "float32")
-    layers = layer_factors(read, rank, getattr(torch, kind))
+    layers = layer_factors(read, rank, getattr(torch, dtype) if dtype else None)
     base = ExportBase.of(read, model)
     served = _served(layers, to, form, base, peft_version or version("peft"))
     facts: tuple[ExportedFact, ...] = ()
@@ -87,7 +86,7 @@ def export(
         base.needed("The facts are scored on the model")
         facts = _scored(read, layers, base.name, loading, progress)
     exported = Exported(
-        folder=folder, target=to, checked=served.checked, form=served.form, rank=_rank(layers), dtype=kind,
+        folder=folder, target=to, checked=served.checked, form=served.form, rank=_rank(layers), dtype=_dtype(layers),
         layers=tuple(ExportedLayer(f.layer, len(f.experts), f.exact_rank, f.rank, f.loss) for f in layers),
         facts=facts, slot_bytes=served.slot_bytes, merged_bytes=_merged_bytes(read, layers),
         command=served.command.replace("{adapter}", str(folder)), remarks=_remarks(read, base, SERVERS.get(to)),
@@ -108,6 +107,10 @@ def _served(layers: Sequence[LayerFactors], to: str, form: str, base: ExportBase
         names = [checkpoint_names(base.names, factors.stored) for factors in layers]
     model_class = "AutoModelForCausalLM" if base.names is None else type(base.names.model).__name__
     return for_peft(layers, _rank(layers), base.name, peft_version, form, names, model_class)
+
+
+def _dtype(layers: Sequence[LayerFactors]) -> str:
+    return str(next(iter(layers[0].experts.values()))[0].dtype).removeprefix("torch.")
 
 
 def _rank(layers: Sequence[LayerFactors]) -> int:
@@ -175,10 +178,11 @@ def _scored(
     pairs = [(str(fact["prompt"]), str(fact["target_new"])) for fact in describe(patch)["facts"]]
     if not pairs:
         return ()
+    chat = any(settings.get("chat") for settings in describe(patch)["settings"])
     net, tok = load(model, loading_options(model, [patch], loading), progress)
 
     def scores() -> list[TargetScore]:
-        return score_targets(net, tok, pairs, progress=progress)
+        return score_targets(net, tok, pairs, progress=progress, chat=chat)
 
     found = [scores()]
     with applied(net, tok, [patch]):

@@ -54,13 +54,14 @@ def ask_all(
     asked: Sequence[Asked],
     max_new_tokens: int = MAX_NEW_TOKENS,
     progress: bool = False,
+    chat: bool = False,
 ) -> dict[Asked, Said]:
-    """What the model says, once per prompt and wanted answer; raises what the parts raise."""
+    """What the model says, once per prompt and wanted answer, in a chat or not; raises what the parts raise."""
     pairs = list(dict.fromkeys(asked))
     prompts = list(dict.fromkeys(prompt for prompt, _ in pairs))
-    answers = generate_answers(model, tok, prompts, max_new_tokens, progress=progress)
+    answers = generate_answers(model, tok, prompts, max_new_tokens, chat, progress=progress)
     by_prompt = dict(zip(prompts, answers, strict=True))
-    scores = score_targets(model, tok, pairs, progress=progress)
+    scores = score_targets(model, tok, pairs, progress=progress, chat=chat)
     return {pair: _said(by_prompt[pair[0]].text, score) for pair, score in zip(pairs, scores, strict=True)}
 
 

@@ -12,7 +12,7 @@ from easyedit_moe.errors import DataError, RequestError
 from easyedit_moe.facts.anchors import NO_ANCHOR, SubjectMatcher
 from easyedit_moe.facts.records import EvaluationRecord, FactSet
 from easyedit_moe.facts.requests import EditRequest
-from easyedit_moe.facts.tokens import encode_answer, encode_prompt, encode_text
+from easyedit_moe.facts.tokens import encode_context, encode_pair, encode_prompt
 from easyedit_moe.hparams import MEMoEHyperParams
 
 
@@ -93,12 +93,12 @@ def _matcher(facts: FactSet, editor: Editor, tok: PreTrainedTokenizerBase) -> Su
 def _check(request: EditRequest, editor: Editor, tok: PreTrainedTokenizerBase, matcher: SubjectMatcher | None) -> None:
     """RequestError where an editor would refuse this fact."""
     editor.check_subjects([request])
-    encode_answer(tok, request.prompt, request.target_new)
+    encode_pair(tok, request.prompt, request.target_new, chat=editor.hparams.chat)
     place = getattr(editor.hparams, "fact_token", None)
     if place is not None:
-        encode_prompt(tok, request.prompt, request.subject, place, request.target_new)
+        encode_prompt(tok, request.prompt, request.subject, place, request.target_new, editor.hparams.chat)
     if matcher is not None:
-        last = matcher.anchors(encode_text(tok, request.prompt))[-1]
+        last = matcher.anchors(encode_context(tok, request.prompt, editor.hparams.chat))[-1]
         found = None if last == NO_ANCHOR else matcher.subjects[last]
         if found != request.subject:
             seen = "no subject" if found is None else f"the subject of another fact, {found!r}, as the last one"

@@ -9,7 +9,6 @@ import transformers as hf
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from easyedit_moe.errors import RequestError
-from easyedit_moe.facts.chat import encode_question
 from easyedit_moe.facts.joining import bare_prompt, bare_target, join, separator
 from easyedit_moe.facts.tokens import decode, encode_answer, encode_context, encode_pair, encode_prompt, encode_text
 
@@ -219,8 +218,7 @@ def test_one_beginning_of_text_on_every_path(kind: str, slow: bool) -> None:
         list(encode_prompt(tok, "Ana lives in", "Ana").ids),
         encode_context(tok, "<s>Ana lives in"),
         encode_text(tok, "<s>Ana"),
-        encode_question(tok, "Ana lives in"),
-        encode_question(tok, "Ana lives in", chat=True),
+        encode_context(tok, "Ana lives in", chat=True),
     ]
     assert [ids.count(tok.bos_token_id) for ids in paths] == [1] * len(paths)
     assert {ids[0] for ids in paths} == {tok.bos_token_id}

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import facts, requests, tiny_model, tiny_tokenizer
+from tiny import chat_tokenizer, facts, requests, tiny_model, tiny_tokenizer
 from torch import nn
 
 from easyedit_moe.editors import make_editor
@@ -19,7 +19,7 @@ from easyedit_moe.facts.requests import parse_requests
 from easyedit_moe.hparams import GlobalHyperParams
 from easyedit_moe.moe.fingerprint import model_fingerprint
 from easyedit_moe.moe.layers import MoELayerView
-from easyedit_moe.storage.tensors import read_safetensors, write_safetensors
+from easyedit_moe.storage.tensors import read_metadata, read_safetensors, write_safetensors
 from easyedit_moe.targets import search as targets
 from easyedit_moe.targets.cache import cached_targets, weights_hash
 from easyedit_moe.targets.search import TargetSearch, TargetSettings, TargetVectors
@@ -90,6 +90,7 @@ def test_found_once_and_read_afterwards(cache: Cache) -> None:
 CHANGES = [
     {"layer": 2}, {"prefixes": ["The fox: "]}, {"steps": 4}, {"lr": 0.2}, {"kl_factor": 0.0}, {"weight_decay": 0.0},
     {"clamp_norm_factor": 1.0}, {"early_stop_loss": 0.0}, {"fact_token": "last"}, {"tok": tiny_tokenizer("bos")},
+    {"tok": chat_tokenizer(), "chat": True},
 ]  # fmt: skip
 
 
@@ -105,6 +106,13 @@ def test_every_setting_but_the_batch_size_is_part_of_the_key(cache: Cache) -> No
     cache(model, [fact | {"target_new": "Manila"}])
     cache(model, [fact | {"subject": "Darrieux"}])
     assert cache.found[-2:] == [1, 1]
+
+
+def test_without_a_chat_the_key_is_the_old_one(cache: Cache) -> None:
+    model = tiny_model()
+    cache(model, requests(1))
+    (path,) = cache.files()
+    assert "chat" not in read_metadata(path, CacheError, "")["key"]["settings"]
 
 
 def test_ground_truth_does_not_matter(cache: Cache) -> None:
