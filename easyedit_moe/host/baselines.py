@@ -34,6 +34,7 @@ from easyedit_moe.host.dense_statistics import (
 )
 from easyedit_moe.host.loading import load
 from easyedit_moe.host.padding import name_for_host, padded
+from easyedit_moe.host.templates import host_requests
 from easyedit_moe.measure import Stopwatch
 from easyedit_moe.moe.config import model_config
 from easyedit_moe.moe.fingerprint import model_fingerprint
@@ -167,9 +168,11 @@ class BaselineEditor(Editor):
                 self._fill_caches(model, settings)
                 edited = wrapped or model
                 for group in self._groups(facts):
+                    requests, wrapping = host_requests(tok, group, self.alg_name)
                     edited, _ = apply(
-                        edited, tok, group, settings, copy=False, return_orig_weights=True, keep_original_weight=False
-                    )
+                        edited, wrapping, requests, settings, copy=False, return_orig_weights=True,
+                        keep_original_weight=False,
+                    )  # fmt: skip
         except BaseException as error:
             HostPatch(originals, state).restore(model)
             if isinstance(error, Exception) and not isinstance(error, (HyperParamsError, MemoryError)):
@@ -262,10 +265,9 @@ class BaselineEditor(Editor):
         last = self.hparams.values.get("objective_optimization") == "prompt_last"
         return "left" if self.alg_name == "LoRA" or (self.alg_name == "FT" and not last) else "right"
 
-    def _groups(self, facts: Sequence[EditRequest]) -> list[list[dict[str, Any]]]:
+    def _groups(self, facts: Sequence[EditRequest]) -> list[Sequence[EditRequest]]:
         """ROME takes one request at a time; the others a whole batch."""
-        requests = [vars(fact) | {"case_id": number} for number, fact in enumerate(facts)]
-        return [[request] for request in requests] if self.alg_name == "ROME" else [requests]
+        return [[fact] for fact in facts] if self.alg_name == "ROME" else [facts]
 
 
 @dataclass

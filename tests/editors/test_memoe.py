@@ -321,7 +321,11 @@ def test_bad_requests_and_settings_change_nothing(corpus: Path) -> None:
     fact = requests(1)[0]
     without = {name: value for name, value in fact.items() if name != "subject"}
     inside = fact | {"prompt": "Anabel speaks", "subject": "Ana"}
-    for facts, message in (([without], "subject"), ([inside], "does not occur in the prompt .Anabel speaks. as whole words"), ([], "empty")):
+    for facts, message in (
+        ([without], "subject"),
+        ([inside], "does not occur in the prompt .Anabel speaks. as whole words"),
+        ([], "empty"),
+    ):
         with pytest.raises(RequestError, match=message):
             edit(model, hparams(corpus), facts)
     covered = fact | {"prompt": "Ana met Danielle Darrieux, who speaks", "subject": "Ana"}

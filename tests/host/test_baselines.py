@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from easyedit_methods import settings
 from tiny import TEXTS, assert_same_state, requests, state_of, tiny_model, tiny_tokenizer
 from torch import Tensor, nn
 
@@ -56,18 +57,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     (folder / "corpus.txt").write_text("\n".join(TEXTS), encoding="utf-8")
     return folder
-
-
-def settings(data: Path, method: str, **changes: Any) -> BaselineHyperParams:
-    """The shipped settings for the bundled model, with few steps on few layers of a tiny one."""
-    values = read_yaml(f"{method}/factworld")
-    few = {
-        "layers": [1] if method == "ROME" else [1, 2], "v_num_grad_steps": 3, "v_loss_layer": 3, "num_steps": 3,
-        "lm_head_module": "lm_head", "mom2_dataset": str(data / "corpus.txt"), "stats_dir": str(data / "stats"),
-        "nullspace_threshold": 1e-2, "model_name": "tiny", "batch_size": 10,
-    }  # fmt: skip
-    known = {name: value for name, value in few.items() if name in values}
-    return BaselineHyperParams(method, values | known | changes)
 
 
 def moved(before: dict[str, Any], model: nn.Module) -> set[str]:
