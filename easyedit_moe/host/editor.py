@@ -19,6 +19,7 @@ from easyedit_moe.editors.keywords import check_keywords
 from easyedit_moe.errors import HostError, HyperParamsError
 from easyedit_moe.facts.easyedit_requests import HostRequest, checked_batches
 from easyedit_moe.host.padding import name_for_host, padded
+from easyedit_moe.host.scoring import SCORING_SETTINGS, scoring_settings
 from easyedit_moe.hparams import MoEHyperParams
 from easyedit_moe.moe.loading import load_model
 from easyedit_moe.storage.strict_json import write_json
@@ -35,7 +36,9 @@ class HostEditor(EditCalls, host.BaseEditor):
     """
 
     case_id_per_batch = True
-    options = ("eval_metric", "test_generation", "pre_edit", "pre_file", "metric_kwargs")
+    options = (
+        "eval_metric", "test_generation", "pre_edit", "pre_file", "metric_kwargs", *SCORING_SETTINGS,
+    )  # fmt: skip
     progress = False
 
     def __init__(self, hparams: MoEHyperParams) -> None:
@@ -71,7 +74,15 @@ class HostEditor(EditCalls, host.BaseEditor):
     def scorer(self, **options: Any) -> Scorer:
         """EasyEdit's own metrics; of its options count eval_metric, test_generation, pre_edit, pre_file, metric_kwargs.
 
-        ``pre_edit`` are scores before the edits from an earlier run, ``pre_file`` is where they are written to.
+        ``pre_edit`` are scores before the edits from an earlier run, ``pre_file`` is where they are written to. What
+        EasyEdit's metrics read from the hparams of its own methods are options, too: ``evaluation_type``
+        ("LLM-judge" or "generate-text"), ``api_key`` (of the judge) and ``use_chat_template`` (for what is asked; the
+        edit itself takes the prompts as they are).
+
+        Raises:
+            KeywordError: an evaluation_type that EasyEdit does not have, an api_key without a judge, or a tokenizer
+                without the chat template that is asked for.
+            HostError: a package is missing that the scores need; see `easyedit_moe.host.scoring`.
         """
         return EasyEditScorer(self, **options)
 
@@ -124,8 +135,12 @@ class EasyEditScorer:
         pre_edit: Sequence[Mapping[str, Any]] | None = None,
         pre_file: str | Path | None = None,
         metric_kwargs: Sequence[Any] | None = None,
+        evaluation_type: str | None = None,
+        api_key: str | None = None,
+        use_chat_template: bool = False,
         **without_effect: Any,
     ) -> None:
+        self.settings = scoring_settings(editor.tok, evaluation_type, api_key, use_chat_template)
         self.editor, self.metric_kwargs, self.pre_file = editor, metric_kwargs, pre_file
         self.options = {"eval_metric": eval_metric, "test_generation": test_generation}
         self.known = None if pre_edit is None else [entry["pre"] for entry in pre_edit]
@@ -152,14 +167,20 @@ class EasyEditScorer:
     def entry(self, request: HostRequest, before: Any, after: Any) -> dict[str, Any]:
         """One request's scores, with locality as EasyEdit makes it from those before and after."""
         entry = {"pre": before, **after}
-        host.finalize_locality_metrics(entry, request.record, self.editor.hparams, self.editor.model_name)
+        host.finalize_locality_metrics(entry, request.record, self._hparams(), self.editor.model_name)
         return entry
 
     def _quality(self, request: HostRequest) -> Any:
         e = self.editor
         return host.compute_edit_quality(
-            e.model, e.model_name, e.hparams, e.tok, request.record, e.hparams.device, **self.options
+            e.model, e.model_name, self._hparams(), e.tok, request.record, e.hparams.device, **self.options
         )
+
+    def _hparams(self) -> Any:
+        """The editor's, with the settings of EasyEdit's scores, which ours do not have."""
+        hparams = copying.copy(self.editor.hparams)
+        vars(hparams).update(self.settings)
+        return hparams
 
     def _sentences(self, wanted: Any) -> Any:
         e = self.editor

@@ -1,4 +1,4 @@
-"""Prompts, subjects and targets with braces in EasyEdit's own methods. What takes ``host`` needs a checkout of EasyEdit."""
+"""Braces and the like in the facts of EasyEdit's own methods. What takes ``host`` needs a checkout of EasyEdit."""
 
 from __future__ import annotations
 
