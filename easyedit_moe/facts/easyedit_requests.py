@@ -11,7 +11,6 @@ from typing import Any
 from easyedit_moe.errors import EditingWarning, RequestError
 from easyedit_moe.facts.requests import EditRequest, check_batch, parse_request
 
-
 _SECTIONS = ("locality", "portability")
 
 

@@ -16,12 +16,14 @@ from transformers import PreTrainedTokenizerBase
 from easyedit_moe.editor import EditCalls, Scorer
 from easyedit_moe.editors.base import APPLY_KEYWORDS
 from easyedit_moe.editors.keywords import check_keywords
+from easyedit_moe.editors.remembering import remember, remember_copy, remembered
 from easyedit_moe.errors import HostError, HyperParamsError
 from easyedit_moe.facts.easyedit_requests import HostRequest, checked_batches
 from easyedit_moe.host.padding import name_for_host, padded
-from easyedit_moe.host.scoring import SCORING_SETTINGS, scoring_settings
+from easyedit_moe.host.scoring import SCORING_SETTINGS, check_fluency, scoring_settings
 from easyedit_moe.hparams import MoEHyperParams
 from easyedit_moe.moe.loading import load_model
+from easyedit_moe.patches.weights import WeightPatch
 from easyedit_moe.storage.strict_json import write_json
 
 
@@ -39,7 +41,6 @@ class HostEditor(EditCalls, host.BaseEditor):
     options = (
         "eval_metric", "test_generation", "pre_edit", "pre_file", "metric_kwargs", *SCORING_SETTINGS,
     )  # fmt: skip
-    progress = False
 
     def __init__(self, hparams: MoEHyperParams) -> None:
         """Load the model unless ``hparams.model_name`` is a pair.
@@ -101,16 +102,25 @@ class HostEditor(EditCalls, host.BaseEditor):
         keep_original_weight: bool = False,
         **kwargs: Any,
     ) -> tuple[nn.Module, Any]:
-        """EasyEdit's ``apply_algo``: as ``apply_to_model``, but what was prepared is kept."""
+        """EasyEdit's ``apply_algo``: as ``apply_to_model``, but what was prepared is kept.
+
+        With ``remember_edits`` it goes on from the sequential edits of the other calls until it remembers its own.
+        """
         check_keywords("apply_algo", kwargs, (), APPLY_KEYWORDS)
         (batch,) = checked_batches([requests])
-        self.hparams, kept = hparams, (self.hparams, self.model)
-        self.model = copying.deepcopy(model) if copy else model
+        kept, remembers = (self.hparams, self.model, self.memory), getattr(hparams, "remember_edits", False)
+        self.hparams, self.model = hparams, copying.deepcopy(model) if copy else model
         try:
+            if remembers:
+                remember_copy(model, self.model)
+                self.memory = remembered(self.model, hparams) or self.memory
             result, edited = self._edit(batch), self.model
         finally:
-            self.hparams, self.model = kept
-        return edited, result.patch.weights_copy(edited) if return_orig_weights or keep_original_weight else {}
+            self.hparams, self.model, self.memory = kept
+        wanted = return_orig_weights or keep_original_weight
+        if remembers and isinstance(result.patch, WeightPatch):
+            remember(edited, hparams, result.memory, result.patch)
+        return edited, result.patch.weights_copy(edited) if wanted else {}
 
     def _scope(self) -> AbstractContextManager[Any]:
         return padded(self.tok)
@@ -141,6 +151,8 @@ class EasyEditScorer:
         **without_effect: Any,
     ) -> None:
         self.settings = scoring_settings(editor.tok, evaluation_type, api_key, use_chat_template)
+        if test_generation:
+            check_fluency()
         self.editor, self.metric_kwargs, self.pre_file = editor, metric_kwargs, pre_file
         self.options = {"eval_metric": eval_metric, "test_generation": test_generation}
         self.known = None if pre_edit is None else [entry["pre"] for entry in pre_edit]

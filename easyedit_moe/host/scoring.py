@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from typing import Any
 
@@ -40,3 +41,24 @@ def scoring_settings(
             "tokenizer has none. Set tok.chat_template, or leave it out."
         )
     return found
+
+
+def check_fluency() -> None:
+    """What ``test_generation`` needs to cut texts into words, for their entropy.
+
+    Raises:
+        HostError: nltk is not installed, or its data for sentences is not there; what to install is named.
+    """
+    if importlib.util.find_spec("nltk") is None:
+        raise HostError(
+            "test_generation=True needs nltk, which is not installed: pip install nltk, then python -m nltk.downloader "
+            "punkt_tab"
+        )
+    words: Any = importlib.import_module("nltk").word_tokenize
+    try:
+        words("Two words.")
+    except LookupError as error:
+        data = "punkt_tab" if "punkt_tab" in str(error) else "punkt"
+        raise HostError(
+            f"test_generation=True needs nltk's data {data!r}, which is not there: python -m nltk.downloader {data}"
+        ) from error

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,14 @@ from torch import nn
 
 from easyedit_moe import factworld
 from easyedit_moe.editor import MoEEditor
-from easyedit_moe.errors import EditingWarning, HyperParamsError, KeywordError, RequestError, RidgeTooLargeWarning
+from easyedit_moe.errors import (
+    EditingWarning,
+    HostError,
+    HyperParamsError,
+    KeywordError,
+    RequestError,
+    RidgeTooLargeWarning,
+)
 from easyedit_moe.facts.records import load_records
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.hparams import MoEHyperParams, MoTEHyperParams
@@ -680,4 +688,63 @@ def test_settings_of_scores_that_mean_nothing_are_refused(
     before = state_of(editor.model)
     with pytest.raises(KeywordError, match=message):
         getattr(editor, call)(**LISTS, **given, sequential_edit=True)
+    assert_same_state(before, state_of(editor.model))
+
+
+# ---------------------------------------------------------------- loops, bars, what is missing
+
+
+def test_a_loop_over_apply_algo_remembers(pair: Any) -> None:
+    both = pair(remember_edits=True, metric="identity")
+    editor, own = both.host, both.own
+    for number, fact in enumerate(FACTS):
+        _, weights = editor.apply_algo(editor.model, editor.tok, [fact], editor.hparams, return_orig_weights=True)
+        if number == 1:  # a trial
+            for name, original in weights.items():
+                editor.model.get_parameter(name).data.copy_(original)
+    kept = [FACTS[0], *FACTS[2:]]
+    own.edit(None, None, requests=kept, sequential_edit=True, verbose=False)
+    assert_same_state(state_of(own.model), state_of(editor.model))
+
+
+@pytest.mark.parametrize("home", ["host", "own"])
+@pytest.mark.parametrize("verbose", [True, False])
+def test_bars_obey_verbose(verbose: bool, home: str, pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from easyedit_moe.targets import search
+
+    shown: list[bool] = []
+    original = search.progress_bar
+
+    def recording(*args: Any, **kwargs: Any) -> Any:
+        bar = original(*args, **kwargs)
+        shown.append(kwargs.get("shown", args[3] if len(args) > 3 else True))
+        return bar
+
+    monkeypatch.setattr(search, "progress_bar", recording)
+    editor = getattr(pair(), home)
+    editor.edit(PROMPTS[0], TARGETS[0], subject=SUBJECTS[0], verbose=verbose)
+    assert shown
+    assert set(shown) == {verbose}
+    shown.clear()
+    editor.normal_edit(PROMPTS[:1], TARGETS[:1], subject=SUBJECTS[:1])
+    assert set(shown) == {True}
+
+
+@pytest.mark.parametrize("call", ["edit", "batch_edit", "edit_requests"])
+@pytest.mark.parametrize("missing", ["nltk", "punkt_tab", "punkt"])
+def test_test_generation_names_what_is_missing(
+    missing: str, call: str, pair: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def word_tokenize(text: str) -> list[str]:
+        raise LookupError(f"Resource {missing} not found. >>> nltk.download('{missing}')")
+
+    nltk = SimpleNamespace(word_tokenize=word_tokenize, __spec__=SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "nltk", None if missing == "nltk" else nltk)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if missing == "nltk" else name)
+    editor = pair(batch_size=4).host
+    before = state_of(editor.model)
+    given = {"requests": FACTS} if call == "edit_requests" else LISTS
+    wanted = "pip install nltk.*punkt_tab" if missing == "nltk" else f"python -m nltk.downloader {missing}$"
+    with pytest.raises(HostError, match=f"test_generation=True needs nltk.*{wanted}"):
+        getattr(editor, call)(**given, test_generation=True, sequential_edit=True)
     assert_same_state(before, state_of(editor.model))
