@@ -197,7 +197,7 @@ class BaselineEditor(Editor):
     def _apply(
         self, edited: Any, model: nn.Module, tok: PreTrainedTokenizerBase, facts: list[EditRequest], settings: Any
     ) -> Any:
-        """EasyEdit's own call, for each group; what it returns last. WISE's wrapper knows no other edit than its own."""
+        """EasyEdit's own call for each group; what it returns last. WISE wants the model, never its own wrapper."""
         apply = importlib.import_module("easyeditor.util.alg_dict").ALG_DICT[self.alg_name]
         options = {"copy": False, "return_orig_weights": True, "keep_original_weight": False}
         for group in self._groups(facts):
