@@ -185,7 +185,6 @@ class BaselineEditor(Editor):
             parameter.grad = None
         self._wrapped = edited
         if self.alg_name == "WISE":
-            wise.finish(model, self.hparams)
             flags.put_back_flags()
         elif edited is model:
             state.put_back(model)
@@ -203,6 +202,8 @@ class BaselineEditor(Editor):
         for group in self._groups(facts):
             requests, wrapping = self._requests(tok, group)
             edited, _ = apply(model if self.alg_name == "WISE" else edited, wrapping, requests, settings, **options)
+        if self.alg_name == "WISE":
+            wise.finish(model, self.hparams)
         return edited
 
     def _follow(self, model: nn.Module) -> None:

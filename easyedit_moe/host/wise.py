@@ -127,9 +127,7 @@ def finish(model: nn.Module, hparams: BaselineHyperParams) -> None:
     for name in ("new_weight_layer_output", "original_layer_output"):
         vars(module).pop(name, None)
     module.new_weight.requires_grad_(False)
-    for weight in module.memory_weight:
-        weight.requires_grad_(False)
-        weight.grad = None
+    module.memory_weight = [weight.detach() for weight in module.memory_weight]
     if "masks" not in vars(module):
         module.masks = _Masks()
         decoder_stack(model)  # refuses what is no decoder before a hook is left on it
