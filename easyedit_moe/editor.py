@@ -7,8 +7,8 @@ import inspect
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.editors import Editor, EditResult, Patch, make_editor
 from easyedit_moe.editors.keywords import check_keywords
-from easyedit_moe.errors import PatchError, RequestError
+from easyedit_moe.errors import KeywordError, PatchError, RequestError
 from easyedit_moe.evaluation.answers import AnswerScorer
 from easyedit_moe.evaluation.scoring import TargetScore, score_targets
 from easyedit_moe.facts.easyedit_requests import HostRequest, checked_batches, prompts_of, requests_from_columns
@@ -72,11 +72,24 @@ def _with_columns(run: Callable[..., Any]) -> Callable[..., Any]:
         **options: Any,
     ) -> Any:
         self._check_keywords(run.__name__, options)
-        made = requests or requests_from_columns(
-            prompts, target_new, ground_truth, target_neg, rephrase_prompts, locality_inputs, portability_inputs,
-            subject,
-        )  # fmt: skip
-        return run(self, made, sequential_edit, verbose, **options)
+        columns: dict[str, Any] = {
+            "prompts": prompts, "target_new": target_new, "ground_truth": ground_truth, "target_neg": target_neg,
+            "rephrase_prompts": rephrase_prompts, "locality_inputs": locality_inputs,
+            "portability_inputs": portability_inputs, "subject": subject,
+        }  # fmt: skip
+        if requests is None:
+            return run(self, requests_from_columns(**columns), sequential_edit, verbose, **options)
+        ignored = [
+            name
+            for name, value in columns.items()
+            if value is not None and (not hasattr(value, "__len__") or len(value))
+        ]
+        if ignored:
+            raise KeywordError(
+                f"{run.__name__} takes the facts as requests= or as lists, not both; besides requests= there is "
+                f"{', '.join(ignored)}."
+            )
+        return run(self, requests, sequential_edit, verbose, **options)
 
     del call.__wrapped__  # its signature is the one above
     return call
@@ -103,7 +116,7 @@ class EditCalls(ABC):
     """Further keywords of the calls, which `scorer` is given."""
 
     progress = True
-    """Whether editors show progress bars."""
+    """Whether editors show progress bars, unless ``verbose=False``."""
 
     hparams: MoEHyperParams
     model: nn.Module
@@ -125,12 +138,13 @@ class EditCalls(ABC):
         Arguments and results are EasyEdit's: metrics per request with "pre" and "post" (``rewrite_acc``,
         ``rephrase_acc``, ``locality`` -> ``<key>_acc``, ``portability`` -> ``<key>_acc``), the model, and the original
         tensors that the last edit changed. A text and a list of one text are the same. ``target_neg`` is carried along
-        and unused. ``requests`` may be given instead of lists.
+        and unused. ``requests`` may be given instead of lists. Locality and portability may be empty, in whole or
+        in a group or for one request: nothing is asked there.
 
         Raises:
             RequestError: missing subjects where the method uses them, lists of different lengths, or requests that
                 can't be used.
-            KeywordError: an unknown keyword, or one of EasyEdit's that would be ignored.
+            KeywordError: an unknown keyword, or one of EasyEdit's that would be ignored; ``requests`` besides lists.
         """
         return self.edit_requests(requests, sequential, verbose, **options)
 
@@ -198,10 +212,11 @@ class EditCalls(ABC):
         measure_first: bool = False,
     ) -> Results:
         checked = checked_batches(batches)
-        self._current_editor().check_subjects([request.fact for batch in checked for request in batch])
+        editor = self._current_editor()
+        editor.check_subjects([request.fact for batch in checked for request in batch])
         metrics: list[dict[str, Any]] = []
         weights: dict[str, Tensor] = {}
-        with self._scope():
+        with self._scope(), _bars_of(editor, editor.progress and verbose):
             before = [scorer.before(batch) for batch in checked] if measure_first else []
             if measure_first:
                 scorer.measured([value for values in before for value in values])
@@ -259,6 +274,15 @@ class EditCalls(ABC):
     def _finished(self, metrics: list[dict[str, Any]]) -> None:
         """Called with all results of a run over single edits."""
         logger.info("%d requests were edited one by one.", len(metrics))
+
+
+@contextmanager
+def _bars_of(editor: Editor, shown: bool) -> Iterator[None]:
+    before, editor.progress = editor.progress, shown
+    try:
+        yield
+    finally:
+        editor.progress = before
 
 
 def _same_settings(one: Any, other: MoEHyperParams) -> bool:

@@ -517,8 +517,9 @@ def test_no_keyword_is_ignored(call: str, make: Any) -> None:
         "copy": (True, "copy=True: the model is edited in place"),
         "test_generation": (True, "EasyEdit's own scores"),
         "loc_prompts": (["a"], "WISE"),
-        "evaluation_type": ("LLM-judge", "has no such setting"),
-        "use_chat_template": (True, "has no such setting"),
+        "evaluation_type": ("LLM-judge", "EasyEdit's own scores.*generate_edit"),
+        "api_key": ("x", "EasyEdit's own scores.*LLM-judge"),
+        "use_chat_template": (True, "EasyEdit's own scores"),
     }
     if call != "edit_requests":
         wrong["rephrase_prompt"] = (PROMPTS, "Did you mean 'rephrase_prompts'")
@@ -553,3 +554,48 @@ def test_apply_to_model_has_no_other_keywords(data: Path) -> None:
         with pytest.raises(KeywordError, match=message):
             editor_class("Global").apply_to_model(model, TOK, FACTS[:1], hp, **{name: "x"})
     assert_same_state(before, state_of(model))
+
+
+# ---------------------------------------------------------------- empty groups, requests beside lists
+
+
+EMPTY = [
+    {},
+    {"near": {}},
+    {"near": {"prompt": [], "ground_truth": []}},
+    {"near": {"prompt": (), "ground_truth": None}},
+    {"near": {"prompt": [[]] * 4, "ground_truth": [[]] * 4}},
+    {"near": {"prompt": [None] * 4, "ground_truth": [None] * 4}},
+]
+
+
+@pytest.mark.parametrize("call", ["edit", "batch_edit"])
+@pytest.mark.parametrize("empty", EMPTY, ids=str)
+def test_empty_groups_ask_nothing(empty: dict[str, Any], call: str, make: Any) -> None:
+    given = {"locality_inputs": empty, "portability_inputs": empty, "verbose": False}
+    metrics, _, _ = getattr(make(), call)(**LISTS, **given)
+    plain, _, _ = getattr(make(), call)(**LISTS, verbose=False)
+    for entry, other in zip(metrics, plain, strict=True):
+        assert (entry["pre"], entry["post"]) == (other["pre"], other["post"])
+        assert entry["requested_rewrite"] == other["requested_rewrite"]
+
+
+@pytest.mark.parametrize("empty", [None, *EMPTY[:4]], ids=str)
+def test_empty_groups_of_request_dicts(empty: Any, make: Any) -> None:
+    metrics, _, _ = make().edit_requests([FACTS[0] | {"locality": empty, "portability": empty}], verbose=False)
+    assert metrics[0]["requested_rewrite"]["locality"] == metrics[0]["post"]["locality"] == {}
+    with pytest.raises(RequestError, match="Request 0: 'locality' must be a dict"):
+        make().edit_requests([FACTS[0] | {"locality": ["Rome"]}])
+
+
+@pytest.mark.parametrize("call", ["edit", "batch_edit", "generate_edit"])
+@pytest.mark.parametrize("name", ["prompts", "target_new", "subject", "locality_inputs"])
+def test_requests_beside_lists_are_refused(name: str, call: str, make: Any) -> None:
+    editor = make()
+    before = state_of(editor.model)
+    value = {"near": {"prompt": PROMPTS, "ground_truth": TARGETS}} if name == "locality_inputs" else PROMPTS
+    with pytest.raises(KeywordError, match=f"{call} takes the facts as requests= or as lists.*there is {name}"):
+        getattr(editor, call)(**{name: value}, requests=FACTS[:1])
+    with pytest.raises(RequestError, match="nothing to edit"):
+        getattr(editor, call)(requests=[])
+    assert_same_state(before, state_of(editor.model))

@@ -15,10 +15,12 @@ from transformers import PreTrainedTokenizerBase
 from easyedit_moe.editors.diagnosis import EditDiagnosis, warnings_of
 from easyedit_moe.editors.keywords import check_keywords
 from easyedit_moe.editors.planner import MemoryPlan, Workload
+from easyedit_moe.editors.remembering import remember, remember_copy, remembered
 from easyedit_moe.errors import HyperParamsError, RequestError
 from easyedit_moe.facts.requests import EditRequest, check_batch, parse_requests
 from easyedit_moe.hparams import MoEHyperParams, hyperparams_class, presets
 from easyedit_moe.moe.layers import MoELayerView
+from easyedit_moe.patches.weights import WeightPatch
 
 APPLY_KEYWORDS = ("model", "tok", "requests", "hparams", "copy", "return_orig_weights", "keep_original_weight")
 """What EasyEdit's ``apply_algo`` is called with."""
@@ -262,15 +264,21 @@ class Editor(ABC):
         """EasyEdit's interface: the edited model, and full original tensors by full parameter name.
 
         ``requests`` are EasyEdit's dicts (or ROME's, or `EditRequest` values). ``copy`` edits a deep copy instead of
-        ``model``. Other keywords that EasyEdit passes (``train_ds``, ``cache_template``) may have their defaults.
+        ``model``. With ``remember_edits`` a loop over calls on one model remembers those whose weights are still in it,
+        as sequential editing does; those that were put back do not count. Other keywords that EasyEdit passes
+        (``train_ds``, ``cache_template``) may have their defaults.
 
         Raises:
             KeywordError: any other keyword, or one of EasyEdit's that would be ignored. Further errors are `edit`'s.
         """
         check_keywords("apply_to_model", kwargs, (), APPLY_KEYWORDS)
         facts = parse_requests(requests)
+        original, keeps = model, getattr(hparams, "remember_edits", False)
         if copy:
             model = copying.deepcopy(model)
-        result = cls(hparams).edit(model, tok, facts)
+            remember_copy(original, model)
+        result = cls(hparams).edit(model, tok, facts, remembered(model, hparams) if keeps else None)
         wanted = return_orig_weights or keep_original_weight
+        if keeps and isinstance(result.patch, WeightPatch):
+            remember(model, hparams, result.memory, result.patch)
         return model, result.patch.weights_copy(model) if wanted else {}

@@ -8,7 +8,6 @@ from typing import Any
 from easyedit_moe.errors import KeywordError, did_you_mean
 
 _SCORES = "it is of EasyEdit's own scores, which edit of an editor by EasyEdit's BaseEditor.from_hparams reports"
-_SETTING = "EasyEdit reads it from the hparams of its own methods, and this method has no such setting"
 
 WITHOUT_EFFECT: Mapping[str, str] = {
     "keep_original_weight": "the original tensors are returned in any case",
@@ -26,9 +25,9 @@ REASONS: Mapping[str, tuple[Any, str]] = {
     "train_ds": (None, "it holds the demonstrations of EasyEdit's IKE"),
     "loc_prompts": (None, "it is of EasyEdit's WISE: give texts to be scored as locality_inputs"),
     "cache_template": (None, "target vectors are cached in the folder target_cache_dir of the hparams"),
-    "evaluation_type": (None, f"{_SETTING}: call generate_edit for answers"),
-    "api_key": (None, f"{_SETTING}: answers are not judged by a served model"),
-    "use_chat_template": (False, f"{_SETTING}: apply the tokenizer's template to the prompts"),
+    "evaluation_type": (None, f"{_SCORES}; generate_edit reports answers"),
+    "api_key": (None, f"{_SCORES}, where evaluation_type='LLM-judge' has a served model judge answers"),
+    "use_chat_template": (False, _SCORES),
 }
 """Keywords of EasyEdit that are taken with the value they have by default, and why not with others."""
 

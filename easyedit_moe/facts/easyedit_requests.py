@@ -11,6 +11,8 @@ from typing import Any
 from easyedit_moe.errors import EditingWarning, RequestError
 from easyedit_moe.facts.requests import EditRequest, check_batch, parse_request
 
+_SECTIONS = ("locality", "portability")
+
 
 def requests_from_columns(
     prompts: str | Sequence[str] | None,
@@ -24,7 +26,8 @@ def requests_from_columns(
 ) -> list[dict[str, Any]]:
     """EasyEdit's request dicts from the parallel lists of its ``edit`` and ``batch_edit``; a text is a list of one.
 
-    ``subject`` may be None for methods that do not use it.
+    ``subject`` may be None for methods that do not use it. Groups of locality and portability may be empty: {}, or
+    lists of length 0.
 
     Raises:
         RequestError: lists of different lengths, or inputs that lack 'prompt' or 'ground_truth'.
@@ -39,6 +42,8 @@ def requests_from_columns(
                 request[name] = value
     for section, inputs in (("locality", locality_inputs), ("portability", portability_inputs)):
         for key, value in (inputs or {}).items():
+            if _is_empty(value):
+                continue
             name = f"{section}_inputs[{key!r}]"
             value = _prompt_and_answer(name, value)
             listed, answers = _column(name, value["prompt"], count), _column(name, value["ground_truth"], count)
@@ -94,11 +99,26 @@ def _host_request(number: int, record: Mapping[str, Any] | EditRequest) -> HostR
     given = dict(record) if isinstance(record, Mapping) else {}
     try:
         fact = parse_request(record)
-        request = {"locality": {}, "portability": {}, **given, **vars(fact)}
+        request = {**given, **vars(fact), **{name: _groups(name, given.get(name)) for name in _SECTIONS}}
         prompts_of(request)
     except RequestError as error:
         raise RequestError(f"Request {number}: {error}") from error
     return HostRequest(fact, request)
+
+
+def _groups(section: str, given: Any) -> dict[str, Any]:
+    """A request's locality or portability without groups in which nothing is asked, at which EasyEdit fails."""
+    if given is not None and not isinstance(given, Mapping):
+        raise RequestError(f"{section!r} must be a dict of groups; found {given!r:.80}.")
+    return {key: value for key, value in (given or {}).items() if not _is_empty(value)}
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether a group asks nothing: {}, or neither prompts nor answers in it."""
+    if not isinstance(value, Mapping):
+        return False
+    unknown = value.keys() - {"prompt", "ground_truth"}
+    return not unknown and all(text is None or (not isinstance(text, str) and not len(text)) for text in value.values())
 
 
 def prompts_of(request: Mapping[str, Any]) -> list[tuple[tuple[str, ...], str, str]]:
@@ -106,7 +126,7 @@ def prompts_of(request: Mapping[str, Any]) -> list[tuple[tuple[str, ...], str, s
     asked: list[tuple[tuple[str, ...], str, str]] = [(("rewrite",), request["prompt"], request["target_new"])]
     if request.get("rephrase_prompt"):
         asked.append((("rephrase",), request["rephrase_prompt"], request["target_new"]))
-    for section in ("locality", "portability"):
+    for section in _SECTIONS:
         for key, value in (request.get(section) or {}).items():
             value = _prompt_and_answer(f"{section}[{key!r}]", value)
             prompts, answers = _as_list(value["prompt"]), _as_list(value["ground_truth"])

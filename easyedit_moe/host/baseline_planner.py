@@ -13,10 +13,13 @@ from easyedit_moe.editors.training_planner import PROMPT_TOKENS, TARGET_TOKENS
 from easyedit_moe.errors import LayerError
 from easyedit_moe.host.baseline_hparams import BaselineHyperParams
 from easyedit_moe.host.dense_statistics import module_of
+from easyedit_moe.host.wise import check_site
 from easyedit_moe.moe.layers import decoder_stack
 
 TEMPLATES = 21
 """Sequences in which EasyEdit's ROME, MEMIT and AlphaEdit ask one request: sampled contexts and the bare prompt."""
+WISE_TEMPLATES = 11
+"""Sequences in which EasyEdit's WISE trains one request, besides the unrelated text."""
 CORPUS_TOKENS = 512
 """Tokens at which a text of the statistics corpus is cut."""
 
@@ -28,12 +31,15 @@ def needs_statistics(hparams: BaselineHyperParams) -> bool:
 
 
 def edited_parameters(model: nn.Module, hparams: BaselineHyperParams) -> dict[str, nn.Parameter]:
-    """The parameters that a method writes, by full name; none for LoRA, which adds its own.
+    """The parameters that a method writes, by full name; none for LoRA and WISE, which add their own.
 
     Raises:
         LayerError: there is no such parameter, or it belongs to no linear module.
     """
-    template, layers = hparams.values.get("rewrite_module_tmp"), hparams.values["layers"]
+    if hparams.values["alg_name"] == "WISE":
+        check_site(model, hparams)
+        return {}
+    template, layers = hparams.values.get("rewrite_module_tmp"), hparams.layers
     known = dict(model.named_parameters())
     if template is None:
         return {}
@@ -62,13 +68,15 @@ def plan_baseline(hparams: BaselineHyperParams, model: nn.Module, workload: Work
         LayerError: a site that the model lacks. HyperParamsError: a budget that is not positive.
     """
     hparams = hparams.named_for(decoder_stack(model)[1])
-    shapes, layers = outline_of(model), tuple(hparams.values["layers"])
+    shapes, layers = outline_of(model), hparams.layers
     asked = int(hparams.values.get("batch_size", 1)) if workload.edits is None else workload.edits
     name = hparams.values["alg_name"]
     if name == "LoRA":
         stages, settings = _lora_stages(hparams, model, shapes, asked)
     elif name == "FT":
         stages, settings = _ft_stages(hparams, model, shapes, asked)
+    elif name == "WISE":
+        stages, settings = _wise_stages(hparams, model, shapes, asked), {"templates": WISE_TEMPLATES}
     else:
         stages, settings = _solving_stages(hparams, model, shapes, asked), {"templates": TEMPLATES}
     return MemoryPlan(shapes, layers, asked, tuple(stages), settings, workload.checked_budget())
@@ -113,6 +121,17 @@ def _ft_stages(
     note = f"{numbers:,} trainable numbers, {3 * held / 1e9:.3f} GB with optimiser state"
     stages = [Stage("train", 2 * held, working, note), Stage("write", held, 0, "EasyEdit's deltas")]
     return stages, {"batch_size": batch}
+
+
+def _wise_stages(hparams: BaselineHyperParams, model: nn.Module, shapes: Shapes, edits: int) -> list[Stage]:
+    site = check_site(model, hparams).weight
+    held = site.numel() * site.element_size()
+    kept = 2 + edits // int(hparams.values["save_freq"])  # a copy of the site, new weights, and those put away
+    sequences = WISE_TEMPLATES + 1
+    # A gradient, its mask in int64, and the copy by which a batch is taken back.
+    working = held + 8 * site.numel() + (kept + 1) * held + _with_gradient(shapes, sequences, min(hparams.layers))
+    note = f"{site.numel():,} trainable numbers, one request in {WISE_TEMPLATES} contexts"
+    return [Stage("train", kept * held, working, note)]
 
 
 def _lora_stages(

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import io
 import logging
+import random
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -23,6 +25,7 @@ from easyedit_moe.editors.training_diagnosis import diagnose_host
 from easyedit_moe.errors import HostError, HyperParamsError, PatchError
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.facts.tokens import encode_text
+from easyedit_moe.host import wise
 from easyedit_moe.host.baseline_hparams import CLASSES, BaselineHyperParams
 from easyedit_moe.host.baseline_planner import CORPUS_TOKENS, edited_parameters, needs_statistics, plan_baseline
 from easyedit_moe.host.caches import HostCaches
@@ -34,6 +37,8 @@ from easyedit_moe.host.dense_statistics import (
 )
 from easyedit_moe.host.loading import load
 from easyedit_moe.host.padding import name_for_host, padded
+from easyedit_moe.host.templates import host_requests
+from easyedit_moe.host.wise import State
 from easyedit_moe.measure import Stopwatch
 from easyedit_moe.moe.config import model_config
 from easyedit_moe.moe.fingerprint import model_fingerprint
@@ -53,11 +58,11 @@ SEED = 42
 class HostPatch:
     """What one of EasyEdit's methods did: full original tensors by name, and, if it left more behind, what was there.
 
-    Its flags and hooks are taken off after each edit; only LoRA's adapters stay until they are undone.
+    Its flags and hooks are taken off after each edit; LoRA's adapters and WISE's module stay until they are undone.
     """
 
     originals: dict[str, Tensor]
-    state: _ModelState | None = None
+    state: State | None = None
     reports: list[Any] = field(default_factory=list)
     parent: str | None = None
     warnings: list[str] = field(default_factory=list)
@@ -124,6 +129,7 @@ class BaselineEditor(Editor):
         self._caches = HostCaches()
         self._prepared: tuple[str, dict[str, Any]] | None = None
         self._wrapped: Any = None
+        self._asked = 0
 
     @classmethod
     def plan_for(cls, hparams: BaselineHyperParams, model: nn.Module, workload: Workload) -> MemoryPlan:
@@ -152,24 +158,24 @@ class BaselineEditor(Editor):
         self._follow(model)
         watch = Stopwatch()
         sites = self._sites(model)
-        state = _ModelState.of(model)
+        flags = _ModelState.of(model)
+        state: State = flags
+        if self.alg_name == "WISE":
+            state = wise.WiseState.of(model, self.hparams, state)
         with watch.stage("statistics"):
             label, files = self._prepare(model, tok)
             device = str(next(model.parameters()).device)
             settings = self._settings(**files, model_name=name_for_host(model), device=device)
+            if self.alg_name == "WISE":
+                wise.begin(model, self.hparams, settings)
         wrapped = self._wrapped if hasattr(model, "peft_config") else None
         if wrapped is not None:  # LoRA goes on with the adapter of the batch before
             sites = [name for name, _ in model.named_parameters() if ".lora_" in name]
         originals = {name: model.get_parameter(name).detach().clone() for name in sites}
-        apply = importlib.import_module("easyeditor.util.alg_dict").ALG_DICT[self.alg_name]
         try:
             with watch.stage("solve"), self._caches.installed(), _scope(model, tok, label, self._padding_side()):
                 self._fill_caches(model, settings)
-                edited = wrapped or model
-                for group in self._groups(facts):
-                    edited, _ = apply(
-                        edited, tok, group, settings, copy=False, return_orig_weights=True, keep_original_weight=False
-                    )
+                edited = self._apply(wrapped or model, model, tok, facts, settings)
         except BaseException as error:
             HostPatch(originals, state).restore(model)
             if isinstance(error, Exception) and not isinstance(error, (HyperParamsError, MemoryError)):
@@ -178,12 +184,27 @@ class BaselineEditor(Editor):
         for parameter in model.parameters():
             parameter.grad = None
         self._wrapped = edited
-        if edited is model:
+        if self.alg_name == "WISE":
+            flags.put_back_flags()
+        elif edited is model:
             state.put_back(model)
         with watch.stage("diagnose"):
             diagnosis = diagnose_host(self.method, facts, model, originals)
         patch = HostPatch(originals) if edited is model else HostPatch(originals, state)
         return EditResult(patch, watch.seconds, diagnosis=diagnosis)
+
+    def _apply(
+        self, edited: Any, model: nn.Module, tok: PreTrainedTokenizerBase, facts: list[EditRequest], settings: Any
+    ) -> Any:
+        """EasyEdit's own call for each group; what it returns last. WISE wants the model, never its own wrapper."""
+        apply = importlib.import_module("easyeditor.util.alg_dict").ALG_DICT[self.alg_name]
+        options = {"copy": False, "return_orig_weights": True, "keep_original_weight": False}
+        for group in self._groups(facts):
+            requests, wrapping = self._requests(tok, group)
+            edited, _ = apply(model if self.alg_name == "WISE" else edited, wrapping, requests, settings, **options)
+        if self.alg_name == "WISE":
+            wise.finish(model, self.hparams)
+        return edited
 
     def _follow(self, model: nn.Module) -> None:
         """Caches and statistics of another model are not used on this one."""
@@ -260,12 +281,21 @@ class BaselineEditor(Editor):
     def _padding_side(self) -> str:
         """The side that the method's arithmetic assumes; padding elsewhere, it would train on the wrong tokens."""
         last = self.hparams.values.get("objective_optimization") == "prompt_last"
-        return "left" if self.alg_name == "LoRA" or (self.alg_name == "FT" and not last) else "right"
+        return "left" if self.alg_name in ("LoRA", "WISE") or (self.alg_name == "FT" and not last) else "right"
 
-    def _groups(self, facts: Sequence[EditRequest]) -> list[list[dict[str, Any]]]:
-        """ROME takes one request at a time; the others a whole batch."""
-        requests = [vars(fact) | {"case_id": number} for number, fact in enumerate(facts)]
-        return [[request] for request in requests] if self.alg_name == "ROME" else [requests]
+    def _groups(self, facts: Sequence[EditRequest]) -> list[Sequence[EditRequest]]:
+        """ROME and WISE take one request at a time; the others a whole batch."""
+        return [[fact] for fact in facts] if self.alg_name in ("ROME", "WISE") else [facts]
+
+    def _requests(
+        self, tok: PreTrainedTokenizerBase, facts: Sequence[EditRequest]
+    ) -> tuple[list[dict[str, Any]], PreTrainedTokenizerBase]:
+        requests, wrapping = host_requests(tok, facts, self.alg_name)
+        if self.alg_name == "WISE":
+            for request in requests:
+                request["loc_prompt"] = wise.unrelated_text(tok, self._asked, request["prompt"], request["target_new"])
+                self._asked += 1
+        return requests, wrapping
 
 
 @dataclass
@@ -300,6 +330,9 @@ class _ModelState:
                 attributes[name].update(content)
         if self.use_cache is not None:
             model_config(model).use_cache = self.use_cache
+        self.put_back_flags()
+
+    def put_back_flags(self) -> None:
         for parameter, flag in self.requires_grad:
             parameter.requires_grad_(flag)
             parameter.grad = None
@@ -313,11 +346,15 @@ def _scope(model: nn.Module, tok: PreTrainedTokenizerBase, label: str, padding_s
     config._name_or_path = label
     tok.padding_side = padding_side
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    said = io.StringIO()
+    said, states = io.StringIO(), (random.getstate(), numpy.random.get_state())
     try:
         with padded(tok), torch.random.fork_rng(devices), contextlib.redirect_stdout(said):
             torch.manual_seed(SEED)
+            random.seed(SEED)
+            numpy.random.seed(SEED)
             yield
     finally:
+        random.setstate(states[0])
+        numpy.random.set_state(states[1])
         config._name_or_path, tok.padding_side = name, side
         logger.debug("EasyEdit printed:\n%s", said.getvalue())

@@ -16,6 +16,8 @@ INITIAL: dict[str, Any] = {
     "inv_mom2_cache": {},
     "P_loaded": False,
     "cache_c_new": False,
+    "edit_history": [],
+    "merge_group_edit_history": [],
 }
 """Caches by name, in whichever of EasyEdit's modules they occur, as they are after import."""
 UNSET = ("P", "cache_c")

@@ -113,6 +113,7 @@ def _host_groups(groups: Sequence[ProbeGroup]) -> dict[str, dict[str, list[str]]
             "ground_truth": [probe.answers[0] for probe in group.probes],
         }
         for group in groups
+        if group.probes
     }
 
 

@@ -16,11 +16,14 @@ from transformers import PreTrainedTokenizerBase
 from easyedit_moe.editor import EditCalls, Scorer
 from easyedit_moe.editors.base import APPLY_KEYWORDS
 from easyedit_moe.editors.keywords import check_keywords
+from easyedit_moe.editors.remembering import remember, remember_copy, remembered
 from easyedit_moe.errors import HostError, HyperParamsError
 from easyedit_moe.facts.easyedit_requests import HostRequest, checked_batches
 from easyedit_moe.host.padding import name_for_host, padded
+from easyedit_moe.host.scoring import SCORING_SETTINGS, check_fluency, scoring_settings
 from easyedit_moe.hparams import MoEHyperParams
 from easyedit_moe.moe.loading import load_model
+from easyedit_moe.patches.weights import WeightPatch
 from easyedit_moe.storage.strict_json import write_json
 
 
@@ -35,8 +38,9 @@ class HostEditor(EditCalls, host.BaseEditor):
     """
 
     case_id_per_batch = True
-    options = ("eval_metric", "test_generation", "pre_edit", "pre_file", "metric_kwargs")
-    progress = False
+    options = (
+        "eval_metric", "test_generation", "pre_edit", "pre_file", "metric_kwargs", *SCORING_SETTINGS,
+    )  # fmt: skip
 
     def __init__(self, hparams: MoEHyperParams) -> None:
         """Load the model unless ``hparams.model_name`` is a pair.
@@ -71,7 +75,15 @@ class HostEditor(EditCalls, host.BaseEditor):
     def scorer(self, **options: Any) -> Scorer:
         """EasyEdit's own metrics; of its options count eval_metric, test_generation, pre_edit, pre_file, metric_kwargs.
 
-        ``pre_edit`` are scores before the edits from an earlier run, ``pre_file`` is where they are written to.
+        ``pre_edit`` are scores before the edits from an earlier run, ``pre_file`` is where they are written to. What
+        EasyEdit's metrics read from the hparams of its own methods are options, too: ``evaluation_type``
+        ("LLM-judge" or "generate-text"), ``api_key`` (of the judge) and ``use_chat_template`` (for what is asked; the
+        edit itself takes the prompts as they are).
+
+        Raises:
+            KeywordError: an evaluation_type that EasyEdit does not have, an api_key without a judge, or a tokenizer
+                without the chat template that is asked for.
+            HostError: a package is missing that the scores need; see `easyedit_moe.host.scoring`.
         """
         return EasyEditScorer(self, **options)
 
@@ -90,16 +102,25 @@ class HostEditor(EditCalls, host.BaseEditor):
         keep_original_weight: bool = False,
         **kwargs: Any,
     ) -> tuple[nn.Module, Any]:
-        """EasyEdit's ``apply_algo``: as ``apply_to_model``, but what was prepared is kept."""
+        """EasyEdit's ``apply_algo``: as ``apply_to_model``, but what was prepared is kept.
+
+        With ``remember_edits`` it goes on from the sequential edits of the other calls until it remembers its own.
+        """
         check_keywords("apply_algo", kwargs, (), APPLY_KEYWORDS)
         (batch,) = checked_batches([requests])
-        self.hparams, kept = hparams, (self.hparams, self.model)
-        self.model = copying.deepcopy(model) if copy else model
+        kept, remembers = (self.hparams, self.model, self.memory), getattr(hparams, "remember_edits", False)
+        self.hparams, self.model = hparams, copying.deepcopy(model) if copy else model
         try:
+            if remembers:
+                remember_copy(model, self.model)
+                self.memory = remembered(self.model, hparams) or self.memory
             result, edited = self._edit(batch), self.model
         finally:
-            self.hparams, self.model = kept
-        return edited, result.patch.weights_copy(edited) if return_orig_weights or keep_original_weight else {}
+            self.hparams, self.model, self.memory = kept
+        wanted = return_orig_weights or keep_original_weight
+        if remembers and isinstance(result.patch, WeightPatch):
+            remember(edited, hparams, result.memory, result.patch)
+        return edited, result.patch.weights_copy(edited) if wanted else {}
 
     def _scope(self) -> AbstractContextManager[Any]:
         return padded(self.tok)
@@ -124,8 +145,14 @@ class EasyEditScorer:
         pre_edit: Sequence[Mapping[str, Any]] | None = None,
         pre_file: str | Path | None = None,
         metric_kwargs: Sequence[Any] | None = None,
+        evaluation_type: str | None = None,
+        api_key: str | None = None,
+        use_chat_template: bool = False,
         **without_effect: Any,
     ) -> None:
+        self.settings = scoring_settings(editor.tok, evaluation_type, api_key, use_chat_template)
+        if test_generation:
+            check_fluency()
         self.editor, self.metric_kwargs, self.pre_file = editor, metric_kwargs, pre_file
         self.options = {"eval_metric": eval_metric, "test_generation": test_generation}
         self.known = None if pre_edit is None else [entry["pre"] for entry in pre_edit]
@@ -152,14 +179,20 @@ class EasyEditScorer:
     def entry(self, request: HostRequest, before: Any, after: Any) -> dict[str, Any]:
         """One request's scores, with locality as EasyEdit makes it from those before and after."""
         entry = {"pre": before, **after}
-        host.finalize_locality_metrics(entry, request.record, self.editor.hparams, self.editor.model_name)
+        host.finalize_locality_metrics(entry, request.record, self._hparams(), self.editor.model_name)
         return entry
 
     def _quality(self, request: HostRequest) -> Any:
         e = self.editor
         return host.compute_edit_quality(
-            e.model, e.model_name, e.hparams, e.tok, request.record, e.hparams.device, **self.options
+            e.model, e.model_name, self._hparams(), e.tok, request.record, e.hparams.device, **self.options
         )
+
+    def _hparams(self) -> Any:
+        """The editor's, with the settings of EasyEdit's scores, which ours do not have."""
+        hparams = copying.copy(self.editor.hparams)
+        vars(hparams).update(self.settings)
+        return hparams
 
     def _sentences(self, wanted: Any) -> Any:
         e = self.editor

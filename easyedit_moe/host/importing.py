@@ -40,14 +40,19 @@ def home() -> Path | None:
     """The folder named by ``EASYEDIT_HOME``, or None where it is not set.
 
     Raises:
-        HostError: it is set, but holds no ``easyeditor`` folder.
+        HostError: it is set, but names no folder, or one without an ``easyeditor`` folder.
     """
     named = os.environ.get(HOME)
     if not named:
         return None
-    if not (Path(named) / HOST / "__init__.py").is_file():
-        raise HostError(f"{HOME} is {named!r}, which holds no folder '{HOST}'. {GET_IT}")
-    return Path(named)
+    folder = Path(named)
+    if not folder.is_dir():
+        raise HostError(f"{HOME} is {named!r}, and there is no such folder. {GET_IT}")
+    if not (folder / HOST / "__init__.py").is_file():
+        inside = folder.name == HOST and (folder / "__init__.py").is_file()
+        hint = f" Name the folder that it lies in, {str(folder.absolute().parent)!r}." if inside else ""
+        raise HostError(f"{HOME} is {named!r}, which holds no folder '{HOST}'.{hint} {GET_IT}")
+    return folder
 
 
 def is_available() -> bool:

@@ -39,18 +39,25 @@ def _register_or_warn() -> None:
 
 
 class _Watcher(MetaPathFinder):
-    """Finds EasyEdit as Python would (or in ``EASYEDIT_HOME``) and lets the registration follow its import."""
+    """Finds EasyEdit as Python would (or in ``EASYEDIT_HOME``) and lets the registration follow its import.
+
+    An ``EASYEDIT_HOME`` without it raises HostError, which is an ImportError, instead of finding another one.
+    """
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if fullname != HOST:
             return None
-        home = os.environ.get("EASYEDIT_HOME")
-        spec = PathFinder.find_spec(fullname, [home] if home else path)
+        folder = None
+        if os.environ.get("EASYEDIT_HOME"):
+            from easyedit_moe.host.importing import home
+
+            folder = home()
+        spec = PathFinder.find_spec(fullname, path if folder is None else [str(folder)])
         if spec is None or spec.loader is None:
             return None
-        spec.loader = _RegisteringLoader(spec.loader, self, text_only=bool(home))
+        spec.loader = _RegisteringLoader(spec.loader, self, text_only=folder is not None)
         return spec
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,14 @@ from torch import nn
 
 from easyedit_moe import factworld
 from easyedit_moe.editor import MoEEditor
-from easyedit_moe.errors import EditingWarning, HyperParamsError, KeywordError, RequestError, RidgeTooLargeWarning
+from easyedit_moe.errors import (
+    EditingWarning,
+    HostError,
+    HyperParamsError,
+    KeywordError,
+    RequestError,
+    RidgeTooLargeWarning,
+)
 from easyedit_moe.facts.records import load_records
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.hparams import MoEHyperParams, MoTEHyperParams
@@ -528,7 +536,7 @@ def test_no_keyword_is_ignored(pair: Any) -> None:
     before = state_of(editor.model)
     refused = [
         ("edit", "metrics_kwargs", "Did you mean 'metric_kwargs'"), ("batch_edit", "pre_file", "own scores"),
-        ("generate_edit", "pre_edit", "own scores"), ("edit", "use_chat_template", "no such setting"),
+        ("generate_edit", "pre_edit", "own scores"), ("generate_edit", "evaluation_type", "own scores"),
     ]  # fmt: skip
     for call, name, message in refused:
         with pytest.raises(KeywordError, match=f"{call} .*{message}"):
@@ -572,3 +580,171 @@ def test_subclasses_of_their_editor_get_our_calls_and_keep_their_own(
     assert_same_scores(theirs, ours)
     assert_same_state(state_of(both.host.model), state_of(editor.model))
     assert cls.__new__(cls, hp).__class__ is type(editor)
+
+
+# ---------------------------------------------------------------- empty groups
+
+
+EMPTY = [
+    {},
+    {"near": {}},
+    {"near": {"prompt": [], "ground_truth": []}},
+    {"near": {"prompt": [[]] * 4, "ground_truth": [[]] * 4}},
+]
+
+
+@pytest.mark.parametrize("call", ["edit", "batch_edit"])
+@pytest.mark.parametrize("empty", EMPTY, ids=str)
+def test_empty_groups_ask_nothing(empty: dict[str, Any], call: str, pair: Any) -> None:
+    both = pair(batch_size=4)
+    given = {"locality_inputs": empty, "portability_inputs": empty, "verbose": False}
+    theirs, _, _ = getattr(both.host, call)(**LISTS, **given)
+    ours, _, _ = getattr(both.own, call)(**LISTS, **given)
+    assert_same_scores(theirs, ours)
+    assert theirs[0]["post"]["locality"] == theirs[0]["post"]["portability"] == {}
+    request = FACTS[0] | {"locality": None, "portability": {"near": {"prompt": [], "ground_truth": []}}}
+    metrics, _, _ = both.host.edit_requests([request], verbose=False)
+    assert metrics[0]["post"]["rewrite_acc"] == theirs[0]["post"]["rewrite_acc"]
+
+
+# ---------------------------------------------------------------- settings of EasyEdit's scores
+
+
+CHAT = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {% endfor %}<answer>"
+
+
+def short_answers(editor: Any) -> None:
+    generate = editor.model.generate
+    editor.model.generate = lambda *args, **kwargs: generate(*args, **{**kwargs, "max_new_tokens": 3})
+
+
+@pytest.mark.parametrize("call", ["edit", "batch_edit"])
+def test_free_answers_are_scored_as_easyedit_does(call: str, pair: Any) -> None:
+    tok = tiny_tokenizer()
+    tok.chat_template = CHAT
+    editor = pair(tok=tok, batch_size=2).host
+    before = state_of(editor.model)
+    short_answers(editor)
+    metrics, _, _ = getattr(editor, call)(**everything(), evaluation_type="LLM-judge")
+    for entry in metrics:
+        assert entry["post"]["metric_meta"]["rewrite"]["scorer"] == "exact_match"
+        assert entry["post"]["rewrite_acc"] in ([0.0], [1.0])
+        assert isinstance(entry["post"]["rewrite_gen_content"][0], str)
+        assert len(entry["post"]["locality"]["many_gen_content"]) == len(entry["post"]["locality"]["many_acc"]) == 2
+    texts, _, _ = getattr(editor, call)(**everything(), evaluation_type="generate-text")
+    assert [e["post"]["rewrite_gen_content"] for e in texts] == [e["post"]["rewrite_gen_content"] for e in metrics]
+    assert "rewrite_acc" not in texts[0]["post"]
+    assert not changed(before, editor.model)
+
+
+def test_a_judge_is_asked_with_the_key(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from easyeditor.evaluate import evaluate_utils
+
+    asked = []
+    monkeypatch.setattr(evaluate_utils, "llm_judge", lambda *args: asked.append(args) or 1.0)
+    monkeypatch.setattr("easyedit_moe.host.scoring.importlib.util.find_spec", lambda name: name)
+    tok = tiny_tokenizer()
+    tok.chat_template = CHAT
+    editor = pair(tok=tok).host
+    short_answers(editor)
+    metrics, _, _ = editor.edit(
+        PROMPTS[0], TARGETS[0], subject=SUBJECTS[0], evaluation_type="LLM-judge", api_key="k", verbose=False
+    )
+    assert [(args[0], args[1], args[3]) for args in asked] == [(PROMPTS[0], TARGETS[0], "k")] * 2
+    assert metrics[0]["post"]["rewrite_acc"] == [1.0]
+    assert "k" not in vars(editor.hparams).values()
+
+
+def test_prompts_are_scored_in_the_chat_template(pair: Any) -> None:
+    tok = tiny_tokenizer()
+    tok.chat_template = CHAT
+    editor = pair(tok=tok).host
+    rows: list[str] = []
+    editor.model.get_input_embeddings().register_forward_pre_hook(
+        lambda _, args: rows.extend(tok.decode(ids) for ids in args[0])
+    )
+    call = {"prompts": PROMPTS[0], "target_new": TARGETS[0], "subject": SUBJECTS[0], "verbose": False}
+    editor.edit(**call)
+    assert not any("<user>" in row for row in rows)
+    rows.clear()
+    editor.edit(**call, use_chat_template=True)
+    assert rows.count(f"<user> {PROMPTS[0]} <answer> {TARGETS[0]}") == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"evaluation_type": "judge"}, "evaluation_type must be None or one of 'LLM-judge', 'generate-text'"),
+        ({"evaluation_type": "generate-text"}, "evaluation_type='generate-text' asks in the tokenizer's chat template"),
+        ({"use_chat_template": True}, "use_chat_template=True asks in the tokenizer's chat template"),
+        ({"api_key": "k"}, "api_key has an effect only with evaluation_type='LLM-judge'"),
+    ],
+)
+@pytest.mark.parametrize("call", ["edit", "batch_edit"])
+def test_settings_of_scores_that_mean_nothing_are_refused(
+    call: str, given: dict[str, Any], message: str, pair: Any
+) -> None:
+    editor = pair().host
+    before = state_of(editor.model)
+    with pytest.raises(KeywordError, match=message):
+        getattr(editor, call)(**LISTS, **given, sequential_edit=True)
+    assert_same_state(before, state_of(editor.model))
+
+
+# ---------------------------------------------------------------- loops, bars, what is missing
+
+
+def test_a_loop_over_apply_algo_remembers(pair: Any) -> None:
+    both = pair(remember_edits=True, metric="identity")
+    editor, own = both.host, both.own
+    for number, fact in enumerate(FACTS):
+        _, weights = editor.apply_algo(editor.model, editor.tok, [fact], editor.hparams, return_orig_weights=True)
+        if number == 1:  # a trial
+            for name, original in weights.items():
+                editor.model.get_parameter(name).data.copy_(original)
+    kept = [FACTS[0], *FACTS[2:]]
+    own.edit(None, None, requests=kept, sequential_edit=True, verbose=False)
+    assert_same_state(state_of(own.model), state_of(editor.model))
+
+
+@pytest.mark.parametrize("home", ["host", "own"])
+@pytest.mark.parametrize("verbose", [True, False])
+def test_bars_obey_verbose(verbose: bool, home: str, pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from easyedit_moe.targets import search
+
+    shown: list[bool] = []
+    original = search.progress_bar
+
+    def recording(*args: Any, **kwargs: Any) -> Any:
+        bar = original(*args, **kwargs)
+        shown.append(kwargs.get("shown", args[3] if len(args) > 3 else True))
+        return bar
+
+    monkeypatch.setattr(search, "progress_bar", recording)
+    editor = getattr(pair(), home)
+    editor.edit(PROMPTS[0], TARGETS[0], subject=SUBJECTS[0], verbose=verbose)
+    assert shown
+    assert set(shown) == {verbose}
+    shown.clear()
+    editor.normal_edit(PROMPTS[:1], TARGETS[:1], subject=SUBJECTS[:1])
+    assert set(shown) == {True}
+
+
+@pytest.mark.parametrize("call", ["edit", "batch_edit", "edit_requests"])
+@pytest.mark.parametrize("missing", ["nltk", "punkt_tab", "punkt"])
+def test_test_generation_names_what_is_missing(
+    missing: str, call: str, pair: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def word_tokenize(text: str) -> list[str]:
+        raise LookupError(f"Resource {missing} not found. >>> nltk.download('{missing}')")
+
+    nltk = SimpleNamespace(word_tokenize=word_tokenize, __spec__=SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "nltk", None if missing == "nltk" else nltk)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if missing == "nltk" else name)
+    editor = pair(batch_size=4).host
+    before = state_of(editor.model)
+    given = {"requests": FACTS} if call == "edit_requests" else LISTS
+    wanted = "pip install nltk.*punkt_tab" if missing == "nltk" else f"python -m nltk.downloader {missing}$"
+    with pytest.raises(HostError, match=f"test_generation=True needs nltk.*{wanted}"):
+        getattr(editor, call)(**given, test_generation=True, sequential_edit=True)
+    assert_same_state(before, state_of(editor.model))

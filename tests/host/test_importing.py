@@ -11,7 +11,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -168,6 +168,41 @@ def test_a_home_without_the_folder_is_named(call: object, tmp_path: Path, monkey
     monkeypatch.setenv("EASYEDIT_HOME", str(tmp_path))
     with pytest.raises(HostError, match=rf"EASYEDIT_HOME is '{tmp_path}', which holds no folder 'easyeditor'"):
         call()
+
+
+def _load() -> ModuleType:
+    return importlib.import_module("easyeditor")
+
+
+def _load_part() -> ModuleType:
+    return importlib.import_module("easyeditor.util.alg_dict")
+
+
+@pytest.mark.parametrize("call", [_load, _load_part, host.load, host.is_available])
+@pytest.mark.parametrize("kind", ["missing", "empty", "a file", "inside", "half"])
+def test_a_wrong_home_is_our_error_on_a_plain_import_too(
+    kind: str, call: Callable[[], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """... also where there is another EasyEdit on the path, which the user did not mean."""
+    _write(tmp_path / "another")
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "another"), *sys.path])
+    named = {"inside": tmp_path / "another" / "easyeditor"}.get(kind, tmp_path / "home")
+    if kind == "half":
+        (named / "easyeditor").mkdir(parents=True)
+    elif kind == "empty":
+        named.mkdir()
+    elif kind == "a file":
+        named.write_text("x")
+    monkeypatch.setenv("EASYEDIT_HOME", str(named))
+    found = "there is no such folder" if kind in ("missing", "a file") else "holds no folder 'easyeditor'"
+    with pytest.raises(HostError, match=rf"EASYEDIT_HOME is '{named}'.*{found}.*git clone") as caught:
+        call()
+    assert isinstance(caught.value, ImportError)
+    assert (f"lies in, '{tmp_path / 'another'}'" in str(caught.value)) == (kind == "inside")
+    assert not [name for name in sys.modules if name.startswith("easyeditor")]
+    monkeypatch.setenv("EASYEDIT_HOME", str(tmp_path / "another"))
+    assert call() is not None
+    assert "Global" in _table()
 
 
 def test_importing_this_package_and_its_host_part_is_light() -> None:

@@ -25,7 +25,8 @@ def test_there_is_one_entry_per_model_and_one_file_per_method_and_model() -> Non
     models = {path.stem for path in ENTRIES}
     assert models == {"factworld", "gpt-oss-20b", "qwen3-30b-a3b", "qwen3.6-35b-a3b"}
     methods = {method.name for method in [*presets.own_methods(), *presets.host_methods()]}
-    assert {(path.parent.name, path.stem) for path in SHIPPED} == {(m, x) for m in methods for x in models}
+    every = {(m, x) for m in methods for x in models} - {("WISE", "gpt-oss-20b")}  # whose o_proj has a bias
+    assert {(path.parent.name, path.stem) for path in SHIPPED} == every
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
