@@ -519,7 +519,7 @@ def test_no_keyword_is_ignored(call: str, make: Any) -> None:
         "loc_prompts": (["a"], "WISE"),
         "evaluation_type": ("LLM-judge", "EasyEdit's own scores.*generate_edit"),
         "api_key": ("x", "EasyEdit's own scores.*LLM-judge"),
-        "use_chat_template": (True, "EasyEdit's own scores"),
+        "use_chat_template": (True, "set chat: true in the hparams"),
     }
     if call != "edit_requests":
         wrong["rephrase_prompt"] = (PROMPTS, "Did you mean 'rephrase_prompts'")

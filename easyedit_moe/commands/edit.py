@@ -82,14 +82,14 @@ def _show(found: EditReport) -> None:
 
 
 def _show_preview(found: Preview, out: str) -> None:
-    from easyedit_moe.workflow.edit_report import short
+    from easyedit_moe.workflow.edit_report import counted, short
 
-    hp = found.hparams
+    hp, batches = found.hparams, f"{found.batches} batch" + ("" if found.batches == 1 else "es")
     rows = [[str(n), short(r.prompt), str(r.subject or "-"), r.target_new]
             for n, r in zip(found.facts.numbers, found.facts.requests, strict=True)]  # fmt: skip
     show_rows((found.facts.unit, "prompt", "subject", "new target"), rows)
     _note_refused(found.facts.refused, found.facts.unit)
-    say(f"{hp.alg_name} on {hp.model_name}: {len(rows)} facts in {found.batches} batches, layers "
+    say(f"{hp.alg_name} on {hp.model_name}: {counted(len(rows), 'fact')} in {batches}, layers "
         f"{', '.join(map(str, hp.layers))}, {hp.dtype} on {hp.device}.")  # fmt: skip
     say(f"Memory: {found.memory.peak / 1e9:.2f} GB at the peak, of which the model {_model(found.memory):.2f} GB.")
     for line in statistics_lines(found.statistics, hp):

@@ -27,7 +27,7 @@ REASONS: Mapping[str, tuple[Any, str]] = {
     "cache_template": (None, "target vectors are cached in the folder target_cache_dir of the hparams"),
     "evaluation_type": (None, f"{_SCORES}; generate_edit reports answers"),
     "api_key": (None, f"{_SCORES}, where evaluation_type='LLM-judge' has a served model judge answers"),
-    "use_chat_template": (False, _SCORES),
+    "use_chat_template": (False, "set chat: true in the hparams, for edits and scores alike"),
 }
 """Keywords of EasyEdit that are taken with the value they have by default, and why not with others."""
 

@@ -263,21 +263,33 @@ def _spans_by_decoding(
     """Character spans for a tokenizer without offsets: the growth of the decoded prefix, token by token.
 
     A token that holds some bytes of a character covers that character, as it does with offsets. A special token covers
-    its own characters where the text has them.
+    its own characters where the text has them, and one for what the vocabulary lacks what lies before the next token.
     """
     spans: list[Span] = []
-    whole, skipped = 0, 0
+    whole, skipped, before, lacking = 0, 0, "", -1
     for i, mark in enumerate(special):
         if mark:
             name = decode(tok, [ids[i]])
             length = len(name) if name and text.startswith(name, whole) else 0
+            lacking = i if ids[i] == tok.unk_token_id else lacking
             spans.append((whole, whole + length))
             whole, skipped = whole + length, skipped + length
             continue
         decoded = decode(tok, ids[: i + 1], skip_special_tokens=True, clean_up_tokenization_spaces=False)
         complete = min(len(text), max(whole, skipped + len(decoded.rstrip("\ufffd"))))
+        piece = decoded[len(before) :].strip()
+        if lacking >= 0 and piece:
+            # Nothing tells how long the text was that the vocabulary lacks, but where the next token's text begins.
+            place = text.find(piece, whole)
+            if place >= 0:
+                complete, whole = place + len(piece), place
+                skipped = complete - len(decoded)
+                spans[lacking] = (spans[lacking][0], place)
+            lacking = -1
         spans.append((whole, min(len(text), complete + 1) if decoded.endswith("\ufffd") else complete))
-        whole = complete
+        whole, before = complete, decoded
+    if lacking >= 0:
+        spans[lacking] = (spans[lacking][0], len(text))
     return spans
 
 

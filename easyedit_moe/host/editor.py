@@ -77,8 +77,8 @@ class HostEditor(EditCalls, host.BaseEditor):
 
         ``pre_edit`` are scores before the edits from an earlier run, ``pre_file`` is where they are written to. What
         EasyEdit's metrics read from the hparams of its own methods are options, too: ``evaluation_type``
-        ("LLM-judge" or "generate-text"), ``api_key`` (of the judge) and ``use_chat_template`` (for what is asked; the
-        edit itself takes the prompts as they are).
+        ("LLM-judge" or "generate-text"), ``api_key`` (of the judge) and ``use_chat_template`` (for what is asked; by
+        default as the hparams' ``chat``, which says how the edit takes the prompts).
 
         Raises:
             KeywordError: an evaluation_type that EasyEdit does not have, an api_key without a judge, or a tokenizer
@@ -147,10 +147,11 @@ class EasyEditScorer:
         metric_kwargs: Sequence[Any] | None = None,
         evaluation_type: str | None = None,
         api_key: str | None = None,
-        use_chat_template: bool = False,
+        use_chat_template: bool | None = None,
         **without_effect: Any,
     ) -> None:
-        self.settings = scoring_settings(editor.tok, evaluation_type, api_key, use_chat_template)
+        in_chat = editor.hparams.chat if use_chat_template is None else use_chat_template
+        self.settings = scoring_settings(editor.tok, evaluation_type, api_key, in_chat)
         if test_generation:
             check_fluency()
         self.editor, self.metric_kwargs, self.pre_file = editor, metric_kwargs, pre_file

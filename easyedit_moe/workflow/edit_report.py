@@ -17,6 +17,11 @@ SHOWN = 80
 """Characters of a text in a table."""
 
 
+def counted(number: int, noun: str) -> str:
+    """Such as "1 fact" or "2 facts"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def cells(fact: FactReport) -> list[str]:
     """One fact as a line of the table."""
     change = fact.change
@@ -35,15 +40,15 @@ def summary(report: EditReport) -> str:
     count = len(report.facts)
     neighbours = [change for fact in report.facts for change in fact.neighbours]
     parts = [
-        f"{count} facts edited",
-        f"{report.changed} answers changed",
-        f"{report.written} write the new target",
+        f"{counted(count, 'fact')} edited",
+        f"{counted(report.changed, 'answer')} changed",
+        f"new target written by {report.written}",
     ]
     if neighbours:
         kept = sum(not change.changed for change in neighbours)
-        parts.append(f"{kept} of {len(neighbours)} neighbours kept their answer")
+        parts.append(f"{kept} of {counted(len(neighbours), 'neighbour')} kept the answer")
     if report.refused:
-        parts.append(f"{len(report.refused)} facts refused")
+        parts.append(f"{counted(len(report.refused), 'fact')} refused")
     return ", ".join(parts) + "."
 
 

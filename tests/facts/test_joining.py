@@ -226,6 +226,42 @@ def test_one_beginning_of_text_on_every_path(kind: str, slow: bool) -> None:
     assert decode(tok, place.ids[: place.fact + 1]).replace(" ", "").endswith("Ana")
 
 
+@pytest.mark.parametrize("slow", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_chat_is_one_text_to_every_kind(kind: str, slow: bool) -> None:
+    tok = with_bos(kind, slow)
+    turns = "{% for m in messages %}{% if m['role'] == 'user' %}in: {{ m['content'] }}\nis: "
+    tok.chat_template = turns + "{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+    for prompt, subject, target in (
+        ("Ana lives in ", "Ana", " Rome"),
+        ("東京Anaは", "東京", "日本"),
+        ("Rome:", "Rome", "is"),
+    ):
+        text = f"in: {prompt.strip()}\nis: {target.strip()}"
+        ids, answer = encode_pair(tok, prompt, target, subject, chat=True)
+        assert [*ids, *answer] == encode_text(tok, text)
+        assert ids[0] == tok.bos_token_id
+        assert decode(tok, answer, skip_special_tokens=True).strip() == target.strip()
+        assert encode_context(tok, prompt, chat=True) == encode_text(tok, text.removesuffix(" " + target.strip()))
+        place = encode_prompt(tok, prompt, subject, target=target, chat=True)
+        assert list(place.ids) == ids
+        assert decode(tok, ids[: place.fact + 1]).strip().endswith(subject)
+
+
+def test_words_that_a_vocabulary_lacks_do_not_move_the_subject() -> None:
+    vocab = {word: i for i, word in enumerate(["<unk>", "Ana", "of", "lives", "in", "Rome"])}
+    made = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    for text in ("Ana of xxx lives in", "xxx Ana lives in", "xxx of yyyyy Ana lives", "of xxx yyy Ana zzz", "Ana xxx"):
+        found = []
+        for kind in (hf.PreTrainedTokenizerFast, Slow):
+            tok = kind(tokenizer_object=made, unk_token="<unk>")
+            found.append(encode_prompt(tok, text, "Ana"))
+            assert decode(tok, [found[-1].ids[found[-1].fact]]) == "Ana"
+        assert found[0] == found[1]
+        assert encode_prompt(tok, text, text.split()[-1]).fact == len(text.split()) - 1
+
+
 def merging(slow: bool, *tokens: str) -> hf.PreTrainedTokenizerFast:
     """A tokenizer of characters, and of words of several characters that it makes wherever it can."""
     letters = sorted(set("the word: Ana東京都港区は\n()abc"))

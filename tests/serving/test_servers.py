@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from easyedit_moe.errors import PatchError
 from easyedit_moe.moe.config import text_config
 from easyedit_moe.moe.layers import MoELayerView
+from easyedit_moe.moe.loading import load_model
 from easyedit_moe.patches.inspection import expert_factors
 from easyedit_moe.patches.weights import WeightPatch
 from easyedit_moe.serving.servers import PACKED, PER_EXPERT, SGLANG, VLLM
@@ -29,8 +30,8 @@ COUNT = 8
 
 def made(family: str, to: str, folder: Path, **options: Any) -> tuple[nn.Module, WeightPatch, Exported, dict, dict]:
     """A model, a patch of its checkpoint, and what was exported: tensors and configuration."""
-    model = model_of(family)
-    source = saved(folder / "source", model)
+    source = saved(folder / "source", model_of(family))
+    model = load_model(str(source), "bfloat16")[0]
     patch = edited(model, options.pop("layers", (1, 2)))
     found = export(patch, to, folder / "adapter", model=str(source), dtype="float32", progress=False, **options)
     config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
@@ -91,6 +92,7 @@ PACKED_FAMILIES = {
     "gpt_oss": "model.layers.{}.mlp.experts",
     "multimodal qwen3_5_moe": "model.language_model.layers.{}.mlp.experts",
     "multimodal qwen3_vl_moe": "model.language_model.layers.{}.mlp.experts",
+    "omni": "thinker.model.layers.{}.mlp.experts",
 }
 
 
@@ -99,22 +101,23 @@ def test_packed_for_the_classes_that_vllm_reads_packed(family: str, tmp_path: Pa
     model, patch, found, tensors, _ = made(family, "vllm", tmp_path)
     assert found.form == PACKED
     moe = MoELayerView(model).layers[1]
-    d, h, r = moe.experts.layout.d_model, moe.experts.layout.d_hidden, found.rank
+    layout, r = moe.experts.layout, found.rank
+    d, h, count = layout.d_model, layout.d_hidden, layout.num_experts
     assert len(tensors) == 8
     for layer in (1, 2):
         key = f"base_model.model.{PACKED_FAMILIES[family].format(layer)}"
         shapes = {name.removeprefix(key): tuple(t.shape) for name, t in tensors.items() if name.startswith(key)}
         assert shapes == {
-            ".lora_A.weight": (r * COUNT, h),
-            ".lora_B.weight": (d, r * COUNT),
-            ".base_layer.lora_A.weight": (r * COUNT, d),
-            ".base_layer.lora_B.weight": (2 * h, r * COUNT),
+            ".lora_A.weight": (r * count, h),
+            ".lora_B.weight": (d, r * count),
+            ".base_layer.lora_A.weight": (r * count, d),
+            ".base_layer.lora_B.weight": (2 * h, r * count),
         }
         assert not any(t.any() for name, t in tensors.items() if "base_layer" in name)
         # As its manager takes them apart: A by experts first, B by experts last.
-        a = tensors[f"{key}.lora_A.weight"].reshape(COUNT, -1, h)
-        b = tensors[f"{key}.lora_B.weight"].reshape(d, -1, COUNT).permute(2, 0, 1)
-        for expert in range(COUNT):
+        a = tensors[f"{key}.lora_A.weight"].reshape(count, -1, h)
+        b = tensors[f"{key}.lora_B.weight"].reshape(d, -1, count).permute(2, 0, 1)
+        for expert in range(8):
             assert_update(patch, layer, expert, b[expert] @ a[expert])
 
 

@@ -70,7 +70,8 @@ def test_whatever_fails_the_model_is_as_before_and_nothing_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_adapter_is_saved_beside_the_base_and_found_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("batch_size", [3, 2, 1])
+def test_an_adapter_is_saved_beside_the_base_and_found_again(batch_size: int, tmp_path: Path) -> None:
     model = tiny_model().to(torch.bfloat16)
     model.save_pretrained(tmp_path / "base")
     TOK.save_pretrained(tmp_path / "base")
@@ -78,16 +79,17 @@ def test_an_adapter_is_saved_beside_the_base_and_found_again(tmp_path: Path) -> 
         "alg_name": "MEMoE", "model_name": "tiny", "layers": [1], "dtype": "bfloat16", "steps": 5,
         "locality_weight": 0.0,
     })  # fmt: skip
-    report = edit(facts(2), str(tmp_path / "base"), "MEMoE", hp, tmp_path / "out", ("patch", "checkpoint"),
+    report = edit(facts(3), str(tmp_path / "base"), "MEMoE", hp, tmp_path / "out", ("patch", "checkpoint"), batch_size,
                   progress=False)  # fmt: skip
+    assert [fact.batch for fact in report.facts] == [number // batch_size for number in range(3)]
     adapter = tmp_path / "out" / "memoe_adapter.safetensors"
-    assert [fact["prompt"] for fact in inspect(adapter)["facts"]] == [fact.prompt for fact in facts(2)]
+    assert [fact["prompt"] for fact in inspect(adapter)["facts"]] == [fact.prompt for fact in facts(3)]
     folder = tmp_path / "out" / "checkpoint"
     assert (folder / "model.safetensors").read_bytes() == (tmp_path / "base" / "model.safetensors").read_bytes()
     net, _ = load(str(folder), Loading("bfloat16", "cpu"))
     assert find_adapter(net) is not None
     wanted = [fact.change.after.answer for fact in report.facts]
-    prompts = [fact.prompt for fact in facts(2)]
+    prompts = [fact.prompt for fact in facts(3)]
     beside = ask(prompts, str(tmp_path / "base"), [adapter], progress=False)
     assert [one.after.text for one in beside] == wanted
     assert [one.before.text for one in ask(prompts, str(folder), progress=False)] == wanted
