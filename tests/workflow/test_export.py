@@ -13,6 +13,7 @@ from baselines import edit as train
 from baselines import settings
 from edited_folders import edited, files_of, model_of, saved
 from planted_patches import write
+from quantised import to_fp8, to_mxfp4
 from solving_editors import TOK
 from tiny import facts, requests, tiny_model
 from torch import nn
@@ -111,7 +112,7 @@ def test_a_patch_on_a_patch_says_what_its_base_is(source: Path, tmp_path: Path) 
     assert exported(second, out=tmp_path / "b", model=str(base)).remarks == ()
 
 
-def test_another_dtype_is_said_and_a_base_in_mxfp4_is_explained(tmp_path: Path) -> None:
+def test_another_dtype_is_said(tmp_path: Path) -> None:
     source = saved(tmp_path / "source", model_of("qwen3_moe"))
     model = load_model(str(source), "float32")[0]
     found = exported(edited(model), out=tmp_path / "a", model=str(source))
@@ -203,3 +204,26 @@ def test_the_command(source: Path, patch: Path) -> None:
     twice = CliRunner().invoke(app, arguments)
     assert twice.exit_code == 2
     assert "not an empty folder" in twice.output
+
+
+@pytest.mark.parametrize(("to", "count"), [("peft", 1), ("vllm", 1), ("sglang", 2)])
+def test_a_base_that_stays_in_mxfp4(to: str, count: int, tmp_path: Path) -> None:
+    source = saved(tmp_path / "source", model_of("gpt_oss"))
+    to_mxfp4(source)
+    model = load_model(str(source), "bfloat16")[0]
+    found = exported(edited(model), to, out=tmp_path / "a", model=str(source))
+    assert len(found.remarks) == count
+    assert "stored as mxfp4" in found.remarks[0]
+    assert ("serve a base in bfloat16" in found.remarks[-1]) == (to == "sglang")
+    assert found.remarks[0] in (tmp_path / "a" / "README.md").read_text()
+    held = apply_patch(edited(load_model(str(source), "bfloat16")[0]), source, tmp_path / "held")
+    with pytest.raises(AlreadyAppliedError):
+        exported(edited(load_model(str(source), "bfloat16")[0]), to, out=tmp_path / "b", model=str(held))
+
+
+def test_a_base_in_fp8(tmp_path: Path) -> None:
+    source = saved(tmp_path / "source", model_of("qwen3_moe"))
+    to_fp8(source)
+    model = load_model(str(source), "bfloat16")[0]
+    found = exported(edited(model), "vllm", out=tmp_path / "a", model=str(source))
+    assert "stored as fp8" in found.remarks[-1]
