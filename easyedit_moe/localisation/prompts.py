@@ -1,4 +1,4 @@
-"""The prompts that facts are located by: phrasings, neighbours and their fact tokens, and the answers that are traced."""
+"""The prompts by which facts are located: phrasings, neighbours, their fact tokens, and the answers to trace."""
 
 from __future__ import annotations
 
@@ -127,9 +127,7 @@ def _known_answers(
     return {prompt: answer for (prompt, answer), score in zip(pairs, scores, strict=True) if score.exact}
 
 
-def _traced(
-    tok: PreTrainedTokenizerBase, request: EditRequest, answer: str, fact_token: str, chat: bool
-) -> TracedFact:
+def _traced(tok: PreTrainedTokenizerBase, request: EditRequest, answer: str, fact_token: str, chat: bool) -> TracedFact:
     def at(place: str) -> Prompt:
         return encode_prompt(tok, request.prompt, request.subject, place, answer, chat)
 

@@ -19,7 +19,6 @@ from easyedit_moe.facts.tokens import pad_id
 from easyedit_moe.localisation.means import Mean
 from easyedit_moe.localisation.prompts import paraphrased
 from easyedit_moe.moe.capture import capture_facts, inference_mode_of
-from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.moe.upper_layers import ShiftedSequence, UpperLayers
 from easyedit_moe.targets.search import FactContext, TargetSearch, TargetSettings, TargetVectors, fact_contexts
 
@@ -167,15 +166,3 @@ def _sequence(place: FactContext) -> ShiftedSequence:
     end = len(place.ids)
     scored = tuple(range(end - 1, end - 1 + len(place.answer)))
     return ShiftedSequence(place.ids + place.answer[:-1], place.fact, scored)
-
-
-def search_at(
-    view: MoELayerView,
-    tok: PreTrainedTokenizerBase,
-    layer: int,
-    prefixes: Sequence[str],
-    settings: TargetSettings,
-    progress: bool = True,
-) -> TargetSearch:
-    """The search of an edit whose last layer is ``layer``, without its warnings: here a target may be out of reach."""
-    return TargetSearch(view, tok, layer, tuple(prefixes), settings, progress, warn=False)

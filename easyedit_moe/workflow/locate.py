@@ -164,7 +164,6 @@ class _Job:
 
     def provenance(self, model: str | Loaded, facts: Facts | None) -> dict[str, Any]:
         """What the rows depend on; the budget and the stages are left out, so that a run can go on with others."""
-        hparams = self.hparams.to_dict()
         settings = asdict(replace(self.settings, budget=None, stages=STAGES))
         for name in ("budget", "stages", "layers", "skip", "widths", "windows"):
             del settings[name]
@@ -180,7 +179,7 @@ class _Job:
             "edits": len(self.task.records),
             "layers": self.layers,
             "windows": [list(window) for window in self.windows],
-            "hparams": {**hparams, "layers": hparams["layers"]},
+            "hparams": self.hparams.to_dict(),
             "versions": versions(),
         }
 
@@ -267,8 +266,7 @@ def _job(
     wanted = min(EDITS, len(usable)) if settings.edits is None else settings.edits
     if not usable or len(usable) < wanted:
         raise DataError(
-            f"There are {len(screened.records)} facts that {hp.alg_name} can edit; {skip} + {max(wanted, 1)} were asked "
-            "for."
+            f"{hp.alg_name} can edit {len(screened.records)} of the facts; {skip} + {max(wanted, 1)} were asked for."
         )
     left_out += [(one.number, one.reason) for one in screened.refused]
     if left_out:

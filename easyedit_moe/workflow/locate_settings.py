@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from easyedit_moe import factworld
 from easyedit_moe.errors import DataError, HyperParamsError
+from easyedit_moe.facts.records import NEUTRAL
 from easyedit_moe.hparams import GlobalHyperParams, MoEHyperParams, SolverHyperParams, hparams_folder
 from easyedit_moe.hparams.models import model_file
 from easyedit_moe.localisation.tracing import TraceSettings
@@ -21,8 +22,6 @@ logger = logging.getLogger(__name__)
 
 STAGES = ("routing", "tracing", "reachability", "trial", "experts")
 """What can be measured, in the order in which it is: the dearest last."""
-NEUTRAL = "neutral"
-"""The bundled facts about the real world, by which a model is located unless facts are given."""
 EDITS = 20
 HELD_OUT = 200
 """Of the bundled model's records settings are chosen on those from here on; those before are for results."""
@@ -124,8 +123,7 @@ def _solver(found: MoEHyperParams) -> SolverHyperParams:
 
 def at_layers(hparams: SolverHyperParams, layers: Sequence[int], target_cache_dir: str | None) -> SolverHyperParams:
     """The same hyper-parameters for another window of layers."""
-    changed = {"layers": list(layers), "target_cache_dir": target_cache_dir}
-    return type(hparams).from_dict({**hparams.to_dict(), **changed}, "a trial")
+    return replace(hparams, layers=list(layers), target_cache_dir=target_cache_dir)
 
 
 def windows_to_try(
