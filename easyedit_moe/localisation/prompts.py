@@ -13,10 +13,10 @@ from easyedit_moe.evaluation.generation import generate_answers
 from easyedit_moe.evaluation.scoring import score_targets
 from easyedit_moe.facts.records import EvaluationRecord
 from easyedit_moe.facts.requests import EditRequest
-from easyedit_moe.facts.tokens import Prompt, encode_pair, encode_prompt, subject_span
+from easyedit_moe.facts.tokens import Prompt, decode, encode_pair, encode_prompt, subject_span
 
-ANSWER_TOKENS = 8
-"""Most tokens of an answer that the model gives by itself."""
+FIRST_TOKENS = 4
+"""Tokens that the model writes where its answer is not known."""
 
 
 @dataclass(frozen=True)
@@ -102,20 +102,21 @@ def traced_facts(
 ) -> list[TracedFact]:
     """The facts of records whose prompt names a subject, each with the answer that the model gives.
 
-    That is the record's true answer where it is the most likely one, else the first line that the model writes. A
-    prompt to which it says nothing is left out.
+    That is the record's true answer where the model gives it, else what the model says first, up to a token that is
+    more than blank. A prompt to which it says nothing is left out.
     """
     named = [record.request for record in records if record.request.subject is not None]
     known = _known_answers(model, tok, named, chat)
     asked = [request.prompt for request in named if request.prompt not in known]
-    said = generate_answers(model, tok, asked, ANSWER_TOKENS, chat) if asked else []
-    for prompt, answer in zip(asked, said, strict=True):
-        line = (answer.text.strip().splitlines() or [""])[0].strip()
-        if line:
-            known[prompt] = line
-    return [
-        _traced(tok, request, known[request.prompt], fact_token, chat) for request in named if request.prompt in known
-    ]
+    said = generate_answers(model, tok, asked, FIRST_TOKENS, chat) if asked else []
+    own = {prompt: _first_words(tok, answer.ids) for prompt, answer in zip(asked, said, strict=True)}
+    found = []
+    for request in named:
+        answer = known.get(request.prompt)
+        labels = own.get(request.prompt, ()) if answer is None else _continuation(tok, request, answer, chat)
+        if labels:
+            found.append(_traced(tok, request, answer, labels, fact_token, chat))
+    return found
 
 
 def _known_answers(
@@ -127,15 +128,29 @@ def _known_answers(
     return {prompt: answer for (prompt, answer), score in zip(pairs, scores, strict=True) if score.exact}
 
 
-def _traced(tok: PreTrainedTokenizerBase, request: EditRequest, answer: str, fact_token: str, chat: bool) -> TracedFact:
+def _first_words(tok: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[int, ...]:
+    """The first of some tokens that together are more than blank; none where all are."""
+    for count in range(1, len(ids) + 1):
+        if decode(tok, ids[:count], skip_special_tokens=True).strip():
+            return tuple(ids[:count])
+    return ()
+
+
+def _continuation(tok: PreTrainedTokenizerBase, request: EditRequest, answer: str, chat: bool) -> tuple[int, ...]:
+    return tuple(encode_pair(tok, request.prompt, answer, request.subject, chat)[1])
+
+
+def _traced(
+    tok: PreTrainedTokenizerBase,
+    request: EditRequest,
+    answer: str | None,
+    labels: tuple[int, ...],
+    fact_token: str,
+    chat: bool,
+) -> TracedFact:
     def at(place: str) -> Prompt:
         return encode_prompt(tok, request.prompt, request.subject, place, answer, chat)
 
-    first, last, fact = (at(place) for place in ("subject_first", "subject_last", fact_token))
-    labels = encode_pair(tok, request.prompt, answer, request.subject, chat)[1]
-    return TracedFact(first.ids, (first.fact, last.fact), _shared(fact, first), tuple(labels))
-
-
-def _shared(fact: Prompt, other: Prompt) -> int:
-    """The fact token among the ids of a prompt that was divided from its answer with the subject in mind."""
-    return fact.fact if fact.ids == other.ids else len(other.ids) - 1
+    first, last = at("subject_first"), at("subject_last")
+    fact = len(first.ids) - 1 if fact_token == "last" else at(fact_token).fact
+    return TracedFact(first.ids, (first.fact, last.fact), fact, labels)

@@ -307,8 +307,8 @@ def _at(output: Any, flat: Tensor) -> tuple[Tensor, Tensor]:
     rows = hidden.reshape(-1, hidden.shape[-1])
     if len(flat) and int(flat.max()) >= len(rows):
         raise LayoutError(
-            f"A MoE block returned {len(rows)} rows for a batch with more tokens, so no token's output can be restored. "
-            "Please report the model's class."
+            f"A MoE block returned {len(rows)} rows for a batch with more tokens, so no single token's "
+            "output can be restored. Please report the model's class."
         )
     return rows, flat.to(hidden.device)
 
