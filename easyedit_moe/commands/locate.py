@@ -44,7 +44,7 @@ def locate(
     windows: Annotated[int, typer.Option(help="Most windows to try.")] = 24,
     measure: Annotated[
         list[str] | None,
-        typer.Option(help="Of routing, tracing, reachability, trial, experts, with commas; default: all."),
+        typer.Option(help="Of routing, tracing, reachability, statistics, trial, experts, with commas; default: all."),
     ] = None,
     samples: Annotated[int, typer.Option(help="Draws of the noise per fact in causal tracing.")] = 10,
     budget: Annotated[

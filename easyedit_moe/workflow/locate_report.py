@@ -115,10 +115,7 @@ def cost_line(costs: Sequence[Cost], budget: float | None) -> str:
         return "Nothing is left to measure."
     parts = ", ".join(f"{one.stage} {duration(one.seconds)} ({one.units})" for one in costs)
     limit = "" if budget is None else f" Budget: {budget:g} min."
-    return (
-        f"Expected: about {duration(sum(one.seconds for one in costs))}: {parts}; steps in brackets. Statistics of a "
-        f"trial's layers come on top unless they are cached (easyedit-moe plan says how long).{limit}"
-    )
+    return f"Expected: about {duration(sum(one.seconds for one in costs))}: {parts}; steps in brackets.{limit}"
 
 
 def duration(seconds: float) -> str:

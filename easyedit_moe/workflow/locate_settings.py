@@ -20,8 +20,10 @@ from easyedit_moe.workflow.settings import DEFAULT_METHOD, settings_for
 
 logger = logging.getLogger(__name__)
 
-STAGES = ("routing", "tracing", "reachability", "trial", "experts")
-"""What can be measured, in the order in which it is: the dearest last."""
+STAGES = ("routing", "tracing", "reachability", "statistics", "trial", "experts")
+"""What can be measured, in the order in which it is; "statistics" gathers what trials need, several layers in a pass."""
+TOGETHER = 8
+"""Layers whose statistics are gathered in one pass, so that their sums fit in memory."""
 EDITS = 20
 HELD_OUT = 200
 """Of the bundled model's records settings are chosen on those from here on; those before are for results."""
@@ -124,6 +126,14 @@ def _solver(found: MoEHyperParams) -> SolverHyperParams:
 def at_layers(hparams: SolverHyperParams, layers: Sequence[int], target_cache_dir: str | None) -> SolverHyperParams:
     """The same hyper-parameters for another window of layers."""
     return replace(hparams, layers=list(layers), target_cache_dir=target_cache_dir)
+
+
+def statistics_chunks(hparams: SolverHyperParams, windows: Sequence[Window]) -> list[Window]:
+    """The layers that trials need statistics of, in chunks that are gathered together; none where none are needed."""
+    if not hparams.needs_statistics:
+        return []
+    layers = sorted({layer for window in windows for layer in window})
+    return [tuple(layers[start : start + TOGETHER]) for start in range(0, len(layers), TOGETHER)]
 
 
 def windows_to_try(
