@@ -207,6 +207,8 @@ def test_refusals(tmp_path: Path) -> None:
     loaded = (shared_model(), tiny_tokenizer())
     with pytest.raises(HyperParamsError, match="no hparams for MoTE"):
         locate(RECORDS, loaded, "MoTE")
+    with pytest.raises(HyperParamsError, match="ROME has no target vectors"):
+        locate(method="ROME")
     ft = resolve_hparams("MoE-FT", "factworld", None, {})
     with pytest.raises(HyperParamsError, match="no target vectors"):
         locate(RECORDS, loaded, hparams=ft)
