@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
@@ -77,7 +78,8 @@ class Measured:
     def add(self, stage: str, name: str, row: Any) -> Row:
         """Keep a row: a record of values, or a dict of them."""
         values = asdict(row) if is_dataclass(row) and not isinstance(row, type) else dict(row)
-        self.rows[stage][name] = finite({"name": name, **values})
+        # As a run that goes on will read it: keys are texts, and what is not finite is null.
+        self.rows[stage][name] = json.loads(json_text({"name": name, **values}))
         self.save()
         return self.rows[stage][name]
 

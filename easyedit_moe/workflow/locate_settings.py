@@ -108,7 +108,7 @@ def locate_hparams(
     return _solver(settings_for(model, method, hparams, overrides)), True
 
 
-def _defaults(model: str | Loaded, method: str, overrides: Mapping[str, Any]) -> GlobalHyperParams:
+def _defaults(model: str | Loaded, method: str, overrides: Mapping[str, Any]) -> MoEHyperParams:
     """For a model that no YAML is for; says so."""
     name = model_name(model)
     if method not in ("", DEFAULT_METHOD):
