@@ -166,7 +166,7 @@ class _Job:
         return model_fingerprint(self.view)
 
     def provenance(self, model: str | Loaded, facts: Facts | None) -> dict[str, Any]:
-        """What the rows depend on; the budget and the stages are left out, so that a run can go on with others."""
+        """What the rows depend on: not the budget, the stages and the windows, so that a run can go on with others."""
         settings = asdict(replace(self.settings, budget=None, stages=STAGES))
         for name in ("budget", "stages", "layers", "skip", "widths", "windows"):
             del settings[name]
@@ -181,7 +181,6 @@ class _Job:
             **settings,
             "edits": len(self.task.records),
             "layers": self.layers,
-            "windows": [list(window) for window in self.windows],
             "hparams": self.hparams.to_dict(),
             "versions": versions(),
         }
@@ -278,7 +277,8 @@ def _job(
     view = MoELayerView(net)
     layers = list(settings.layers) or sorted(view.layers)
     view.require(layers)
-    windows = windows_to_try(settings, layers, hp.layers if fitted else None, view.num_layers)
+    trial = {"statistics", "trial"} & set(settings.stages)
+    windows = windows_to_try(settings, layers, hp.layers if fitted else None, view.num_layers) if trial else []
     screened = screen(fact_set(records), make_editor(at_layers(hp, layers[-1:], None)), tok)
     skip = default_skip(source) if settings.skip is None else settings.skip
     usable = screened.records[skip:]
