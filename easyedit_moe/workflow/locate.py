@@ -126,7 +126,7 @@ def locate(
         if resume and folder is not None:
             measured = Measured.resumed(folder, measured.provenance)
         todo = job.todo(measured)
-        expected = tuple(costs(job.load, settings, job.hparams, todo))
+        expected = tuple(costs(job.load, job.settings, job.hparams, todo))
         if on_cost is not None:
             on_cost(expected)
         measured.left = {stage: len(units) for stage, units in todo.items()}

@@ -232,7 +232,8 @@ def _draw_trial(axis: Any, found: Location) -> None:
         )  # fmt: skip
     axis.set_yticks(range(len(rows)), [row["name"] for row in rows])
     axis.invert_yaxis()
-    axis.set(title="Trial: the best windows", xlabel="percent", ylabel="layers", xlim=(0, 104))
+    axis.set(title="Trial: the best windows", xlabel="percent", ylabel="layers", xlim=(0, 145))
+    axis.set_xticks(range(0, 101, 20))
     _legend(axis, rows)
 
 

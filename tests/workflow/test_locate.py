@@ -20,6 +20,7 @@ from easyedit_moe.comparison.settings import resolve_hparams
 from easyedit_moe.comparison.task import Task, load_task
 from easyedit_moe.errors import DataError, HyperParamsError, LayerError
 from easyedit_moe.facts.records import parse_records
+from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.hparams import GlobalHyperParams
 from easyedit_moe.localisation.tracing import TraceSettings
 from easyedit_moe.workflow import locate as module
@@ -216,6 +217,8 @@ def test_refusals(tmp_path: Path) -> None:
     loaded = (shared_model(), tiny_tokenizer())
     with pytest.raises(HyperParamsError, match="no hparams for MoTE"):
         locate(RECORDS, loaded, "MoTE")
+    with pytest.raises(DataError, match="no fact is left"):
+        locate([EditRequest("It is cold in", None, "Rome")], loaded, hparams=hparams(tmp_path), settings=settings())
     with pytest.raises(HyperParamsError, match="ROME has no target vectors"):
         locate(method="ROME")
     ft = resolve_hparams("MoE-FT", "factworld", None, {})
