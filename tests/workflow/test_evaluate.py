@@ -148,11 +148,11 @@ def test_the_model_is_restored_whatever_happens(
     patch = saved_patch(model, tmp_path, "tensors")
     state, calls = state_of(model), []
 
-    def interrupted(*arguments: Any) -> Any:
+    def interrupted(*arguments: Any, **options: Any) -> Any:
         calls.append(1)
         if len(calls) == 2:
             raise error("stop")
-        return metrics.evaluate(*arguments)
+        return metrics.evaluate(*arguments, **options)
 
     monkeypatch.setattr(evaluating, "metrics", type("M", (), {"evaluate": staticmethod(interrupted)}))
     with pytest.raises(error, match="stop"):
