@@ -101,7 +101,7 @@ def test_the_numbers_are_those_of_each_model(kind: str, data: Path, tmp_path: Pa
 def test_without_a_patch_there_is_one_column(data: Path) -> None:
     result = evaluate((tiny_model(), TOK), data=data)
     assert all(measure.after is None for measure in result.measures)
-    assert cells(result.measures[0])[3:] == ["-", "-"]
+    assert cells(result.measures[0])[3:] == ["-", "-", "3"]
 
 
 def test_patches_are_applied_in_order_and_taken_back(data: Path, tmp_path: Path) -> None:
