@@ -84,10 +84,11 @@ PECULIAR: dict[str, dict[str, Any]] = {
         "text_config": {"layers_block_type": ["full_attention", "moe", "full_attention", "moe"]},
         "vision_config": {"video_temporal_patch_size": 2},
     },
-    "qwen3_omni_moe": {"text_config": {"rope_parameters": _MROPE}},
+    "qwen3_omni_moe": {"vision_start_token_id": 399, "text_config": {"rope_parameters": _MROPE}},
     "qwen3_vl_moe": {"text_config": {"rope_parameters": _MROPE}},
 }  # fmt: skip
 """What a family's configuration needs beyond `SIZES`; names of sub-configurations lead to dicts of their own."""
+
 
 @cache
 def families() -> tuple[str, ...]:

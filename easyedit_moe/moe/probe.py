@@ -11,20 +11,20 @@ from torch import Tensor, nn
 from easyedit_moe.errors import LayoutError, not_finite
 from easyedit_moe.facts.tokens import collate
 from easyedit_moe.moe.capture import (
+    STUMBLES,
     LayerInputs,
     Routing,
     block_output,
     capture_facts,
     hooks,
     inference_mode_of,
-    layer_output,
     read_routing,
-    replace_layer_output,
     routed_keys,
     run,
     stop_after,
 )
 from easyedit_moe.moe.experts import ModuleListExperts
+from easyedit_moe.moe.layer_outputs import layer_output, replace_layer_output
 from easyedit_moe.moe.layers import MoELayer, MoELayerView
 
 _KEY_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -150,7 +150,10 @@ def starts_anywhere(view: MoELayerView, layers: Sequence[int], ids: Sequence[int
     inputs = LayerInputs(layers)
     whole = capture_facts(view, [ids], [len(ids) - 1], [], [last], pad, inputs=inputs).outputs[last]
     for layer in layers:
-        part = capture_facts(view, [ids], [len(ids) - 1], [], [last], pad, inputs=inputs, start=layer).outputs[last]
+        try:
+            part = capture_facts(view, [ids], [len(ids) - 1], [], [last], pad, inputs=inputs, start=layer).outputs[last]
+        except STUMBLES:
+            return False
         if not bool((part - whole).abs().max() <= 1e-6 * whole.abs().max()):
             return False
     return True

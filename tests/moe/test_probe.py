@@ -10,7 +10,8 @@ from tiny import CASES, FAMILIES, assert_same_state, shared_model, state_of, tin
 from torch import Tensor, nn
 
 from easyedit_moe.errors import LayoutError, NumericalError
-from easyedit_moe.moe.capture import capture_facts, layer_output, replace_layer_output
+from easyedit_moe.moe.capture import capture_facts
+from easyedit_moe.moe.layer_outputs import layer_output, replace_layer_output
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.moe.probe import check_keys, residual_gain, starts_anywhere
 
