@@ -14,6 +14,7 @@ from easyedit_moe.commands.compare import compare
 from easyedit_moe.commands.edit import edit
 from easyedit_moe.commands.evaluate import evaluate
 from easyedit_moe.commands.export import export
+from easyedit_moe.commands.init import init
 from easyedit_moe.commands.inspect import inspect
 from easyedit_moe.commands.merge import merge
 from easyedit_moe.commands.methods import methods
@@ -34,6 +35,7 @@ app = typer.Typer(
 
 EXAMPLES: dict[Callable[..., None], str] = {
     edit: "Example: easyedit-moe edit facts.csv --model factworld --out edited --save patch,checkpoint",
+    init: "Example: easyedit-moe init --model /models/OLMoE-1B-7B --method MoTE -o my.yaml",
     ask: 'Example: easyedit-moe ask "The capital of France is" --patch edited/patch.safetensors',
     inspect: "Example: easyedit-moe inspect edited/patch.safetensors",
     apply: "Example: easyedit-moe apply edited/patch.safetensors --model /models/Qwen3-30B-A3B --out /models/edited",

@@ -273,6 +273,15 @@ def test_samples_and_dtype_reach_the_statistics(setting: Setting) -> None:
     assert setting.run([1], max_length=2)[1].num_tokens == 2 * len(TEXTS)
 
 
+def test_tokens_bound_the_corpus(setting: Setting) -> None:
+    lengths = [len(setting.tok(text)["input_ids"]) for text in TEXTS]
+    assert setting.run([1], mom2_n_tokens=lengths[0])[1].num_tokens == lengths[0]
+    assert setting.run([1], mom2_n_tokens=lengths[0] + 1)[1].num_tokens == sum(lengths[:2])
+    assert setting.run([1], mom2_n_tokens=2 * len(TEXTS), max_length=2)[1].num_tokens == 2 * len(TEXTS)
+    assert setting.run([1], mom2_n_tokens=10**9)[1].num_tokens == sum(lengths)
+    assert setting.run([1], mom2_n_tokens=10**9, mom2_n_samples=1)[1].num_tokens == lengths[0]
+
+
 def test_a_damaged_file_stops_and_stays(setting: Setting) -> None:
     setting.run([1, 2])
     file = next(f for f in setting.files() if f.name.startswith("layer2"))

@@ -369,12 +369,12 @@ def test_long_texts_are_tokenised_only_as_far_as_needed() -> None:
         def __getattr__(self, name: str) -> object:
             return getattr(TOK, name)
 
-    assert moments._encode(Counting(), text, 100) == encode_text(TOK, text)[:100]
+    assert moments.encode_cut(Counting(), text, 100) == encode_text(TOK, text)[:100]
     assert lengths == [1600]
     dense = "日本" * 900 + "Rome " * 3  # some 3 bytes, and tokens, a character
-    assert moments._encode(TOK, dense, 100) == encode_text(TOK, dense)[:100]
+    assert moments.encode_cut(TOK, dense, 100) == encode_text(TOK, dense)[:100]
     sparse = (" " * 200 + "Rome") * 20
-    assert moments._encode(TOK, sparse, 100) == encode_text(TOK, sparse)[:100]
+    assert moments.encode_cut(TOK, sparse, 100) == encode_text(TOK, sparse)[:100]
 
 
 def test_batches_respect_the_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
