@@ -112,8 +112,9 @@ def _check_same_form(patch: Patch, folder: Path, stored: StoredParameters, targe
     dense = [target.parameter for target in targets if not stored.is_mxfp4(target.parameter)]
     if settings.get("quant_method") == "mxfp4" and dense:
         raise PatchError(
-            f"{dense[0]} is dense in an MXFP4 checkpoint since it was edited. The originals in the patch {patch.id} are "
-            "of dense weights, so they do not give back the quantised files: pass base (--base), the checkpoint before."
+            f"{dense[0]} is dense in an MXFP4 checkpoint since it was edited. The originals in the patch {patch.id} "
+            "are of dense weights, so they do not give back the quantised files: pass base (--base), the checkpoint "
+            "before."
         )
 
 
