@@ -16,7 +16,7 @@ from baselines import TOK, settings
 from baselines import edit as train
 from solving_editors import edit as solve
 from solving_editors import plain_ridge
-from tiny import assert_same_state, requests, state_of, tiny_model, tiny_tokenizer
+from tiny import assert_same_state, chat_tokenizer, requests, state_of, tiny_model, tiny_tokenizer
 from typer.testing import CliRunner
 
 from easyedit_moe import load_hyperparams, load_model, make_editor
@@ -286,3 +286,23 @@ def test_tasks_that_cannot_be_run(tasks_dir: Path) -> None:
     (tasks_dir / "towns.jsonl").unlink()
     with pytest.raises(DataError, match="The tasks towns can't be loaded"):
         evaluate(model, tasks=["towns"], tasks_dir=tasks_dir)
+
+
+def test_tasks_in_a_chat(tasks_dir: Path) -> None:
+    """The likelier choice behind the template that the harness applies, by hand; the harness puts a space before it."""
+    model, tok = tiny_model(), chat_tokenizer()
+    (measure,) = evaluate((model, tok), tasks=["towns"], tasks_dir=tasks_dir, progress=False, chat=True).measures
+    right = []
+    for number, fact in enumerate(requests(5)):
+        framed = f"<user>{fact['prompt']}\n<assistant>"
+        ids = tok(framed)["input_ids"]
+        losses = []
+        for choice in (fact["ground_truth"], fact["target_new"]):
+            answer = tok(framed + " " + choice)["input_ids"][len(ids) :]
+            with torch.no_grad():
+                logp = model(torch.tensor([[*ids, *answer]])).logits[0].log_softmax(-1)
+            losses.append(
+                -float(logp[torch.arange(len(ids) - 1, len(ids) + len(answer) - 1), torch.tensor(answer)].sum())
+            )
+        right.append(losses.index(min(losses)) == number % 2)
+    assert measure.before.mean == sum(right) / 5
