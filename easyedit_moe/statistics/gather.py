@@ -25,7 +25,7 @@ from easyedit_moe.statistics.corpus import GENERATED, corpus_hash, iterate_texts
 from easyedit_moe.statistics.distributed import least_over_processes, rank_and_size
 from easyedit_moe.statistics.generated import GeneratedTexts, GenerationKey, opening_ids
 from easyedit_moe.statistics.moments import LayerMoments, Shards, collect_moments, encode_cut
-from easyedit_moe.storage.tensors import digest
+from easyedit_moe.storage.tensors import digest, read_or_warn
 
 logger = logging.getLogger(__name__)
 
@@ -58,12 +58,13 @@ def layer_statistics(
         n: StatisticsKey(fingerprint, n, corpus.name, corpus.tokens, corpus.n_samples, cut, dtype, target)
         for n in layers
     }
+    found = {layer: _stored(folder / key.file_name(), key) for layer, key in keys.items()}
     # What is missing on one process is collected by all.
-    there = {layer: bool(least_over_processes(int((folder / key.file_name()).exists()))) for layer, key in keys.items()}
+    there = {layer: bool(least_over_processes(int(one is not None))) for layer, one in found.items()}
     moments = {
-        layer: _on_device_of(view.layers[layer], load_moments(folder / key.file_name(), key))
-        for layer, key in keys.items()
-        if there[layer]
+        layer: _on_device_of(view.layers[layer], one)
+        for layer, one in found.items()
+        if one is not None and there[layer]
     }
     missing = [layer for layer in layers if not there[layer]]
     if missing:
@@ -125,6 +126,11 @@ def _up_to(n_tokens: int, texts: Iterable[str], tok: PreTrainedTokenizerBase, cu
         n_tokens -= len(encode_cut(tok, text, cut))
         if n_tokens <= 0:
             return
+
+
+def _stored(path: Path, key: StatisticsKey) -> LayerMoments | None:
+    """What lies on the disk; None where nothing does, or where it is damaged."""
+    return read_or_warn(lambda: load_moments(path, key)) if path.exists() else None
 
 
 def _on_device_of(moe: MoELayer, value: LayerMoments) -> LayerMoments:

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from easyedit_moe.errors import CacheError
+from easyedit_moe.errors import CacheError, DamagedCacheError, EditingWarning
 from easyedit_moe.storage.checksums import checksum
 from easyedit_moe.storage.files import replacing
 from easyedit_moe.storage.strict_json import finite
 
 SCHEMA = 1
+_Read = TypeVar("_Read")
 _ENTRY, _CONTENTS = "easyedit_moe", "contents"
 
 
@@ -70,6 +72,15 @@ def read_safetensors(path: Path, error: type[Exception], advice: str) -> tuple[d
         if expected is not None and expected != _contents(tensors):
             raise ValueError("its tensors are not those that were written")
         return tensors, metadata
+
+
+def read_or_warn(read: Callable[[], _Read]) -> _Read | None:
+    """What ``read`` gives; None, and an EditingWarning, where a file is damaged, whose content is then made anew."""
+    try:
+        return read()
+    except DamagedCacheError as error:
+        warnings.warn(f"{error} It is made anew now.", EditingWarning, stacklevel=3)
+        return None
 
 
 def read_metadata(path: Path, error: type[Exception], advice: str) -> dict[str, Any]:
