@@ -23,7 +23,6 @@ from easyedit_moe.moe.capture import (
     run,
     stop_after,
 )
-from easyedit_moe.moe.experts import ModuleListExperts
 from easyedit_moe.moe.layer_outputs import layer_output
 from easyedit_moe.moe.layers import MoELayer, MoELayerView
 from easyedit_moe.moe.tails import FactPlaces, IdentityTail, LocalTail, ScaleTail, Tail, pulled_back, recorded_tail
@@ -47,7 +46,7 @@ def expert_sum(moe: MoELayer, routing: Routing) -> Tensor:
 def check_keys(view: MoELayerView, index: int, ids: Sequence[int], pad: int) -> float:
     """Relative distance between `expert_sum` and what the experts module itself returns on ``ids``.
 
-    No module returns the sum of ModuleList experts, so there it is what the block's output loses without them, and the
+    Where no module returns that sum (ModuleList experts), it is what the block's output loses without them, and the
     distance is relative to the block's output.
 
     Raises:
@@ -77,9 +76,10 @@ def check_keys(view: MoELayerView, index: int, ids: Sequence[int], pad: int) -> 
 
 def _read_expert_output(moe: MoELayer, receive: Callable[[Tensor, Tensor], None]) -> Any:
     """Hook handle that hands over the experts' own sum, and the output that it was read from."""
-    if not isinstance(moe.experts, ModuleListExperts):
+    if not moe.experts.sum_in_block:
         return moe.experts.module.register_forward_hook(
-            lambda _, __, out: receive(layer_output(out), layer_output(out))
+            lambda _, args, kwargs, out: receive(moe.experts.own_sum(out, args, kwargs), moe.experts.sum_of(out)),
+            with_kwargs=True,
         )
 
     def read(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
