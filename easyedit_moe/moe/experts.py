@@ -26,6 +26,12 @@ _QUANTIZED_ADVICE = (
 )
 
 
+NORM_BEHIND = (
+    "{} normalises after each down-projection, so its output is not linear in the down-projections and no solver can "
+    "edit it."
+)
+
+
 @dataclass(frozen=True)
 class ExpertLayout:
     """How a layer stores its down-projections.
@@ -69,6 +75,9 @@ class Experts(ABC):
     """No module returns the gated sum over experts alone; it is part of the block's output."""
     without_weights: int = 0
     """Further experts that a router may pick, behind the last one, which have no weights."""
+
+    nonlinear: str = ""
+    """Why no edit of the down-projections can be solved for, though they can be trained; empty where it can."""
 
     def sum_of(self, output: Any) -> Tensor:
         """The gated sums ``[N, d]`` in what the module returned, or, if ``sum_in_block``, what the block returned."""
@@ -163,10 +172,7 @@ class PackedExperts(Experts):
         packed = self.packed
         down = packed.down_proj
         if getattr(module, "has_post_expert_norm", False):
-            raise LayoutError(
-                f"{name} ({type(module).__name__}) normalises after each down-projection, so its output is not "
-                "linear in the down-projections and this package does not edit it."
-            )
+            self.nonlinear = NORM_BEHIND.format(f"{name} ({type(module).__name__})")
         self._up_name = "gate_up_proj" if packed.has_gate else "up_proj"
         up = getattr(module, self._up_name, None)
         if not isinstance(up, nn.Parameter) or up.dim() != 3:

@@ -139,8 +139,13 @@ def decoder_stack(model: nn.Module) -> tuple[nn.ModuleList, str]:
     """The ModuleList of decoder layers, and its path; behind a multimodal wrapper, that of the text decoder.
 
     Raises:
-        LayoutError: no such list, or several.
+        LayoutError: no such list, or several; an encoder with a decoder.
     """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise LayoutError(
+            f"{type(model).__name__} is an encoder with a decoder: a prompt is read by one and answered by the other, "
+            "so no fact token stands before its answer in one stack of layers. Use a decoder-only model."
+        )
     names = {id(module): name for name, module in model.named_modules()}
     decoder = decoder_of(model)
     root = decoder if decoder is not None and id(decoder) in names else model

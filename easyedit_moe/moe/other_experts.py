@@ -17,7 +17,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from easyedit_moe.errors import LayoutError
-from easyedit_moe.moe.experts import ExpertLayout, Experts, expert_matrix, find_experts, is_quantized, refuse_offloaded
+from easyedit_moe.moe.experts import (
+    NORM_BEHIND,
+    ExpertLayout,
+    Experts,
+    expert_matrix,
+    find_experts,
+    is_quantized,
+    refuse_offloaded,
+)
 
 _PRODUCTS = ("linear", "matmul", "__matmul__", "bmm", "mm")
 
@@ -190,11 +198,6 @@ def unflagged_experts(module: nn.Module, name: str) -> Experts | None:
     called = len(inspect.signature(module.forward).parameters)
     if called not in (1, 3):
         return None
-    if hasattr(module, "post_expert_norm"):
-        raise LayoutError(
-            f"{name} ({type(module).__name__}) normalises after each down-projection, so its output is not linear in "
-            "the down-projections and this package does not edit it."
-        )
     (experts, rows, columns), wide = down.shape, tuple(up.shape[1:])
     straight, turned = wide == (2 * columns, rows), wide == (columns, 2 * rows)
     if not straight and not turned:
@@ -205,7 +208,10 @@ def unflagged_experts(module: nn.Module, name: str) -> Experts | None:
     d_model, d_hidden = (columns, rows) if turned else (rows, columns)
     layout = ExpertLayout(experts, d_model, d_hidden, turned, False, True, "packed", down.dtype)
     kind = SortedInputExperts if called == 1 else CalledExperts
-    return kind(module, name, "down_proj", layout, up.shape[0] - experts)
+    found = kind(module, name, "down_proj", layout, up.shape[0] - experts)
+    if hasattr(module, "post_expert_norm"):
+        found.nonlinear = NORM_BEHIND.format(f"{name} ({type(module).__name__})")
+    return found
 
 
 def stacked_experts(module: nn.Module, name: str) -> Experts | None:

@@ -113,6 +113,13 @@ def test_families_with_a_layout_of_their_own(family: str, block: str, experts: s
         assert moe.experts_name == f"model.layers.{index}.{experts}"
 
 
+def test_an_encoder_with_a_decoder_is_refused() -> None:
+    model = tiny_model("qwen3_moe")
+    model.config.is_encoder_decoder = True
+    with pytest.raises(LayoutError, match="encoder with a decoder"):
+        MoELayerView(model)
+
+
 def test_a_model_without_a_stack_is_refused() -> None:
     with pytest.raises(LayoutError, match="no list of decoder layers"):
         MoELayerView(nn.Sequential(nn.Linear(2, 2)))
