@@ -303,15 +303,29 @@ class BatchSolve:
         tail = self.prepared.layers[layer].tail
         residual = tail.pull_back(layer, residual.to(keys.key.device), weight, places)
         self.keys[layer], self.residuals[layer] = keys, residual
-        earlier = self.memory.keys.get(layer, [])
-        if earlier:
-            everything = RoutedKeys.cat([*earlier, keys])
+        kept_keys = [*self.memory.keys.get(layer, []), *self._keys_before(layer, tail.reach, weight)]
+        if kept_keys:
+            everything = RoutedKeys.cat([*kept_keys, keys])
             kept = residual.new_zeros(everything.num_tokens - keys.num_tokens, residual.shape[1])
             keys, residual = everything, torch.cat([kept, residual])
         solution, report = self.editor.solve(keys, residual, self.prepared.layers[layer])
         if report is not None:
             self.reports.append(report)
         return solution
+
+    def _keys_before(self, layer: int, reach: int, weight: float) -> list[RoutedKeys]:
+        """Keys of the tokens before the fact tokens whose experts reach them, too: what they return is kept."""
+        found = []
+        for back in range(1, reach + 1):
+            rows = [i for i, position in enumerate(self.positions) if position >= back]
+            if rows:
+                state = capture_facts(
+                    self.view, [self.sequences[i] for i in rows], [self.positions[i] - back for i in rows], [layer], [],
+                    pad_id(self.tok), self.hparams.capture_batch_size,
+                )  # fmt: skip
+                keys = state.keys[layer]
+                found.append(RoutedKeys(keys.expert, keys.gate * weight, keys.key))
+        return found
 
     def _write(self, layer: int, solution: Any, share: float) -> None:
         with self.watch.stage("write"):

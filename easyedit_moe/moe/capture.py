@@ -23,6 +23,7 @@ from easyedit_moe.moe.embeddings import input_embeddings
 from easyedit_moe.moe.experts import ModuleListExperts
 from easyedit_moe.moe.layer_outputs import LayerOutput, layer_output
 from easyedit_moe.moe.layers import MoELayer, MoELayerView
+from easyedit_moe.moe.other_experts import ParallelExperts, SortedInputExperts
 
 STUMBLES = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 """What a model raises whose layers need more of one another than hidden states, where some of them are skipped."""
@@ -34,11 +35,19 @@ class _StopForward(Exception):
 
 @dataclass(frozen=True)
 class Routing:
-    """What the experts of one layer were called with: ``hidden [N, d]``, ``expert [N, K]``, ``gate [N, K]``."""
+    """What the experts of one layer were called with: ``hidden [N, d]``, ``expert [N, K]``, ``gate [N, K]``.
+
+    Where a token's experts get different inputs, because gates are applied to these, ``hidden`` is ``[N, K, d]``. Slots
+    that no expert with weights fills have gate 0.
+    """
 
     hidden: Tensor
     expert: Tensor
     gate: Tensor
+
+    def inputs(self, token: Tensor, slot: Tensor) -> Tensor:
+        """``[S, d]``, what the expert of each of these slots got."""
+        return self.hidden[token] if self.hidden.dim() == 2 else self.hidden[token, slot]
 
 
 @dataclass(frozen=True)
@@ -112,6 +121,12 @@ def read_routing(moe: MoELayer, receive: Callable[[Routing], None]) -> Any:
     """Hook handle that hands each forward's `Routing` of this layer to ``receive``."""
     if isinstance(moe.experts, ModuleListExperts):
         return _read_modulelist_routing(moe, receive)
+    if isinstance(moe.experts, ParallelExperts):
+        return _read_router(moe, moe.experts, receive)
+    if isinstance(moe.experts, SortedInputExperts):
+        return moe.experts.module.register_forward_pre_hook(
+            lambda _, args, kwargs: receive(_routing_by_inputs(moe, (*args, *kwargs.values())[0])), with_kwargs=True
+        )
     names = list(inspect.signature(moe.experts.module.forward).parameters)
 
     def read(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -128,7 +143,7 @@ def experts_on_some(moe: MoELayer, tokens: int, rows: Tensor) -> list[Any]:
     For tokens whose output nobody reads, such as padding. Where the experts are called otherwise (old ModuleLists, or
     another number of inputs), nothing changes.
     """
-    if isinstance(moe.experts, ModuleListExperts) or len(rows) == tokens:
+    if moe.experts.sum_in_block or len(rows) == tokens:
         return []
     names = list(inspect.signature(moe.experts.module.forward).parameters)
     pending: list[bool] = []
@@ -163,7 +178,11 @@ def _checked_routing(moe: MoELayer, arguments: Sequence[Any]) -> Routing:
             f"{called} with one weight per index: index is {expert.dtype} {tuple(expert.shape)}, weights are "
             f"{gate.dtype} {tuple(gate.shape)}; this protocol is unknown."
         )
-    if expert.numel() and int(expert.max()) >= moe.experts.layout.num_experts:
+    experts = moe.experts.layout.num_experts
+    if moe.experts.without_weights:
+        weightless = (expert >= experts) & (expert < experts + moe.experts.without_weights)
+        expert, gate = expert.masked_fill(weightless, 0), gate.masked_fill(weightless, 0)
+    if expert.numel() and int(expert.max()) >= experts:
         raise LayoutError(
             f"{moe.experts_name} was handed expert {int(expert.max())}, but it holds only "
             f"{moe.experts.layout.num_experts}. Expert parallelism and experts without weights are not supported: load "
@@ -171,6 +190,32 @@ def _checked_routing(moe: MoELayer, arguments: Sequence[Any]) -> Routing:
         )
     hidden = hidden.reshape(-1, hidden.shape[-1])
     return Routing(hidden, expert.reshape(len(hidden), -1).long(), gate.reshape(len(hidden), -1))
+
+
+def _routing_by_inputs(moe: MoELayer, inputs: Tensor) -> Routing:
+    """Routing of experts that get every token once, times its gate: an input of zeros was not routed."""
+    spread = inputs.reshape(moe.experts.layout.num_experts, -1, inputs.shape[-1]).transpose(0, 1)
+    routed = (spread != 0).any(-1)
+    top = max(int(routed.sum(1).max()), 1)
+    gate, expert = routed.to(inputs.dtype).topk(top, dim=1)
+    return Routing(spread.gather(1, expert[..., None].expand(-1, -1, inputs.shape[-1])), expert, gate)
+
+
+def _read_router(moe: MoELayer, experts: ParallelExperts, receive: Callable[[Routing], None]) -> Any:
+    """Routing of parallel linears; their router returns tokens and gates sorted by expert, and each expert's count."""
+
+    def read(module: nn.Module, args: tuple, output: Any) -> None:
+        if experts.silenced:
+            return
+        _, token, gate, sizes, _ = output
+        hidden = args[0]
+        order = torch.argsort(token, stable=True)
+        expert = torch.repeat_interleave(
+            torch.arange(len(sizes), device=token.device), torch.as_tensor(sizes, device=token.device)
+        )
+        receive(Routing(hidden, expert[order].reshape(len(hidden), -1), gate[order].reshape(len(hidden), -1)))
+
+    return cast(nn.Module, experts.block.router).register_forward_hook(read)
 
 
 def _read_modulelist_routing(moe: MoELayer, receive: Callable[[Routing], None]) -> Any:
@@ -199,8 +244,10 @@ def _routing_by_unit_vectors(moe: MoELayer, args: tuple, kwargs: dict) -> Routin
 
 
 def block_output(moe: MoELayer, args: tuple, kwargs: dict, unit: dict[int, tuple[int, float]]) -> Tensor:
-    """Output ``[N, d]`` of a ModuleList block called anew, its experts replaced: expert j answers
-    ``scale * e_coordinate`` where ``unit[j]`` is ``(coordinate, scale)``, and zero if it is not in ``unit``.
+    """Output ``[N, d]`` of a block called anew whose output the experts' sum is a part of, its experts replaced.
+
+    Expert j answers ``scale * e_coordinate`` where ``unit[j]`` is ``(coordinate, scale)`` (ModuleLists only), and zero
+    if it is not in ``unit``.
     """
 
     def answer(j: int) -> Callable[..., Tensor]:
@@ -213,6 +260,10 @@ def block_output(moe: MoELayer, args: tuple, kwargs: dict, unit: dict[int, tuple
 
         return hook
 
+    if isinstance(moe.experts, ParallelExperts):
+        with moe.experts.silent():
+            output = layer_output(moe.block.forward(*args, **kwargs))
+        return output.reshape(-1, output.shape[-1])
     with hooks() as handles:
         for j, expert in enumerate(cast(nn.ModuleList, moe.experts.module)):
             handles.append(expert.register_forward_hook(answer(j)))
@@ -223,8 +274,9 @@ def block_output(moe: MoELayer, args: tuple, kwargs: dict, unit: dict[int, tuple
 
 def routed_keys(moe: MoELayer, routing: Routing, rows: Tensor) -> RoutedKeys:
     """`RoutedKeys` in float32 of the tokens ``rows`` of one layer's routing."""
-    hidden, expert = routing.hidden[rows], routing.expert[rows]
-    spread = hidden.repeat_interleave(expert.shape[1], dim=0)
+    expert = routing.expert[rows]
+    slots = torch.arange(expert.shape[1], device=expert.device).repeat(len(expert))
+    spread = routing.inputs(rows.to(expert.device).repeat_interleave(expert.shape[1]), slots)
     keys = moe.experts.keys(spread, expert.reshape(-1)).reshape(*expert.shape, -1)
     return RoutedKeys(expert, routing.gate[rows].float(), keys.float())
 

@@ -23,12 +23,13 @@ from easyedit_moe.moe.capture import (
     run,
     stop_after,
 )
-from easyedit_moe.moe.experts import ModuleListExperts
 from easyedit_moe.moe.layer_outputs import layer_output
 from easyedit_moe.moe.layers import MoELayer, MoELayerView
 from easyedit_moe.moe.tails import FactPlaces, IdentityTail, LocalTail, ScaleTail, Tail, pulled_back, recorded_tail
 
 _KEY_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+_FARTHEST = 4
+"""Tokens over which something behind the experts may spread; short convolutions are up to 5 wide."""
 
 
 def expert_sum(moe: MoELayer, routing: Routing) -> Tensor:
@@ -47,7 +48,7 @@ def expert_sum(moe: MoELayer, routing: Routing) -> Tensor:
 def check_keys(view: MoELayerView, index: int, ids: Sequence[int], pad: int) -> float:
     """Relative distance between `expert_sum` and what the experts module itself returns on ``ids``.
 
-    No module returns the sum of ModuleList experts, so there it is what the block's output loses without them, and the
+    Where no module returns that sum (ModuleList experts), it is what the block's output loses without them, and the
     distance is relative to the block's output.
 
     Raises:
@@ -55,6 +56,8 @@ def check_keys(view: MoELayerView, index: int, ids: Sequence[int], pad: int) -> 
         NumericalError: the experts' output is not finite.
     """
     moe = view.layers[index]
+    if moe.experts.nonlinear:
+        raise LayoutError(moe.experts.nonlinear)
     seen: list[Tensor] = []
     with inference_mode_of(view.model), hooks() as handles:
         handles.append(read_routing(moe, lambda routing: seen.append(expert_sum(moe, routing))))
@@ -77,9 +80,10 @@ def check_keys(view: MoELayerView, index: int, ids: Sequence[int], pad: int) -> 
 
 def _read_expert_output(moe: MoELayer, receive: Callable[[Tensor, Tensor], None]) -> Any:
     """Hook handle that hands over the experts' own sum, and the output that it was read from."""
-    if not isinstance(moe.experts, ModuleListExperts):
+    if not moe.experts.sum_in_block:
         return moe.experts.module.register_forward_hook(
-            lambda _, __, out: receive(layer_output(out), layer_output(out))
+            lambda _, args, kwargs, out: receive(moe.experts.own_sum(out, args, kwargs), moe.experts.sum_of(out)),
+            with_kwargs=True,
         )
 
     def read(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
@@ -133,12 +137,11 @@ def measured_tail(view: MoELayerView, index: int, ids: Sequence[int], pad: int) 
         error = float((moved - gain * wanted).norm() / (moved.norm() + 1e-30))
         if abs(gain) >= 1e-6 and error <= 0.05:
             return IdentityTail() if abs(gain - 1) < 0.01 else ScaleTail(gain)
-    _check_local_tail(view, index, FactPlaces(view, [ids], [len(ids) // 2], pad))
-    return LocalTail()
+    return _checked_local_tail(view, index, FactPlaces(view, [ids], [len(ids) // 3], pad))
 
 
-def _check_local_tail(view: MoELayerView, index: int, places: FactPlaces) -> None:
-    """LayoutError unless a change of one token's experts moves that token, it alone, and can be pulled back."""
+def _checked_local_tail(view: MoELayerView, index: int, places: FactPlaces) -> LocalTail:
+    """LayoutError unless a change of one token's experts moves that token and few others, and can be pulled back."""
     moe, at = view.layers[index], places.positions[0]
     with recorded_tail(view, index, places) as tail:
         nothing = torch.zeros(1, tail.width, device=tail.device)
@@ -146,17 +149,18 @@ def _check_local_tail(view: MoELayerView, index: int, places: FactPlaces) -> Non
         direction = torch.cos(torch.arange(tail.width, dtype=torch.float32, device=tail.device))[None]
         step = 0.01 * moe.experts.sum_of(tail.recorded_sum).float().norm(dim=1).mean() / direction.norm()
         moved = tail.outputs(direction * step.clamp_min(1e-6).to(tail.device))[0] - plain
-    here, elsewhere = moved[at].norm(), torch.cat([moved[:at], moved[at + 1 :]]).norm()
-    if float(here) <= 1e-6 * float(plain[at].norm()):
+    sizes = moved.norm(dim=1)
+    here, touched = float(sizes[at]), torch.nonzero(sizes > 1e-5 * sizes[at]).flatten().tolist()
+    if here <= 1e-6 * float(plain[at].norm()):
         raise LayoutError(
-            f"{moe.name}: its output does not follow its experts' output (it moved by {float(here):.1e}), so a "
-            "residual at the layer's output can't be handed to the experts."
+            f"{moe.name}: its output does not follow its experts' output (it moved by {here:.1e}), so a residual at "
+            "the layer's output can't be handed to the experts."
         )
-    if float(elsewhere) > 1e-3 * float(here):
+    reach = touched[-1] - at
+    if touched[0] < at or reach > _FARTHEST:
         raise LayoutError(
-            f"{moe.name}: what its experts return for one token also moves other tokens' outputs within the layer "
-            f"({float(elsewhere / here):.2f} as much), as behind a convolution, so a residual at the fact token can't "
-            "be handed to its experts alone."
+            f"{moe.name}: what its experts return for token {at} of {len(sizes)} also moves the layer's output at "
+            f"tokens {touched[0]} to {touched[-1]}, so a residual at the fact token can't be handed to its experts."
         )
     found = pulled_back(index, moved[at : at + 1], places).reached.to(moved.device)
     share = float((found * moved[at]).sum() / moved[at].square().sum())
@@ -165,6 +169,7 @@ def _check_local_tail(view: MoELayerView, index: int, places: FactPlaces) -> Non
             f"{moe.name}: of a change that its experts can bring about, pulling it back through the layer finds only "
             f"a share of {share:.2f}, so a residual at the layer's output can't be handed to the experts."
         )
+    return LocalTail(reach)
 
 
 def starts_anywhere(view: MoELayerView, layers: Sequence[int], ids: Sequence[int], pad: int) -> bool:

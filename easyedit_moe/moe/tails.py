@@ -55,6 +55,7 @@ class Tail(ABC):
     """What lies between the experts' sum and the layer's output."""
 
     kind: ClassVar[str]
+    reach: int = 0
 
     @abstractmethod
     def pull_back(self, layer: int, wanted: Tensor, weight: float, places: FactPlaces) -> Tensor:
@@ -94,8 +95,14 @@ class ScaleTail(Tail):
 
 @dataclass(frozen=True)
 class LocalTail(Tail):
-    """A tail that is known by running it: its Jacobian at each fact token."""
+    """A tail that is known by running it: its Jacobian at each fact token.
 
+    Attributes:
+        reach: how many tokens before its own each output depends on, as behind a short convolution. What the experts
+            return for these must stay as it is for the Jacobian to hold.
+    """
+
+    reach: int = 0
     kind: ClassVar[str] = "local Jacobian"
 
     def pull_back(self, layer: int, wanted: Tensor, weight: float, places: FactPlaces) -> Tensor:

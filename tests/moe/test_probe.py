@@ -68,16 +68,30 @@ class Times(nn.Module):
 
 
 class Mixes(nn.Module):
-    """A causal convolution: each token also gets the one before."""
+    """Each token also gets those ``reach`` tokens before, or, if it is negative, behind."""
+
+    def __init__(self, reach: int) -> None:
+        super().__init__()
+        self.reach = reach
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + 0.5 * torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
+        moved = torch.zeros_like(x)
+        if self.reach > 0:
+            moved[:, self.reach :] = x[:, : -self.reach]
+        else:
+            moved[:, : self.reach] = x[:, -self.reach :]
+        return x + 0.5 * moved
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "modulelist"])
 @pytest.mark.parametrize(
     ("behind", "match"),
-    [(Times(0.0), "does not follow"), (nn.Hardtanh(-1e-6, 1e-6), "does not|share"), (Mixes(), "other tokens")],
+    [
+        (Times(0.0), "does not follow"),
+        (nn.Hardtanh(-1e-6, 1e-6), "does not|share"),
+        (Mixes(-1), "tokens 2 to 3"),
+        (Mixes(6), "tokens 3 to 9"),
+    ],
 )
 def test_what_no_change_of_the_experts_moves_alone_is_refused(family: str, behind: nn.Module, match: str) -> None:
     model = tiny_model(family)
@@ -86,6 +100,13 @@ def test_what_no_change_of_the_experts_moves_alone_is_refused(family: str, behin
     assert measured_tail(view, 0, IDS, 0) == IdentityTail()
     with pytest.raises(LayoutError, match=match):
         measured_tail(view, 1, IDS, 0)
+
+
+@pytest.mark.parametrize("reach", [1, 4])
+def test_a_short_convolution_behind_the_experts_is_noticed(reach: int) -> None:
+    model = tiny_model()
+    model.model.layers[1].mlp = Behind(model.model.layers[1].mlp, Mixes(reach))
+    assert measured_tail(MoELayerView(model), 1, IDS, 0) == LocalTail(reach)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "modulelist"])
