@@ -145,6 +145,13 @@ def check_dtypes(stored: StoredParameters, targets: Sequence[Target]) -> None:
     """Refuse a checkpoint in another dtype than that of the patch; PatchError."""
     for target in targets:
         found = stored.dtype(target.parameter)
+        if found.itemsize < 2:
+            kind = str(found).removeprefix("torch.")
+            raise PatchError(
+                f"{_named(target, stored)} is stored quantised, as {kind}, so a patch can't be written into the file. "
+                "Make the edit with edit --save checkpoint, which writes the edited layers dense, or serve the patch "
+                "as an adapter (export)."
+            )
         if found != target.dtype:
             raise PatchError(
                 f"{_named(target, stored)} is stored as {str(found).removeprefix('torch.')}; the patch was made on a "

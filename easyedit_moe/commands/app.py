@@ -16,6 +16,7 @@ from easyedit_moe.commands.evaluate import evaluate
 from easyedit_moe.commands.export import export
 from easyedit_moe.commands.init import init
 from easyedit_moe.commands.inspect import inspect
+from easyedit_moe.commands.locate import locate
 from easyedit_moe.commands.merge import merge
 from easyedit_moe.commands.methods import methods
 from easyedit_moe.commands.plan import plan
@@ -44,6 +45,7 @@ EXAMPLES: dict[Callable[..., None], str] = {
     merge: "Example: easyedit-moe merge monday/patch.safetensors tuesday/patch.safetensors --out both.safetensors",
     export: "Example: easyedit-moe export edited/patch.safetensors --to vllm --model /models/Qwen3-30B-A3B --rank 64",
     statistics: "Example: easyedit-moe statistics --model /models/Qwen3-30B-A3B --method MoTE --stats-dir /data/stats",
+    locate: "Example: easyedit-moe locate facts.csv --model /models/Qwen3-30B-A3B --budget 30 --out located",
     compare: "Example: easyedit-moe compare --methods MoTE,Global --edits 20 --out results",
     tune: "Example: easyedit-moe tune held_out.json --model /models/OLMoE-1B-7B --method MoTE --out tuned --budget 60",
     plan: "Example: easyedit-moe plan --model /models/Qwen3-30B-A3B --method MoTE --edits 1000 --budget 80",

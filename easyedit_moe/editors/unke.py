@@ -36,7 +36,8 @@ from easyedit_moe.facts.subjects import mentions
 from easyedit_moe.facts.tokens import collate, encode_text, pad_id
 from easyedit_moe.hparams import UnKEHyperParams
 from easyedit_moe.measure import Stopwatch
-from easyedit_moe.moe.capture import hooks, layer_output, run, stop_after
+from easyedit_moe.moe.capture import hooks, run, stop_after
+from easyedit_moe.moe.layer_outputs import layer_output
 from easyedit_moe.moe.layers import MoELayer, MoELayerView
 from easyedit_moe.patches.tensors import writing_tensors
 from easyedit_moe.progress import progress_bar

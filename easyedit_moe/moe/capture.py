@@ -21,7 +21,11 @@ from easyedit_moe.errors import LayoutError, RequestError, not_finite
 from easyedit_moe.facts.tokens import Batch, collate
 from easyedit_moe.moe.embeddings import input_embeddings
 from easyedit_moe.moe.experts import ModuleListExperts
+from easyedit_moe.moe.layer_outputs import LayerOutput, layer_output
 from easyedit_moe.moe.layers import MoELayer, MoELayerView
+
+STUMBLES = (AttributeError, IndexError, KeyError, TypeError, ValueError)
+"""What a model raises whose layers need more of one another than hidden states, where some of them are skipped."""
 
 
 class _StopForward(Exception):
@@ -80,16 +84,6 @@ def hooks() -> Iterator[list[Any]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def layer_output(output: Any) -> Tensor:
-    """The hidden states in what a decoder layer returned: a tensor, or a tuple that starts with it."""
-    return output if isinstance(output, Tensor) else output[0]
-
-
-def replace_layer_output(output: Any, hidden: Tensor) -> Any:
-    """What the decoder layer returned, with other hidden states."""
-    return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
 
 
 def model_device(model: nn.Module) -> torch.device:
@@ -236,20 +230,14 @@ def routed_keys(moe: MoELayer, routing: Routing, rows: Tensor) -> RoutedKeys:
 
 
 @contextmanager
-def skipping_layers(view: MoELayerView, layer: int, hidden: Tensor, as_tuple: bool) -> Iterator[None]:
-    """Inside, layers below ``layer`` pass their input on and ``layer`` answers ``hidden``, without computing.
-
-    ``as_tuple`` says whether the model's layers return a tuple that starts with the hidden states.
-    """
-
-    def wrap(value: Tensor) -> Any:
-        return (value,) if as_tuple else value
+def skipping_layers(view: MoELayerView, layer: int, answer: LayerOutput) -> Iterator[None]:
+    """Inside, layers below ``layer`` pass their input on and ``layer`` answers ``answer``, without computing."""
 
     def passing(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return wrap(hidden_states)
+        return answer.pass_on(hidden_states)
 
     def answering(*args: Any, **kwargs: Any) -> Any:
-        return wrap(hidden)
+        return answer.put_back(answer.hidden)
 
     changed = view.decoder_layers[: layer + 1]
     saved = [module.__dict__.get("forward") for module in changed]
@@ -273,16 +261,14 @@ class LayerInputs:
 
     def __init__(self, layers: Sequence[int]) -> None:
         self.layers = [layer for layer in layers if layer > 0]
-        self._kept: dict[tuple[int, int], Tensor] = {}
-        self._as_tuple = False
+        self._kept: dict[tuple[int, int], LayerOutput] = {}
 
     def keep(self, view: MoELayerView, batch: int, handles: list[Any]) -> None:
         """Register hooks that keep what the layers before ours put out in the forward of this batch."""
 
         def keeper(layer: int) -> Callable[..., None]:
             def read(module: nn.Module, args: tuple, output: Any) -> None:
-                self._as_tuple = not isinstance(output, Tensor)
-                self._kept[batch, layer] = layer_output(output)
+                self._kept[batch, layer] = LayerOutput.of(output)
 
             return read
 
@@ -291,8 +277,8 @@ class LayerInputs:
 
     def starting_at(self, view: MoELayerView, layer: int, batch: int) -> Any:
         """A context in which the layers below ``layer`` do not run; nothing is spared where no input was kept."""
-        hidden = self._kept.get((batch, layer))
-        return nullcontext() if hidden is None else skipping_layers(view, layer - 1, hidden, self._as_tuple)
+        kept = self._kept.get((batch, layer))
+        return nullcontext() if kept is None else skipping_layers(view, layer - 1, kept)
 
 
 def capture_facts(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from easyedit_moe.errors import LayoutError, QuantizedExpertsError, offloaded
+from easyedit_moe.moe.layer_outputs import layer_output, replace_layer_output
 
 _QUANTIZED_MARKS = ("down_proj_blocks", "down_proj_scales", "down_proj_scale_inv", "down_proj_qweight")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -55,6 +56,19 @@ class Experts(ABC):
 
     module: nn.Module
     layout: ExpertLayout
+    sum_in_block: bool = False
+    """No module returns the gated sum over experts alone; it is part of the block's output."""
+
+    def sum_of(self, output: Any) -> Tensor:
+        """The gated sums ``[N, d]`` in what the module returned, or, if ``sum_in_block``, what the block returned."""
+        return layer_output(output).reshape(-1, self.layout.d_model)
+
+    def shifted_sum(self, output: Any, rows: Tensor, shift: Tensor) -> Any:
+        """That output with the sums of the tokens ``rows [n]`` shifted by ``[n, d]``; a new one."""
+        hidden = layer_output(output)
+        flat = hidden.reshape(-1, self.layout.d_model)
+        moved = flat.index_add(0, rows.to(flat.device), shift.to(flat))
+        return replace_layer_output(output, moved.reshape(hidden.shape))
 
     @abstractmethod
     def expert_key(self, x: Tensor, expert: int) -> Tensor:
@@ -190,6 +204,7 @@ class ModuleListExperts(Experts):
     """One module per expert with its own down-projection ``nn.Linear`` (``down_proj``, or Mixtral's ``w2``)."""
 
     module: nn.ModuleList
+    sum_in_block = True
 
     def __init__(self, module: nn.ModuleList, name: str) -> None:
         self.module = module

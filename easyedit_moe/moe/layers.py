@@ -38,6 +38,11 @@ class MoELayer:
         """The module whose output is the MoE block's output: the block, or the experts where the layer is the block."""
         return self.experts.module if self.block is self.layer else self.block
 
+    @property
+    def sum_site(self) -> nn.Module:
+        """The module in whose output the gated sum over experts appears first."""
+        return self.block if self.experts.sum_in_block else self.experts.module
+
     def parameter_names(self) -> list[str]:
         """Full names of the parameters that hold this layer's down-projections."""
         return [f"{self.experts_name}.{name}" for name, _ in self.experts.parameters()]

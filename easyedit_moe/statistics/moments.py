@@ -23,11 +23,11 @@ from easyedit_moe.moe.capture import (
     experts_on_some,
     hooks,
     inference_mode_of,
-    layer_output,
     read_routing,
     run,
     stop_after,
 )
+from easyedit_moe.moe.layer_outputs import layer_output
 from easyedit_moe.moe.layers import MoELayer, MoELayerView
 from easyedit_moe.moe.own_keys import are_sorted_by_expert, collecting_keys, own_keys, sorted_keys
 from easyedit_moe.progress import progress_bar

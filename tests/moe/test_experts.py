@@ -18,8 +18,9 @@ from tiny import (
 from torch import Tensor, nn
 
 from easyedit_moe.errors import LayoutError, QuantizedExpertsError
-from easyedit_moe.moe.capture import hooks, inference_mode_of, layer_output, read_routing
+from easyedit_moe.moe.capture import hooks, inference_mode_of, read_routing
 from easyedit_moe.moe.experts import find_experts
+from easyedit_moe.moe.layer_outputs import layer_output
 from easyedit_moe.moe.layers import MoELayer, MoELayerView
 from easyedit_moe.moe.probe import check_keys, expert_sum
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from easyedit_moe.errors import DataError, LayerError, NumericalError
 from easyedit_moe.facts.tokens import encode_text
-from easyedit_moe.moe.capture import layer_output
+from easyedit_moe.moe.layer_outputs import layer_output
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.statistics import moments
 from easyedit_moe.statistics.moments import LayerMoments, collect_moments

@@ -101,7 +101,7 @@ def test_the_numbers_are_those_of_each_model(kind: str, data: Path, tmp_path: Pa
 def test_without_a_patch_there_is_one_column(data: Path) -> None:
     result = evaluate((tiny_model(), TOK), data=data)
     assert all(measure.after is None for measure in result.measures)
-    assert cells(result.measures[0])[3:] == ["-", "-"]
+    assert cells(result.measures[0])[3:] == ["-", "-", "3"]
 
 
 def test_patches_are_applied_in_order_and_taken_back(data: Path, tmp_path: Path) -> None:
@@ -148,11 +148,11 @@ def test_the_model_is_restored_whatever_happens(
     patch = saved_patch(model, tmp_path, "tensors")
     state, calls = state_of(model), []
 
-    def interrupted(*arguments: Any) -> Any:
+    def interrupted(*arguments: Any, **options: Any) -> Any:
         calls.append(1)
         if len(calls) == 2:
             raise error("stop")
-        return metrics.evaluate(*arguments)
+        return metrics.evaluate(*arguments, **options)
 
     monkeypatch.setattr(evaluating, "metrics", type("M", (), {"evaluate": staticmethod(interrupted)}))
     with pytest.raises(error, match="stop"):

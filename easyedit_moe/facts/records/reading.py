@@ -27,6 +27,8 @@ from easyedit_moe.facts.records.zsre import parse_zsre
 
 Reasons = tuple[tuple[int, str], ...]
 SHOWN = 5  # problems that an error lists
+NEUTRAL = "neutral"
+"""Name of the bundled facts about the real world, made for this project, by which any model can be located."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ SANITATION = Layout("token_accuracy", parse_sanitation)
 
 
 def load_records(source: str | Path) -> RecordSet:
-    """Read "factworld", "factworld-easyedit" or a file of records: .json, .jsonl, .csv or .tsv, in UTF-8.
+    """Read "factworld", "factworld-easyedit", "neutral" or a file of records: .json, .jsonl, .csv or .tsv, in UTF-8.
 
     Known layouts, with the keys they need (the module of each says which more it reads):
 
@@ -123,8 +125,12 @@ def parse_records(items: Sequence[Mapping[str, Any]] | Mapping[str, Any], where:
 
 
 def _content(source: str | Path) -> tuple[Content, str]:
-    bundled = {factworld.MODEL_NAME: "counterfact.json", f"{factworld.MODEL_NAME}-easyedit": "easyedit.json"}
-    path = factworld.data_path(bundled[str(source)]) if str(source) in bundled else Path(source)
+    bundled = {
+        factworld.MODEL_NAME: factworld.data_path("counterfact.json"),
+        f"{factworld.MODEL_NAME}-easyedit": factworld.data_path("easyedit.json"),
+        NEUTRAL: Path(__file__).with_name("neutral.json"),
+    }
+    path = bundled.get(str(source), Path(source))
     if not path.is_file():
         raise DataError(f"The data file {path} does not exist. Bundled data: {', '.join(bundled)}.")
     return read_file(path), str(path)

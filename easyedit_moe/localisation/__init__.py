@@ -1,0 +1,1 @@
+"""Where a model keeps a fact: reachability of targets, causal tracing and routing, layer by layer."""

@@ -1,0 +1,97 @@
+"""What ``locate`` has measured so far, on disk after every row, and read again by a run that goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from easyedit_moe.errors import DataError
+from easyedit_moe.storage.strict_json import finite, json_text, read_json, write_json
+from easyedit_moe.workflow.locate_settings import STAGES
+
+RESULTS = "results.json"
+Row = dict[str, Any]
+
+
+@dataclass
+class Measured:
+    """Rows by stage, each with its name; every change is written at once where there is a folder.
+
+    Attributes:
+        provenance: what the rows were made of.
+        folder: for ``results.json``; None keeps nothing.
+        rows: by stage and by the name of the layer or window.
+        left: how many rows are not there yet, by stage.
+    """
+
+    provenance: dict[str, Any]
+    folder: Path | None = None
+    rows: dict[str, dict[str, Row]] = field(default_factory=lambda: {stage: {} for stage in STAGES})
+    left: dict[str, int] = field(default_factory=dict)
+
+    @staticmethod
+    def resumed(folder: Path, provenance: dict[str, Any]) -> Measured:
+        """With the rows of an earlier run in the folder; none where there was no such run.
+
+        Raises:
+            DataError: a file that can't be read, or that was made of another model, other facts or settings.
+        """
+        found, path = Measured(provenance, folder), folder / RESULTS
+        if not path.is_file():
+            return found
+        saved = read_json(path)
+        try:
+            before, rows = saved["provenance"], saved["rows"]
+            read = {stage: {str(row["name"]): row for row in rows[stage]} for stage in STAGES}
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{path} is no result of locate ({error!r}); choose another --out.") from error
+        wanted = finite(provenance)
+        differing = [
+            f"{name}: {before.get(name)!r} there, {value!r} now"
+            for name, value in wanted.items()
+            if json_text(before.get(name)) != json_text(value)
+        ]
+        if differing:
+            raise DataError(
+                f"{path} can't be gone on with: it was made of something else ({'; '.join(differing)}). Repeat its "
+                "settings, choose another --out, or leave --resume out to write it anew."
+            )
+        found.rows = read
+        return found
+
+    def has(self, stage: str, name: str) -> bool:
+        """Whether a row is there."""
+        return name in self.rows[stage]
+
+    def add(self, stage: str, name: str, row: Any) -> Row:
+        """Keep a row: a record of values, or a dict of them."""
+        values = asdict(row) if is_dataclass(row) and not isinstance(row, type) else dict(row)
+        self.rows[stage][name] = finite({"name": name, **values})
+        self.save()
+        return self.rows[stage][name]
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left."""
+        return not any(self.left.values())
+
+    def save(self) -> Path | None:
+        """Write ``results.json``, in full or not at all."""
+        return None if self.folder is None else write_json(self.folder / RESULTS, self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Content of ``results.json`` (schema 1)."""
+        return {
+            "schema": 1,
+            "state": "complete" if self.complete else "interrupted",
+            "left": {stage: count for stage, count in self.left.items() if count},
+            "rows": {stage: list(rows.values()) for stage, rows in self.rows.items()},
+            "provenance": finite(self.provenance),
+        }
+
+
+def layer_rows(rows: Mapping[str, Row], layers: Sequence[int]) -> dict[int, Row]:
+    """Rows of a stage that is measured layer by layer, in the order of the layers."""
+    return {layer: rows[str(layer)] for layer in layers if str(layer) in rows}

@@ -1,0 +1,142 @@
+"""What ``locate`` measures, and with which hyper-parameters."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from easyedit_moe import factworld
+from easyedit_moe.errors import DataError, HyperParamsError
+from easyedit_moe.facts.records import NEUTRAL
+from easyedit_moe.hparams import GlobalHyperParams, MoEHyperParams, SolverHyperParams, hparams_folder
+from easyedit_moe.hparams.models import model_file
+from easyedit_moe.localisation.tracing import TraceSettings
+from easyedit_moe.localisation.windows import Window, candidate_windows, window_name
+from easyedit_moe.workflow.session import Loaded, model_name
+from easyedit_moe.workflow.settings import DEFAULT_METHOD, settings_for
+
+logger = logging.getLogger(__name__)
+
+STAGES = ("routing", "tracing", "reachability", "trial", "experts")
+"""What can be measured, in the order in which it is: the dearest last."""
+EDITS = 20
+HELD_OUT = 200
+"""Of the bundled model's records settings are chosen on those from here on; those before are for results."""
+
+
+@dataclass(frozen=True)
+class LocateSettings:
+    """What is measured.
+
+    Attributes:
+        edits: facts that are measured and edited; None: 20, or all where there are fewer.
+        skip: facts to leave out at the start; None: 0, or 200 of the bundled model's own.
+        batch_size: facts that a trial edits together; batches follow each other.
+        layers: MoE layers to measure; empty: all of them.
+        widths: numbers of layers of the windows to try; empty: 1, 2 and that of the hparams.
+        windows: most windows to try.
+        stages: of `STAGES`, what to measure.
+        tracing: noise, samples and seed.
+        budget: minutes after which nothing more is begun; None: no limit.
+
+    Raises:
+        DataError: on construction, for a stage that is unknown or a number out of range.
+    """
+
+    edits: int | None = None
+    skip: int | None = None
+    batch_size: int = 50
+    layers: tuple[int, ...] = ()
+    widths: tuple[int, ...] = ()
+    windows: int = 24
+    stages: tuple[str, ...] = STAGES
+    tracing: TraceSettings = field(default_factory=TraceSettings)
+    budget: float | None = None
+
+    def __post_init__(self) -> None:
+        unknown = [stage for stage in self.stages if stage not in STAGES]
+        if unknown or not self.stages:
+            raise DataError(f"What is measured must be of {', '.join(STAGES)}; found {', '.join(unknown) or 'none'}.")
+        numbers = {"edits": self.edits, "batch_size": self.batch_size, "windows": self.windows}
+        small = [f"{name} {value}" for name, value in numbers.items() if value is not None and value < 1]
+        if small or (self.skip or 0) < 0 or (self.budget is not None and not self.budget > 0):
+            raise DataError(
+                "edits, batch size and windows must be at least 1, skip at least 0 and the budget greater than 0 "
+                f"minutes; found {', '.join([*small, f'skip {self.skip or 0}', f'budget {self.budget}'])}."
+            )
+
+
+def default_facts(model: str | Loaded) -> str:
+    """The bundled model's own records, or the neutral facts for any other model."""
+    return factworld.MODEL_NAME if model == factworld.MODEL_NAME else NEUTRAL
+
+
+def default_skip(facts: Any) -> int:
+    """How many facts are left out at the start."""
+    return HELD_OUT if str(facts) == factworld.MODEL_NAME else 0
+
+
+def locate_hparams(
+    model: str | Loaded,
+    method: str,
+    hparams: str | Path | MoEHyperParams | None,
+    overrides: Mapping[str, Any],
+) -> tuple[SolverHyperParams, bool]:
+    """The hyper-parameters of targets and trials, and whether their layers were chosen for this model.
+
+    A model that no YAML is for gets the defaults of Global, without statistics, so that a trial needs no corpus.
+
+    Raises:
+        HyperParamsError, MethodError, DataError: see `settings_for`; also a method that does not solve for experts.
+    """
+    if hparams is None and _has_no_file(model_name(model), method or DEFAULT_METHOD):
+        if method not in ("", DEFAULT_METHOD):
+            raise HyperParamsError(
+                f"There are no hparams for {method} on {model_name(model)!r}. Pass --hparams with a file, or leave the "
+                f"method out: {DEFAULT_METHOD} is then tried with its defaults."
+            )
+        logger.warning(
+            "No hparams ship for %s: targets and trials use the defaults of %s, without statistics.",
+            model_name(model), DEFAULT_METHOD,
+        )  # fmt: skip
+        given = {"alg_name": DEFAULT_METHOD, "layers": [0], "metric": "identity", "model_name": model_name(model)}
+        plain = GlobalHyperParams.from_dict(given, "defaults")
+        return _solver(settings_for(model, "", plain, overrides)), False
+    return _solver(settings_for(model, method, hparams, overrides)), True
+
+
+def _has_no_file(name: str, method: str) -> bool:
+    return model_file(hparams_folder() / method, name)[0] is None
+
+
+def _solver(found: MoEHyperParams) -> SolverHyperParams:
+    if not isinstance(found, SolverHyperParams):
+        raise HyperParamsError(
+            f"{found.alg_name} has no target vectors at a layer's output, so its layers are not located this way; use "
+            f"a method that solves for experts, such as {DEFAULT_METHOD}."
+        )
+    return found
+
+
+def at_layers(hparams: SolverHyperParams, layers: Sequence[int], target_cache_dir: str | None) -> SolverHyperParams:
+    """The same hyper-parameters for another window of layers."""
+    return replace(hparams, layers=list(layers), target_cache_dir=target_cache_dir)
+
+
+def windows_to_try(
+    settings: LocateSettings, layers: Sequence[int], own: Sequence[int] | None, depth: int
+) -> list[Window]:
+    """The windows that are tried: evenly spread over the layers, and the hparams' own, ``own``, if they have one.
+
+    Raises:
+        LayerError: a width that the layers do not have.
+    """
+    usual = len(own) if own is not None else max(2, round(depth / 9))  # the papers' windows: 5 of 48, 3 of 24, 4 of 40
+    widths = settings.widths or tuple(width for width in dict.fromkeys((1, 2, usual)) if width <= len(layers))
+    found = candidate_windows(layers, widths, settings.windows)
+    if own is not None and set(own) <= set(layers) and tuple(own) not in found:
+        found = [tuple(own), *found[: settings.windows - 1]]
+    return sorted(found, key=lambda window: (len(window), window_name(window)))
