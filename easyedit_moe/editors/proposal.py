@@ -65,15 +65,16 @@ class Proposal:
             "What is not here has the method's default: `easyedit-moe methods --show` with this file prints all.",
         ]
         lines = [f"# {line}" for text in head for line in textwrap.wrap(text, 118, break_long_words=False)]
-        lines.append(_line("alg_name", self.method, ""))
-        return "\n".join([*lines, *(_line(one.name, one.value, one.reason) for one in self.values)]) + "\n"
+        lines.append(yaml_line("alg_name", self.method, ""))
+        return "\n".join([*lines, *(yaml_line(one.name, one.value, one.reason) for one in self.values)]) + "\n"
 
 
 def _gigabytes(count: int) -> str:
     return f"{count / 1e9:.2f}" if count >= 1e7 else f"{count / 1e9:.4f}"
 
 
-def _line(name: str, value: Any, reason: str) -> str:
+def yaml_line(name: str, value: Any, reason: str = "") -> str:
+    """One setting of a YAML file, with its reason as a comment at the end."""
     options: dict[str, Any] = {"allow_unicode": True, "width": 10**6}
     if isinstance(value, list):
         text = f"{name}: {yaml.safe_dump(value, default_flow_style=True, **options)}"

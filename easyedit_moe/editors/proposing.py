@@ -19,6 +19,7 @@ from easyedit_moe.editors.planner import MemoryPlan, Shapes, Workload, shapes_of
 from easyedit_moe.editors.proposal import Chosen, Proposal
 from easyedit_moe.editors.registry import editor_class
 from easyedit_moe.facts.records import FactSet
+from easyedit_moe.factworld import MODEL_NAME
 from easyedit_moe.hparams import (
     MEMoEHyperParams,
     MoEHyperParams,
@@ -43,6 +44,15 @@ MOST_LAYERS = 5
 LEAST_LAYERS = 3
 """As many as the papers edit of GPT-OSS-20B."""
 _NEAREST = "qwen3-30b-a3b"
+SMALL = 1024
+"""Hidden size below which settings are the bundled model's: by the papers', half of its targets are reached and next to
+nothing is written."""
+_OF_THE_MODEL = ("alg_name", "model_name", "device", "dtype", "layers", "spread")
+_OF_FACTWORLD = (
+    "max_length", "context_prefixes", "target_batch_size", "mom2_dataset", "mom2_n_samples", "nullspace_threshold",
+    "nullspace_relative", "locality_dataset", "locality_batch_size", "preserve_dataset",
+)  # fmt: skip
+"""Of the bundled model alone: its corpus and texts, its sizes, and a threshold that carries to no other model."""
 _SHOWN = (
     "fact_token", "context_prefixes", "v_lr", "v_num_grad_steps", "v_weight_decay", "clamp_norm_factor", "kl_factor",
     "lambda_reg", "metric", "nullspace_threshold", "low_coverage", "coverage_target", "spread", "num_passes",
@@ -159,20 +169,20 @@ class _Proposing:
         self.found |= {one.name: one for one in chosen if one.name in self.fields and one.name not in self.row.fixed}
 
     def _nearest(self) -> list[Chosen]:
-        """What the YAML of the nearest of the papers' models says that depends on no size of it."""
+        """What the YAML of the nearest model says, small or of the same architecture, that depends on no size of it."""
         kind = str(getattr(text_config(self.empty), "model_type", "")).removesuffix("_text")
-        shipped = (name for name, shape in OUTLINES.items() if shape["model_type"] == kind and name != "factworld")
-        nearest = next(shipped, _NEAREST)
+        papers = (name for name, shape in OUTLINES.items() if shape["model_type"] == kind and name != MODEL_NAME)
+        nearest = MODEL_NAME if self.shapes.d_model < SMALL else next(papers, _NEAREST)
         file = hparams_folder() / self.method / f"{nearest}.yaml"
         if not file.is_file():  # a method from elsewhere
             return []
         own, shared, shared_file = read_layers(file)
         reasons = {**({} if shared_file is None else yaml_comments(shared_file)), **yaml_comments(file)}
-        left_out = {"alg_name", "model_name", "device", "dtype", "layers", "spread"}
+        told = "the bundled model, which is small, too" if nearest == MODEL_NAME else nearest
         return [
-            Chosen(name, value, f"{reasons.get(name, '')}; as for {nearest}")
+            Chosen(name, value, f"{reasons.get(name, '')}; as for {told}")
             for name, value in {**shared, **own}.items()
-            if name not in left_out
+            if name not in _OF_THE_MODEL and not (nearest == MODEL_NAME and name in _OF_FACTWORLD)
         ]
 
     def _defaults(self) -> list[Chosen]:

@@ -58,7 +58,16 @@ def test_the_rules_give_the_papers_models_their_ranks(name: str, monkeypatch: py
     ]  # fmt: skip
 
 
-def test_values_come_from_the_nearest_yaml() -> None:
+def test_a_small_model_gets_what_the_bundled_one_has_but_its_texts_and_threshold() -> None:
+    found = propose("m", "Global", loaded=tiny_model("gpt_oss"), memory=Memory("cpu")).hparams()
+    shipped = load_hyperparams("Global/factworld")
+    names = ("v_lr", "v_num_grad_steps", "clamp_norm_factor", "v_weight_decay", "lambda_reg", "remember_edits")
+    assert all(getattr(found, name) == getattr(shipped, name) for name in names)
+    assert (found.nullspace_threshold, found.nullspace_relative, found.context_prefixes) == (0.02, False, [])
+
+
+def test_values_come_from_the_nearest_yaml(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proposing, "SMALL", 0)
     gpt = propose("m", "MoEEdit-BCD", loaded=tiny_model("gpt_oss"), memory=Memory("cpu")).hparams()
     other = propose("m", "MoEEdit-BCD", loaded=tiny_model("mixtral"), memory=Memory("cpu")).hparams()
     assert (gpt.v_lr, gpt.v_num_grad_steps, gpt.num_passes) == (0.2, 50, 10)
