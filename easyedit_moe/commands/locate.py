@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,43 +16,49 @@ if TYPE_CHECKING:
     from easyedit_moe.workflow.locate import Location
 
 
+Facts = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="FACTS",
+        help="File of facts: .csv, .tsv, .json or .jsonl; default: neutral ones that ship, or the bundled model's own.",
+    ),
+]
+Out = Annotated[str, typer.Option(help="Folder for results.json, table.md and locate.png.")]
+Edits = Annotated[int | None, typer.Option(help="Facts to measure and edit; default: 20.")]
+Skip = Annotated[
+    int | None, typer.Option(help="Facts to leave out at the start; default: 0, of the bundled model's own 200.")
+]
+Layers = Annotated[str, typer.Option(help="MoE layers to measure, such as 0-7 or 0,2,4; default: all of them.")]
+Widths = Annotated[str, typer.Option(help="Layers per window, such as 1,2,5; default: 1, 2 and as in the hparams.")]
+Windows = Annotated[int, typer.Option(help="Most windows to try.")]
+Measure = Annotated[
+    list[str] | None,
+    typer.Option(help="Of routing, tracing, reachability, statistics, trial, experts, with commas; default: all."),
+]
+Samples = Annotated[int, typer.Option(help="Draws of the noise per fact in causal tracing.")]
+Budget = Annotated[float | None, typer.Option(help="Minutes: no step is begun that is expected to end later.")]
+Estimate = Annotated[bool, typer.Option("--estimate", help="Only say how long it would take.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on after an interruption or a budget: rows of results.json are kept.")
+]
+
+
 def locate(
-    facts: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[FACTS]",
-            help="File of facts: .csv, .tsv, .json or .jsonl. Default: neutral ones that ship; for the bundled model "
-            "its own.",
-        ),
-    ] = None,
+    facts: Facts = None,
     model: options.Model = "factworld",
     method: options.Method = "",
     hparams: options.HParams = None,
-    out: Annotated[str, typer.Option(help="Folder for results.json, table.md and locate.png.")] = "located",
-    edits: Annotated[int | None, typer.Option(help="Facts to measure and edit; default: 20.")] = None,
-    skip: Annotated[
-        int | None, typer.Option(help="Facts to leave out at the start; default: 0, of the bundled model's own 200.")
-    ] = None,
-    layers: Annotated[
-        str, typer.Option(help="MoE layers to measure, such as 0-7 or 0,2,4; default: all of them.")
-    ] = "",
-    widths: Annotated[
-        list[str] | None,
-        typer.Option(help="Layers per window, separated by commas; default: 1, 2 and as in the hparams."),
-    ] = None,
-    windows: Annotated[int, typer.Option(help="Most windows to try.")] = 24,
-    measure: Annotated[
-        list[str] | None,
-        typer.Option(help="Of routing, tracing, reachability, trial, experts, with commas; default: all."),
-    ] = None,
-    samples: Annotated[int, typer.Option(help="Draws of the noise per fact in causal tracing.")] = 10,
-    budget: Annotated[
-        float | None, typer.Option(help="Minutes: no step is begun that is expected to end later.")
-    ] = None,
-    estimate: Annotated[bool, typer.Option("--estimate", help="Only say how long it would take.")] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on after an interruption or a budget: rows of results.json are kept.")
-    ] = False,
+    out: Out = "located",
+    edits: Edits = None,
+    skip: Skip = None,
+    layers: Layers = "",
+    widths: Widths = "",
+    windows: Windows = 24,
+    measure: Measure = None,
+    samples: Samples = 10,
+    budget: Budget = None,
+    estimate: Estimate = False,
+    resume: Resume = False,
     chat: options.EditsInChat = False,
     settings: options.Settings = None,
     stats_dir: options.StatsDir = "",
@@ -76,7 +81,7 @@ def locate(
         settings, stats_dir=stats_dir, dtype=dtype, device=device, trust_remote_code=trust_remote_code, chat=chat
     )
     chosen = LocateSettings(
-        edits, skip, layers=whole_numbers([layers]), widths=whole_numbers(widths or []), windows=windows,
+        edits, skip, layers=whole_numbers(layers), widths=whole_numbers(widths), windows=windows,
         stages=tuple(split_names(measure or [])) or STAGES, tracing=TraceSettings(samples=samples), budget=budget,
     )  # fmt: skip
     found = run(
@@ -105,16 +110,16 @@ def _show(found: Location) -> None:
         note("The same command with --resume goes on.")
 
 
-def whole_numbers(texts: Sequence[str]) -> tuple[int, ...]:
+def whole_numbers(text: str) -> tuple[int, ...]:
     """Whole numbers and ranges such as 3-7, separated by commas, in order and each once.
 
     Raises:
         LayerError: something else.
     """
     found: set[int] = set()
-    for text in split_names(list(texts)):
-        first, sign, last = text.partition("-")
+    for part in split_names([text]):
+        first, sign, last = part.partition("-")
         if not first.isdecimal() or (sign and not (last.isdecimal() and int(first) <= int(last))):
-            raise LayerError(f"Layers and widths are whole numbers such as 3, or ranges such as 3-7; found {text!r}.")
+            raise LayerError(f"Layers and widths are whole numbers such as 3, or ranges such as 3-7; found {part!r}.")
         found.update(range(int(first), int(last if sign else first) + 1))
     return tuple(sorted(found))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +18,7 @@ from easyedit_moe.comparison.report import check_folder
 from easyedit_moe.comparison.saved import row_of
 from easyedit_moe.comparison.task import Task
 from easyedit_moe.editors import make_editor
-from easyedit_moe.errors import DataError
+from easyedit_moe.errors import CoverageWarning, DataError
 from easyedit_moe.evaluation.neighbours import answered
 from easyedit_moe.facts.records import EvaluationRecord, FactSet, load_records
 from easyedit_moe.facts.requests import EditRequest
@@ -33,6 +34,7 @@ from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.patches.checks import versions
 from easyedit_moe.progress import progress_bar
 from easyedit_moe.statistics.corpus import corpus_hash
+from easyedit_moe.statistics.gather import layer_statistics
 from easyedit_moe.targets.cache import cached_targets
 from easyedit_moe.targets.search import TargetSearch, TargetSettings
 from easyedit_moe.workflow.locate_cost import Cost, Workload, costs, seconds_of
@@ -45,6 +47,7 @@ from easyedit_moe.workflow.locate_settings import (
     default_facts,
     default_skip,
     locate_hparams,
+    statistics_chunks,
     windows_to_try,
 )
 from easyedit_moe.workflow.screening import fact_set, screen
@@ -123,7 +126,7 @@ def locate(
         if resume and folder is not None:
             measured = Measured.resumed(folder, measured.provenance)
         todo = job.todo(measured)
-        expected = tuple(costs(job.load, settings, job.hparams, todo))
+        expected = tuple(costs(job.load, job.settings, job.hparams, todo))
         if on_cost is not None:
             on_cost(expected)
         measured.left = {stage: len(units) for stage, units in todo.items()}
@@ -163,7 +166,7 @@ class _Job:
         return model_fingerprint(self.view)
 
     def provenance(self, model: str | Loaded, facts: Facts | None) -> dict[str, Any]:
-        """What the rows depend on; the budget and the stages are left out, so that a run can go on with others."""
+        """What the rows depend on: not the budget, the stages and the windows, so that a run can go on with others."""
         settings = asdict(replace(self.settings, budget=None, stages=STAGES))
         for name in ("budget", "stages", "layers", "skip", "widths", "windows"):
             del settings[name]
@@ -178,7 +181,6 @@ class _Job:
             **settings,
             "edits": len(self.task.records),
             "layers": self.layers,
-            "windows": [list(window) for window in self.windows],
             "hparams": self.hparams.to_dict(),
             "versions": versions(),
         }
@@ -189,6 +191,11 @@ class _Job:
             "routing": [] if all(measured.has("routing", str(n)) for n in self.layers) else [0],
             "tracing": [n for n in self.layers if not measured.has("tracing", str(n))],
             "reachability": [n for n in self.layers if not measured.has("reachability", str(n))],
+            "statistics": [
+                chunk
+                for chunk in statistics_chunks(self.hparams, self.windows)
+                if not measured.has("statistics", window_name(chunk))
+            ],
             "trial": [w for w in self.windows if not measured.has("trial", window_name(w))],
             "experts": [n for n in self.layers if not measured.has("experts", str(n))],
         }
@@ -197,7 +204,10 @@ class _Job:
     def run(self, stage: str, unit: Unit, measured: Measured) -> None:
         """Measure one unit and keep its rows."""
         if isinstance(unit, tuple):
-            self._try(unit, measured)
+            if stage == "statistics":
+                self._gather(unit, measured)
+            else:
+                self._try(unit, measured)
         elif stage == "routing":
             hp = self.hparams
             for one in routing_alikeness(
@@ -226,6 +236,14 @@ class _Job:
     @property
     def _targets(self) -> str:
         return str(self.kept / "targets")
+
+    def _gather(self, layers: Window, measured: Measured) -> None:
+        hp = at_layers(self.hparams, layers, None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CoverageWarning)  # the row says how many tokens the experts have
+            found = layer_statistics(self.view, self.task.tok, hp, layers, self.fingerprint, self.progress)
+        least = {str(layer): int(moments.counts.min()) for layer, moments in found.items()}
+        measured.add("statistics", window_name(layers), {"layers": list(layers), "least_tokens_per_expert": least})
 
     def _try(self, window: Window, measured: Measured) -> None:
         """Edit all facts at a window, score them, and put the model back; the unedited model is scored once."""
@@ -259,7 +277,8 @@ def _job(
     view = MoELayerView(net)
     layers = list(settings.layers) or sorted(view.layers)
     view.require(layers)
-    windows = windows_to_try(settings, layers, hp.layers if fitted else None, view.num_layers)
+    trial = {"statistics", "trial"} & set(settings.stages)
+    windows = windows_to_try(settings, layers, hp.layers if fitted else None, view.num_layers) if trial else []
     screened = screen(fact_set(records), make_editor(at_layers(hp, layers[-1:], None)), tok)
     skip = default_skip(source) if settings.skip is None else settings.skip
     usable = screened.records[skip:]
@@ -295,13 +314,14 @@ def _measure(job: _Job, measured: Measured) -> None:
         for stage, units in todo.items():
             took: list[float] = []
             for unit in _ordered(stage, units, measured):
-                expected = sum(took) / len(took) if took else _expected(job, stage, unit)
                 begun = time.perf_counter()
+                expected = sum(took) / len(took) if took else _expected(job, stage, unit)
                 if budget is not None and begun - start + expected > 60 * budget:
                     break
                 job.run(stage, unit, measured)
                 synchronise()
                 took.append(time.perf_counter() - begun)
+                measured.seconds[stage] = measured.seconds.get(stage, 0.0) + took[-1]
                 measured.left[stage] -= 1
                 measured.save()
                 bar.update(1)

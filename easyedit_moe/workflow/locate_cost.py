@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from easyedit_moe.editors.statistics_plan import plan_statistics
 from easyedit_moe.facts.records import EvaluationRecord
 from easyedit_moe.facts.tokens import encode_context, pad_id
 from easyedit_moe.hparams import SolverHyperParams
@@ -16,7 +18,9 @@ from easyedit_moe.localisation.prompts import phrasings
 from easyedit_moe.localisation.routing import fact_experts
 from easyedit_moe.localisation.windows import Window
 from easyedit_moe.measure import synchronise
+from easyedit_moe.moe.fingerprint import model_fingerprint
 from easyedit_moe.moe.layers import MoELayerView
+from easyedit_moe.statistics.cache import statistics_folder
 from easyedit_moe.workflow.locate_settings import LocateSettings
 
 BACKWARD = 3.0
@@ -54,6 +58,8 @@ class Workload:
         phrasings: of all paraphrases.
         judged: of all prompts by which edits are scored, each once per answer.
         depth: number of decoder layers.
+        model: whose shapes say what statistics need.
+        fingerprint: of the model.
     """
 
     per_token: float
@@ -63,6 +69,8 @@ class Workload:
     phrasings: int
     judged: int
     depth: int
+    model: nn.Module
+    fingerprint: str
 
     @staticmethod
     def of(
@@ -92,6 +100,8 @@ class Workload:
             sum(len(prompt.ids) + ANSWER for group in groups for prompt in group[1:]),
             answers * _judged(tok, records, chat),
             view.num_layers,
+            view.model,
+            model_fingerprint(view),
         )
 
     def routing(self) -> float:
@@ -115,6 +125,17 @@ class Workload:
     def reachability(self, hparams: SolverHyperParams, layer: int) -> float:
         """Seconds of a layer: the search, and every phrasing without and with the shift."""
         return self.search(hparams, layer) + self.per_token * 4 * self.phrasings
+
+    def statistics(self, hparams: SolverHyperParams, layers: Window) -> float:
+        """Seconds of the statistics of some layers if routing is even; 0 where each has a file in the cache."""
+        folder = statistics_folder(hparams.stats_dir, hparams.model_name, self.fingerprint)
+        if all(any(folder.glob(f"layer{layer}-*.safetensors")) for layer in layers):
+            return 0.0
+        found = plan_statistics(replace(hparams, layers=list(layers)), self.model)
+        if found is None:
+            return 0.0
+        tokens = found.most_tokens if found.least_tokens is None else found.least_tokens
+        return self.per_token * tokens * (layers[-1] + 1) / self.depth
 
     def trial(self, hparams: SolverHyperParams, window: Window, searched: bool) -> float:
         """Seconds of a window; without the search where its last layer's targets are there already."""
@@ -158,4 +179,6 @@ def seconds_of(
         return load.experts(settings)
     if isinstance(unit, int):
         return load.reachability(hparams, unit)
+    if stage == "statistics":
+        return load.statistics(hparams, unit)
     return load.trial(hparams, unit, "reachability" in settings.stages)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import hypot
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +100,13 @@ def _best_trial(found: Location, ranked: Sequence[Row]) -> str:
     edits = f"{score['count']} edit" + ("" if score["count"] == 1 else "s")
     text = f"Best window: layers {best['name']}, utility {score['mean']:.1f} ± {score['stderr']:.1f} after {edits} by "
     text += f"{about['hparams']['alg_name']}."
-    close = [row["name"] for row in others if row["utility"]["mean"] >= score["mean"] - score["stderr"]]
-    return text + (f" Within one standard error of it: {', '.join(close)}." if close else "")
+    close = [row["name"] for row in others if _alike(score, row["utility"])]
+    return text + (f" As good (their difference is within its standard error): {', '.join(close)}." if close else "")
+
+
+def _alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two means differ by no more than the standard error of their difference, as if they were independent."""
+    return abs(one["mean"] - other["mean"]) <= hypot(one["stderr"], other["stderr"])
 
 
 def _left(row: Row) -> float:
@@ -115,10 +121,7 @@ def cost_line(costs: Sequence[Cost], budget: float | None) -> str:
         return "Nothing is left to measure."
     parts = ", ".join(f"{one.stage} {duration(one.seconds)} ({one.units})" for one in costs)
     limit = "" if budget is None else f" Budget: {budget:g} min."
-    return (
-        f"Expected: about {duration(sum(one.seconds for one in costs))}: {parts}; steps in brackets. Statistics of a "
-        f"trial's layers come on top unless they are cached (easyedit-moe plan says how long).{limit}"
-    )
+    return f"Expected: about {duration(sum(one.seconds for one in costs))}: {parts}; steps in brackets.{limit}"
 
 
 def duration(seconds: float) -> str:
@@ -229,7 +232,8 @@ def _draw_trial(axis: Any, found: Location) -> None:
         )  # fmt: skip
     axis.set_yticks(range(len(rows)), [row["name"] for row in rows])
     axis.invert_yaxis()
-    axis.set(title="Trial: the best windows", xlabel="percent", ylabel="layers", xlim=(0, 104))
+    axis.set(title="Trial: the best windows", xlabel="percent", ylabel="layers", xlim=(0, 145))
+    axis.set_xticks(range(0, 101, 20))
     _legend(axis, rows)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
@@ -23,13 +24,29 @@ class Measured:
         provenance: what the rows were made of.
         folder: for ``results.json``; None keeps nothing.
         rows: by stage and by the name of the layer or window.
-        left: how many rows are not there yet, by stage.
+        left: how many layers or windows are not there yet, by stage.
+        seconds: that each stage took so far, loading left out.
     """
 
     provenance: dict[str, Any]
     folder: Path | None = None
     rows: dict[str, dict[str, Row]] = field(default_factory=lambda: {stage: {} for stage in STAGES})
     left: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @staticmethod
+    def read(path: Path) -> Measured:
+        """What a ``results.json`` holds, without a folder.
+
+        Raises:
+            DataError: it can't be read, or is something else.
+        """
+        saved = read_json(path)
+        try:
+            rows = {stage: {str(row["name"]): row for row in saved["rows"][stage]} for stage in STAGES}
+            return Measured(saved["provenance"], None, rows, dict(saved["left"]), dict(saved["seconds"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{path} is no result of locate ({error!r}); choose another --out.") from error
 
     @staticmethod
     def resumed(folder: Path, provenance: dict[str, Any]) -> Measured:
@@ -38,28 +55,21 @@ class Measured:
         Raises:
             DataError: a file that can't be read, or that was made of another model, other facts or settings.
         """
-        found, path = Measured(provenance, folder), folder / RESULTS
+        path = folder / RESULTS
         if not path.is_file():
-            return found
-        saved = read_json(path)
-        try:
-            before, rows = saved["provenance"], saved["rows"]
-            read = {stage: {str(row["name"]): row for row in rows[stage]} for stage in STAGES}
-        except (KeyError, TypeError) as error:
-            raise DataError(f"{path} is no result of locate ({error!r}); choose another --out.") from error
-        wanted = finite(provenance)
+            return Measured(provenance, folder)
+        saved = Measured.read(path)
         differing = [
-            f"{name}: {before.get(name)!r} there, {value!r} now"
-            for name, value in wanted.items()
-            if json_text(before.get(name)) != json_text(value)
+            f"{name}: {saved.provenance.get(name)!r} there, {value!r} now"
+            for name, value in finite(provenance).items()
+            if json_text(saved.provenance.get(name)) != json_text(value)
         ]
         if differing:
             raise DataError(
                 f"{path} can't be gone on with: it was made of something else ({'; '.join(differing)}). Repeat its "
                 "settings, choose another --out, or leave --resume out to write it anew."
             )
-        found.rows = read
-        return found
+        return Measured(provenance, folder, saved.rows, saved.left, saved.seconds)
 
     def has(self, stage: str, name: str) -> bool:
         """Whether a row is there."""
@@ -68,7 +78,8 @@ class Measured:
     def add(self, stage: str, name: str, row: Any) -> Row:
         """Keep a row: a record of values, or a dict of them."""
         values = asdict(row) if is_dataclass(row) and not isinstance(row, type) else dict(row)
-        self.rows[stage][name] = finite({"name": name, **values})
+        # As a run that goes on will read it: keys are texts, and what is not finite is null.
+        self.rows[stage][name] = json.loads(json_text({"name": name, **values}))
         self.save()
         return self.rows[stage][name]
 
@@ -87,6 +98,7 @@ class Measured:
             "schema": 1,
             "state": "complete" if self.complete else "interrupted",
             "left": {stage: count for stage, count in self.left.items() if count},
+            "seconds": self.seconds,
             "rows": {stage: list(rows.values()) for stage, rows in self.rows.items()},
             "provenance": finite(self.provenance),
         }

@@ -9,19 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from easyedit_moe import factworld
+from easyedit_moe.comparison.settings import chosen_methods, resolve_hparams
 from easyedit_moe.errors import DataError, HyperParamsError
 from easyedit_moe.facts.records import NEUTRAL
+from easyedit_moe.host.baseline_hparams import BaselineHyperParams
 from easyedit_moe.hparams import GlobalHyperParams, MoEHyperParams, SolverHyperParams, hparams_folder
 from easyedit_moe.hparams.models import model_file
 from easyedit_moe.localisation.tracing import TraceSettings
 from easyedit_moe.localisation.windows import Window, candidate_windows, window_name
+from easyedit_moe.moe.loading import checkpoint_dtype
 from easyedit_moe.workflow.session import Loaded, model_name
 from easyedit_moe.workflow.settings import DEFAULT_METHOD, settings_for
 
 logger = logging.getLogger(__name__)
 
-STAGES = ("routing", "tracing", "reachability", "trial", "experts")
-"""What can be measured, in the order in which it is: the dearest last."""
+STAGES = ("routing", "tracing", "reachability", "statistics", "trial", "experts")
+"""What can be measured, in the order in which it is; "statistics" gathers what trials need, layers together."""
+TOGETHER = 8
+"""Layers whose statistics are gathered in one pass, so that their sums fit in memory."""
 EDITS = 20
 HELD_OUT = 200
 """Of the bundled model's records settings are chosen on those from here on; those before are for results."""
@@ -93,26 +98,38 @@ def locate_hparams(
         HyperParamsError, MethodError, DataError: see `settings_for`; also a method that does not solve for experts.
     """
     if hparams is None and _has_no_file(model_name(model), method or DEFAULT_METHOD):
-        if method not in ("", DEFAULT_METHOD):
-            raise HyperParamsError(
-                f"There are no hparams for {method} on {model_name(model)!r}. Pass --hparams with a file, or leave the "
-                f"method out: {DEFAULT_METHOD} is then tried with its defaults."
-            )
-        logger.warning(
-            "No hparams ship for %s: targets and trials use the defaults of %s, without statistics.",
-            model_name(model), DEFAULT_METHOD,
-        )  # fmt: skip
-        given = {"alg_name": DEFAULT_METHOD, "layers": [0], "metric": "identity", "model_name": model_name(model)}
-        plain = GlobalHyperParams.from_dict(given, "defaults")
-        return _solver(settings_for(model, "", plain, overrides)), False
+        return _solver(settings_for(model, "", _defaults(model, method, overrides), overrides)), False
+    if isinstance(model, str) and not isinstance(hparams, MoEHyperParams):
+        # As compare, and unlike edit, in the dtype that the YAML names, so that both give the same numbers.
+        given = {name: value for name, value in overrides.items() if value is not None and value != ""}
+        is_file = hparams is not None and Path(hparams).is_file()
+        name = method or (chosen_methods([], hparams)[0] if is_file else DEFAULT_METHOD)
+        return _solver(resolve_hparams(name, model, hparams, {**given, "model_name": model})), True
     return _solver(settings_for(model, method, hparams, overrides)), True
+
+
+def _defaults(model: str | Loaded, method: str, overrides: Mapping[str, Any]) -> MoEHyperParams:
+    """For a model that no YAML is for; says so."""
+    name = model_name(model)
+    if method not in ("", DEFAULT_METHOD):
+        raise HyperParamsError(
+            f"There are no hparams for {method} on {name!r}. Pass --hparams with a file, or leave the method out: "
+            f"{DEFAULT_METHOD} is then tried with its defaults."
+        )
+    logger.warning(
+        "No hparams ship for %s: targets and trials use the defaults of %s, without statistics.", name, DEFAULT_METHOD
+    )
+    given: dict[str, Any] = {"alg_name": DEFAULT_METHOD, "layers": [0], "metric": "identity", "model_name": name}
+    if isinstance(model, str):
+        given |= {"device": "cpu", "dtype": checkpoint_dtype(model, bool(overrides.get("trust_remote_code")))}
+    return GlobalHyperParams.from_dict(given, "defaults")
 
 
 def _has_no_file(name: str, method: str) -> bool:
     return model_file(hparams_folder() / method, name)[0] is None
 
 
-def _solver(found: MoEHyperParams) -> SolverHyperParams:
+def _solver(found: MoEHyperParams | BaselineHyperParams) -> SolverHyperParams:
     if not isinstance(found, SolverHyperParams):
         raise HyperParamsError(
             f"{found.alg_name} has no target vectors at a layer's output, so its layers are not located this way; use "
@@ -124,6 +141,14 @@ def _solver(found: MoEHyperParams) -> SolverHyperParams:
 def at_layers(hparams: SolverHyperParams, layers: Sequence[int], target_cache_dir: str | None) -> SolverHyperParams:
     """The same hyper-parameters for another window of layers."""
     return replace(hparams, layers=list(layers), target_cache_dir=target_cache_dir)
+
+
+def statistics_chunks(hparams: SolverHyperParams, windows: Sequence[Window]) -> list[Window]:
+    """The layers that trials need statistics of, in chunks that are gathered together; none where none are needed."""
+    if not hparams.needs_statistics:
+        return []
+    layers = sorted({layer for window in windows for layer in window})
+    return [tuple(layers[start : start + TOGETHER]) for start in range(0, len(layers), TOGETHER)]
 
 
 def windows_to_try(
