@@ -18,12 +18,14 @@ from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.editors import Editor, EditResult, Patch, make_editor
 from easyedit_moe.editors.keywords import check_keywords
-from easyedit_moe.errors import KeywordError, PatchError, RequestError
+from easyedit_moe.editors.proposing import named_proposal
+from easyedit_moe.errors import HyperParamsError, KeywordError, PatchError, RequestError
 from easyedit_moe.evaluation.answers import AnswerScorer
 from easyedit_moe.evaluation.scoring import TargetScore, score_targets
 from easyedit_moe.facts.easyedit_requests import HostRequest, checked_batches, prompts_of, requests_from_columns
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.hparams import MoEHyperParams, load_hyperparams
+from easyedit_moe.hparams.files import is_yaml
 from easyedit_moe.moe.loading import load_model
 
 logger = logging.getLogger(__name__)
@@ -314,11 +316,15 @@ class MoEEditor(EditCalls):
     ) -> MoEEditor:
         """An editor for hparams (or a YAML file's path); loads model and tokenizer unless both are given.
 
+        Where no YAML is called that, "<METHOD>/<hub name or folder>" means what is chosen for the model from its config
+        (see `easyedit_moe.editors.proposing`).
+
         Raises:
             HyperParamsError, DataError: unusable hparams or checkpoint. RequestError: only one of model and tok.
+            LayoutError, DenseModelError: hparams are to be chosen for a model without experts that can be edited.
         """
         if isinstance(hparams, (str, Path)):
-            hparams = load_hyperparams(hparams)
+            hparams = _read_or_chosen(hparams)
         if model is None and tok is None:
             model, tok = load_model(
                 hparams.model_name,
@@ -409,3 +415,17 @@ def _unchanged(before: Sequence[TargetScore], after: Sequence[TargetScore]) -> l
         sum(a == b for a, b in zip(x.predicted, y.predicted, strict=True)) / len(x.predicted)
         for x, y in zip(before, after, strict=True)
     ]
+
+
+def _read_or_chosen(path: str | Path) -> MoEHyperParams:
+    """The YAML's hyper-parameters, or those that are chosen for the model that is named instead of one."""
+    try:
+        return load_hyperparams(path)
+    except HyperParamsError:
+        if is_yaml(path):
+            raise
+        found = named_proposal(path)
+        if found is None:
+            raise
+    logger.warning("No hparams are called %s, so they are chosen from the config of %s.", path, found.model)
+    return found.hparams()

@@ -69,6 +69,10 @@ class CacheError(EditingError, ValueError):
     """A cached file that is corrupt, or was made for another model or other settings."""
 
 
+class DamagedCacheError(CacheError):
+    """A cached file that is cut off, or does not hold what was written; what it held can be made anew."""
+
+
 class PatchError(EditingError, ValueError):
     """A patch that does not fit the model, or a file that is not a patch."""
 

@@ -399,11 +399,11 @@ def test_an_error_while_measuring_restores_too(
     editor = make()
     before, plain, calls = state_of(editor.model), editor_module.score_targets, []
 
-    def third_fails(*args: Any) -> Any:
+    def third_fails(*args: Any, **options: Any) -> Any:
         calls.append(changed_parameters(before, editor.model))
         if len(calls) == 3:
             raise error
-        return plain(*args)
+        return plain(*args, **options)
 
     monkeypatch.setattr(editor_module, "score_targets", third_fails)
     with pytest.raises(error):

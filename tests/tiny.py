@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor, nn
 
 from easyedit_moe.facts.requests import EditRequest, parse_requests
+from easyedit_moe.moe.layer_outputs import layer_output, replace_layer_output
 
 TEXTS = [
     "Danielle Darrieux speaks French and lives in Paris.",
@@ -368,6 +369,23 @@ class OldStyleBlock(nn.Module):
         if self.shared_expert is not None:
             out = out + self.shared_expert(flat)
         return out.reshape(hidden_states.shape)
+
+
+class Behind(nn.Module):
+    """A MoE block with something behind it."""
+
+    def __init__(self, block: nn.Module, behind: nn.Module) -> None:
+        super().__init__()
+        self.block, self.behind = block, behind
+
+    def forward(self, hidden_states: Tensor) -> object:
+        output = self.block(hidden_states)
+        return replace_layer_output(output, self.behind(layer_output(output)))
+
+
+def flipped_byte(content: bytes) -> bytes:
+    """A file's bytes with one bit changed, near the end, where the tensors are."""
+    return content[:-5] + bytes([content[-5] ^ 1]) + content[-4:]
 
 
 def requests(count: int = 3) -> list[dict[str, str]]:

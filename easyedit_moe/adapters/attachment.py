@@ -20,8 +20,8 @@ from easyedit_moe.adapters.moe_adapter import MoEAdapter, base_fingerprint
 from easyedit_moe.errors import AdapterError, LayerError
 from easyedit_moe.facts.anchors import NO_ANCHOR, SubjectMatcher
 from easyedit_moe.facts.tokens import encode_target
-from easyedit_moe.moe.capture import layer_output, replace_layer_output
 from easyedit_moe.moe.embeddings import input_embeddings
+from easyedit_moe.moe.layer_outputs import layer_output, replace_layer_output
 from easyedit_moe.moe.layers import decoder_of, decoder_stack
 
 SUBMODULE = "memoe_adapter"

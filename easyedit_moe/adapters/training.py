@@ -26,7 +26,7 @@ from easyedit_moe.facts.tokens import collate, encode_context, encode_pair, enco
 from easyedit_moe.hparams import MEMoEHyperParams
 from easyedit_moe.moe.capture import hooks, model_device
 from easyedit_moe.progress import progress_bar
-from easyedit_moe.statistics.corpus import load_texts
+from easyedit_moe.statistics.generated import corpus_texts
 
 REACHED = 0.5
 """NLL in nats per token below which an edit counts as reached."""
@@ -146,7 +146,10 @@ class _Training:
         self.answers: list[int] = []
         if hparams.locality_weight:
             self.answers = self._frozen_answers()
-            self.texts = load_texts(hparams.locality_dataset, hparams.locality_n_samples)
+            with switched_off(adapter):
+                self.texts = corpus_texts(
+                    hparams.locality_dataset, hparams.locality_n_samples, model, tok, hparams.locality_max_tokens
+                )
         self.generator = torch.Generator().manual_seed(hparams.seed)
         self.order: list[int] = []
 

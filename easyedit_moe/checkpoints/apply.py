@@ -42,7 +42,7 @@ def apply_patch(patch: Patch, folder: str | Path, out: str | Path | None = None,
     """
     folder = Path(folder)
     if in_place == (out is not None):
-        raise CheckpointError("Give either a folder for the edited checkpoint, or in_place=True.")
+        raise CheckpointError("Give either out, a folder for the edited checkpoint, or in_place; not both.")
     target = folder if out is None else Path(out)
     if out is not None:
         check_free(target)

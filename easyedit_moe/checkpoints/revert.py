@@ -11,7 +11,7 @@ from easyedit_moe.checkpoints.history import EDITS, Edit, history_text, read_his
 from easyedit_moe.checkpoints.naming import CheckpointNames
 from easyedit_moe.checkpoints.parameters import StoredParameters
 from easyedit_moe.checkpoints.rewriting import Rewriting
-from easyedit_moe.checkpoints.shards import INDEX, Checkpoint, weight_files
+from easyedit_moe.checkpoints.shards import INDEX, Checkpoint, read_json, weight_files
 from easyedit_moe.checkpoints.staging import BACKUP, check_free, copy_files, new_folder, recover
 from easyedit_moe.checkpoints.targets import Patch, Target, check_applied, check_dtypes, state, targets_of
 from easyedit_moe.checkpoints.writing import turn
@@ -55,7 +55,7 @@ def revert_patch(patch: Patch, folder: str | Path, out: str | Path, base: str | 
     check_applied(patch, stored, targets, edits)
     left = [edit for edit in edits if edit.id != patch.id]
     before = _of_backup(patch, folder, edits) if base is None else _of_base(Path(base))
-    _check_before(patch, folder, before, targets)
+    _check_before(patch, folder, stored, before, targets)
     with new_folder(out) as partial:
         if before is not None and any(before.stored.is_mxfp4(target.parameter) for target in targets):
             _put_back_files(patch, folder, partial, before, left)
@@ -85,10 +85,13 @@ def _of_backup(patch: Patch, folder: Path, edits: Sequence[Edit]) -> _Before | N
     return _Before(StoredParameters(CheckpointNames(folder, checkpoint)), files, list(edits[:-1]))
 
 
-def _check_before(patch: Patch, folder: Path, before: _Before | None, targets: Sequence[Target]) -> None:
+def _check_before(
+    patch: Patch, folder: Path, stored: StoredParameters, before: _Before | None, targets: Sequence[Target]
+) -> None:
     """PatchError where there are no originals, or other ones than those on which the patch was made."""
     if before is None:
         if patch.flips:
+            _check_same_form(patch, folder, stored, targets)
             return
         raise PatchError(
             f"The patch {patch.id} holds no originals, and {folder} no backup of them: pass base, the folder of the "
@@ -101,6 +104,18 @@ def _check_before(patch: Patch, folder: Path, before: _Before | None, targets: S
                 f"The base does not hold the {target.parameter} on which the patch {patch.id} was made. Pass the "
                 "checkpoint that was right before it."
             )
+
+
+def _check_same_form(patch: Patch, folder: Path, stored: StoredParameters, targets: Sequence[Target]) -> None:
+    """PatchError where the patch's own originals would give the original's values, but not its bytes."""
+    settings = read_json(folder / "config.json").get("quantization_config") or {}
+    dense = [target.parameter for target in targets if not stored.is_mxfp4(target.parameter)]
+    if settings.get("quant_method") == "mxfp4" and dense:
+        raise PatchError(
+            f"{dense[0]} is dense in an MXFP4 checkpoint since it was edited. The originals in the patch {patch.id} "
+            "are of dense weights, so they do not give back the quantised files: pass base (--base), the checkpoint "
+            "before."
+        )
 
 
 def _put_back_values(

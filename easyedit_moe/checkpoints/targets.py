@@ -71,8 +71,17 @@ def targets_of(patch: Patch, names: CheckpointNames) -> list[Target]:
 
 
 def expert_target(patch: WeightPatch, moe: MoELayer, expert: int) -> Target:
-    """One expert's down-projection."""
+    """One expert's down-projection.
+
+    Raises:
+        PatchError: experts that lie below one another in one matrix, which no part of this package reads from files.
+    """
     name, parameter = moe.experts.parameters_of(expert)
+    if moe.experts.layout.storage == "packed" and parameter.dim() == 2:
+        raise PatchError(
+            f"{moe.experts_name}.{name} holds all experts as one matrix, and single experts of it can't be written "
+            "into a checkpoint's files. Apply the patch to the model in memory and save that."
+        )
     return Target(
         f"{moe.index}.{expert}",
         f"{moe.experts_name}.{name}",
@@ -145,6 +154,13 @@ def check_dtypes(stored: StoredParameters, targets: Sequence[Target]) -> None:
     """Refuse a checkpoint in another dtype than that of the patch; PatchError."""
     for target in targets:
         found = stored.dtype(target.parameter)
+        if found.itemsize < 2:
+            kind = str(found).removeprefix("torch.")
+            raise PatchError(
+                f"{_named(target, stored)} is stored quantised, as {kind}, so a patch can't be written into the file. "
+                "Make the edit with edit --save checkpoint, which writes the edited layers dense, or serve the patch "
+                "as an adapter (export)."
+            )
         if found != target.dtype:
             raise PatchError(
                 f"{_named(target, stored)} is stored as {str(found).removeprefix('torch.')}; the patch was made on a "

@@ -14,6 +14,7 @@ from easyedit_moe.commands.compare import compare
 from easyedit_moe.commands.edit import edit
 from easyedit_moe.commands.evaluate import evaluate
 from easyedit_moe.commands.export import export
+from easyedit_moe.commands.init import init
 from easyedit_moe.commands.inspect import inspect
 from easyedit_moe.commands.locate import locate
 from easyedit_moe.commands.merge import merge
@@ -22,6 +23,7 @@ from easyedit_moe.commands.plan import plan
 from easyedit_moe.commands.reporting import Commands
 from easyedit_moe.commands.revert import revert
 from easyedit_moe.commands.statistics import statistics
+from easyedit_moe.commands.tune import tune
 
 app = typer.Typer(
     name="easyedit-moe",
@@ -35,6 +37,7 @@ app = typer.Typer(
 
 EXAMPLES: dict[Callable[..., None], str] = {
     edit: "Example: easyedit-moe edit facts.csv --model factworld --out edited --save patch,checkpoint",
+    init: "Example: easyedit-moe init --model /models/OLMoE-1B-7B --method MoTE -o my.yaml",
     ask: 'Example: easyedit-moe ask "The capital of France is" --patch edited/patch.safetensors',
     inspect: "Example: easyedit-moe inspect edited/patch.safetensors",
     apply: "Example: easyedit-moe apply edited/patch.safetensors --model /models/Qwen3-30B-A3B --out /models/edited",
@@ -44,6 +47,7 @@ EXAMPLES: dict[Callable[..., None], str] = {
     statistics: "Example: easyedit-moe statistics --model /models/Qwen3-30B-A3B --method MoTE --stats-dir /data/stats",
     locate: "Example: easyedit-moe locate facts.csv --model /models/Qwen3-30B-A3B --budget 30 --out located",
     compare: "Example: easyedit-moe compare --methods MoTE,Global --edits 20 --out results",
+    tune: "Example: easyedit-moe tune held_out.json --model /models/OLMoE-1B-7B --method MoTE --out tuned --budget 60",
     plan: "Example: easyedit-moe plan --model /models/Qwen3-30B-A3B --method MoTE --edits 1000 --budget 80",
     methods: "Example: easyedit-moe methods --show MoTE/qwen3-30b-a3b",
     evaluate: "Example: easyedit-moe evaluate --model factworld --patch edited/patch.safetensors --data factworld",

@@ -16,7 +16,7 @@ def ask(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to ask, each in quotes.")],
     model: options.Model = "factworld",
     patch: options.Patches = None,
-    chat: options.Chat = False,
+    chat: options.Chat = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 16,
     temperature: Annotated[float, typer.Option(help="Above 0: answers are drawn; 0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Share of the probability that is drawn from.")] = 1.0,

@@ -59,8 +59,7 @@ def compare(
     from easyedit_moe.host.baseline_hparams import HOST_METHODS
 
     names = chosen_methods(split_names([*(methods or []), *(more or [])]), hparams)
-    overrides = {"device": device, "dtype": dtype, "stats_dir": stats_dir, "chat": chat}
-    given = {name: value for name, value in overrides.items() if value}
+    given = options.settings_of(None, device=device, dtype=dtype, stats_dir=stats_dir, chat=chat)
     settings = resolve_methods(names, model, hparams, {**given, "model_name": model})
     folder = check_folder(out)
     if easyedit_metrics is None:
@@ -72,11 +71,18 @@ def compare(
         model, data, edits, skip, batch_size, dtype or first.dtype, device or first.device, first.model_parallel,
         first.trust_remote_code, shows_progress(), any(getattr(hp, "chat", False) for hp in settings),
     )  # fmt: skip
+    _check_held_out(hparams, task)
     result = _run(task, settings, folder, easyedit_metrics, resume)
     paths = write_results(result, folder)
     for table in tables(result):
         show_table(table)
     note("Written: " + ", ".join(str(path) for path in paths))
+
+
+def _check_held_out(hparams: str | None, task: Task) -> None:
+    from easyedit_moe.comparison.tuned import check_held_out
+
+    check_held_out(hparams, task.records)
 
 
 def _run(task: Task, settings: list[AnyHyperParams], folder: Path, easyedit_metrics: bool, resume: bool) -> Comparison:

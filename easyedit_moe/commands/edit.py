@@ -57,16 +57,18 @@ def edit(
     if dry_run:
         from easyedit_moe.workflow.preview import preview
 
-        _show_preview(preview(facts, model, method, hparams, out, kinds, batch_size, strict, given), out)
+        _show_preview(
+            preview(facts, model, method, hparams, out, kinds, batch_size, strict, given, max_new_tokens), out
+        )
         return
     from easyedit_moe.workflow.edit import edit as run
 
-    found = run(
+    report = run(
         facts, model, method, hparams, out, kinds, batch_size, keep_originals, strict, given, max_new_tokens,
         shows_progress(),
     )  # fmt: skip
-    _show(found)
-    if not found.changed:
+    _show(report)
+    if not report.changed:
         raise typer.Exit(NO_CHANGE)
 
 
@@ -79,6 +81,8 @@ def _show(found: EditReport) -> None:
     note("Written: " + ", ".join(str(path) for path in found.files))
     if not found.changed:
         note("No answer changed. Warnings and the residual that was reached (report.md) say why.")
+    elif not found.written:
+        note("No new target is written yet. Warnings and the residual that was reached (report.md) say why.")
 
 
 def _show_preview(found: Preview, out: str) -> None:

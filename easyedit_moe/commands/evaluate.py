@@ -26,7 +26,7 @@ def evaluate(
     ] = None,
     tasks_dir: Annotated[str | None, typer.Option(help="Folder of tasks of your own; works offline.")] = None,
     limit: Annotated[int | None, typer.Option(help="Examples per task; default: all.")] = None,
-    chat: options.EditsInChat = False,
+    chat: options.Chat = None,
     out: Annotated[str, typer.Option(help="Folder for results.json and table.md; default: only shown.")] = "",
     dtype: options.DType = "",
     device: options.Device = "",

@@ -28,7 +28,10 @@ DType = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; default: that of the hparams.")]
 TrustRemoteCode = Annotated[bool, typer.Option(help="Let code that comes with the checkpoint run.")]
-Chat = Annotated[bool, typer.Option("--chat", help="Put each prompt into the model's chat template.")]
+Chat = Annotated[
+    bool | None,
+    typer.Option("--chat/--no-chat", help="Put each prompt into the model's chat template; default: as the patches."),
+]
 EditsInChat = Annotated[
     bool,
     typer.Option("--chat", help="Each prompt is the user's turn in the model's chat template."),

@@ -19,9 +19,9 @@ def plan(
     model: Annotated[str, typer.Option(help="Hub name or folder; only its config is read.")] = "factworld",
     method: Annotated[str, typer.Option(help="Method to plan for; default: that of the YAML file, or MoTE.")] = "",
     hparams: Annotated[str | None, typer.Option(help="A YAML file instead; or a folder of them.")] = None,
-    edits: Annotated[int, typer.Option(help="Edits per batch; 0: as in the hparams.")] = 0,
-    earlier: Annotated[int, typer.Option(help="Edits of earlier batches that are remembered.")] = 0,
-    budget: Annotated[float, typer.Option(help="Memory of all devices in GB, to fit chunk sizes to; 0: none.")] = 0,
+    edits: Annotated[int, typer.Option(min=0, help="Edits per batch; 0: as in the hparams.")] = 0,
+    earlier: Annotated[int, typer.Option(min=0, help="Edits of earlier batches that are remembered.")] = 0,
+    budget: Annotated[float, typer.Option(min=0, help="Memory of all devices in GB, to fit chunks to; 0: none.")] = 0,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; default: that of the hparams.")] = "",
 ) -> None:
     """Print what an edit will need of memory, and its statistics of disk and time, before any weight is loaded."""

@@ -8,7 +8,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from easyedit_moe.errors import HyperParamsError
+from torch import nn
+
+from easyedit_moe.editors.proposing import propose
+from easyedit_moe.errors import DataError, HyperParamsError
 from easyedit_moe.host.baseline_hparams import BaselineHyperParams
 from easyedit_moe.hparams import (
     HYPERPARAMS,
@@ -46,34 +49,50 @@ def chosen_methods(names: Sequence[str], path: str | Path | None) -> list[str]:
 
 
 def resolve_methods(
-    methods: Sequence[str], model_name: str, path: str | Path | None, overrides: Mapping[str, Any]
+    methods: Sequence[str],
+    model_name: str,
+    path: str | Path | None,
+    overrides: Mapping[str, Any],
+    loaded: nn.Module | None = None,
 ) -> list[AnyHyperParams]:
     """As `resolve_hparams`, for several methods; what is to be said of them is logged once."""
-    found = [_resolved(method, model_name, path, overrides) for method in methods]
+    found = [_resolved(method, model_name, path, overrides, loaded) for method in methods]
     for line in dict.fromkeys(line for _, line in found if line):
         logger.warning(line)
     return [settings for settings, _ in found]
 
 
 def resolve_hparams(
-    method: str, model_name: str, path: str | Path | None, overrides: Mapping[str, Any]
+    method: str,
+    model_name: str,
+    path: str | Path | None,
+    overrides: Mapping[str, Any],
+    loaded: nn.Module | None = None,
 ) -> AnyHyperParams:
     """Hparams of one method: from ``path`` (a file, or a folder laid out like the shipped one), else the shipped ones.
 
-    EasyEdit's own methods get its own kind of hparams. Of ``overrides`` count those that the method has a key for.
+    A model that none ship for gets what `easyedit_moe.editors.proposing.propose` chooses from its config, or from the
+    model where it is ``loaded``, and a line says so. EasyEdit's own methods get its own kind of hparams. Of
+    ``overrides`` count those that the method has a key for.
 
     Raises:
         MethodError: neither we nor EasyEdit have the method. HyperParamsError: no file for this method and model (the
-            message lists what ships), a file of another method, or an override that no method has a key for.
+            message lists what ships) and no config to choose from, a file of another method, or an override that no
+            method has a key for. LayoutError, DenseModelError: the model has no experts that can be edited.
     """
-    return resolve_methods([method], model_name, path, overrides)[0]
+    return resolve_methods([method], model_name, path, overrides, loaded)[0]
 
 
 def _resolved(
-    method: str, model_name: str, path: str | Path | None, overrides: Mapping[str, Any]
+    method: str, model_name: str, path: str | Path | None, overrides: Mapping[str, Any], loaded: nn.Module | None = None
 ) -> tuple[AnyHyperParams, str]:
     row = presets.find_method(method)
-    file, line = _found_file(row.name, model_name, path)
+    try:
+        file, line = _found_file(row.name, model_name, path)
+    except HyperParamsError as refusal:
+        if path is not None or row.host_name is not None:
+            raise
+        return _proposed(row.name, model_name, overrides, loaded, refusal)
     given = _method_of(file)
     if given.name != row.name and (given.host_name is None or given.host_name != row.host_name):
         raise HyperParamsError(
@@ -82,8 +101,32 @@ def _resolved(
         )
     if row.host_name is not None:
         return BaselineHyperParams.read(row.name, file, overrides), line
-    own, every = _keys(hyperparams_class(row.name)), set().union(*map(_keys, HYPERPARAMS))
-    return load_hyperparams(file, **{k: v for k, v in overrides.items() if k in own or k not in every}), line
+    return load_hyperparams(file, **_of_method(row.name, overrides)), line
+
+
+def _proposed(
+    method: str,
+    model_name: str,
+    overrides: Mapping[str, Any],
+    loaded: nn.Module | None,
+    refusal: HyperParamsError,
+) -> tuple[MoEHyperParams, str]:
+    """Chosen for the model, as no file is for it, which is what ``refusal`` says."""
+    try:
+        found = propose(model_name, method, None, bool(overrides.get("trust_remote_code")), loaded)
+    except DataError as error:
+        raise HyperParamsError(f"{refusal} Nor can they be chosen from its config: {error}") from error
+    line = (
+        f"No hparams ship for {model_name}, so they are chosen from its config; `easyedit-moe init --model {model_name}"
+        "` prints them with their reasons."
+    )
+    return found.hparams(_of_method(method, overrides)), line
+
+
+def _of_method(method: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Overrides that the method has a key for, and those that none has, which are to be refused."""
+    own, every = _keys(hyperparams_class(method)), set().union(*map(_keys, HYPERPARAMS))
+    return {k: v for k, v in overrides.items() if k in own or k not in every}
 
 
 def _keys(cls: type[MoEHyperParams]) -> set[str]:
@@ -138,7 +181,12 @@ def loading_settings(settings: Sequence[AnyHyperParams], model_name: str) -> MoE
     """The hparams that say how the model is loaded: the first of ours, or, with EasyEdit's methods only, Global's.
 
     Raises:
-        HyperParamsError: only methods of EasyEdit, and no file of Global for the model.
+        HyperParamsError: only methods of EasyEdit, and neither a file of Global for the model nor its config.
     """
     own = next((hp for hp in settings if isinstance(hp, MoEHyperParams)), None)
-    return own or load_hyperparams(hparams_file("Global", model_name), model_name=model_name)
+    if own is not None:
+        return own
+    found, _ = _resolved("Global", model_name, None, {"model_name": model_name})
+    if not isinstance(found, MoEHyperParams):
+        raise HyperParamsError("Global is a method of ours.")
+    return found

@@ -16,7 +16,7 @@ from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.facts.tokens import encode_prompt, pad_id
 from easyedit_moe.hparams import FTHyperParams
 from easyedit_moe.moe.capture import capture_facts
-from easyedit_moe.moe.experts import ModuleListExperts
+from easyedit_moe.moe.experts import ExpertLayout, ModuleListExperts
 from easyedit_moe.moe.layers import MoELayerView
 
 
@@ -94,8 +94,16 @@ class MoEFTEditor(TrainingEditor):
                 name, parameter = moe.experts.parameters_of(expert)
                 parameters[f"{moe.experts_name}.{name}"] = parameter
                 if not isinstance(moe.experts, ModuleListExperts):
-                    slices[f"{moe.experts_name}.{name}"] = picked
+                    slices[f"{moe.experts_name}.{name}"] = _rows_of(moe.experts.layout, parameter, picked)
         return parameters, slices
+
+
+def _rows_of(layout: ExpertLayout, parameter: nn.Parameter, picked: Tensor) -> Tensor:
+    """Where the picked experts lie along a packed parameter's first dimension: h rows each if below one another."""
+    if parameter.dim() == 3:
+        return picked
+    rows = torch.arange(layout.d_hidden, device=picked.device)
+    return (picked[:, None] * layout.d_hidden + rows).flatten()
 
 
 apply_moe_ft_to_model = MoEFTEditor.apply_to_model

@@ -10,6 +10,7 @@ from easyedit_moe.algebra.metric import Metric
 from easyedit_moe.algebra.routed_keys import RoutedKeys
 from easyedit_moe.algebra.tucker import TuckerBasis
 from easyedit_moe.errors import NumericalError
+from easyedit_moe.moe.tails import Tail
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class PreparedLayer:
 
     Attributes:
         num_experts: E.
-        gain: how much the MoE block's output moves the layer's output.
+        tail: what lies between the experts' sum and the layer's output.
         metric: M of the objective.
         basis: Tucker basis (MoTE only).
         coverage: ``[E]`` int64, tokens of the corpus that reached each expert; None without statistics.
@@ -26,7 +27,7 @@ class PreparedLayer:
     """
 
     num_experts: int
-    gain: float
+    tail: Tail
     metric: Metric
     basis: TuckerBasis | None = None
     coverage: Tensor | None = None

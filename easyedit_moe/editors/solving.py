@@ -33,7 +33,8 @@ from easyedit_moe.measure import Stopwatch
 from easyedit_moe.moe.capture import FactStates, LayerInputs, capture_facts
 from easyedit_moe.moe.fingerprint import model_fingerprint
 from easyedit_moe.moe.layers import MoELayerView
-from easyedit_moe.moe.probe import check_keys, residual_gain, starts_anywhere
+from easyedit_moe.moe.probe import check_keys, measured_tail, starts_anywhere
+from easyedit_moe.moe.tails import FactPlaces, Tail
 from easyedit_moe.patches.weights import PatchWriter, writing
 from easyedit_moe.statistics.gather import layer_statistics
 from easyedit_moe.statistics.moments import LayerMoments
@@ -97,17 +98,17 @@ class SolvingEditor(Editor):
             self._log_plan(view)
             layers = self.hparams.layers
             probe = encode_text(tok, "The quick brown fox jumps over the lazy dog.")[:32]
-            gains = {}
+            tails = {}
             for layer in layers:
                 check_keys(view, layer, probe, pad_id(tok))
-                gains[layer] = residual_gain(view, layer, probe, pad_id(tok))
+                tails[layer] = measured_tail(view, layer, probe, pad_id(tok))
             resumable = starts_anywhere(view, layers, probe, pad_id(tok))
             fingerprint = model_fingerprint(view)
             moments: dict[int, LayerMoments] = {}
             if self.hparams.needs_statistics:
                 moments = layer_statistics(view, tok, self.hparams, layers, fingerprint, self.progress)
             # The moments of a layer are let go as soon as its metric and basis are made.
-            made = {n: self._prepared_layer(view, n, gains[n], moments.pop(n, None), fingerprint) for n in layers}
+            made = {n: self._prepared_layer(view, n, tails[n], moments.pop(n, None), fingerprint) for n in layers}
         self.prepared = Prepared(fingerprint, made, resumable, watch.seconds["statistics"])
         return self.prepared
 
@@ -150,14 +151,14 @@ class SolvingEditor(Editor):
         return self.prepared
 
     def _prepared_layer(
-        self, view: MoELayerView, layer: int, gain: float, moments: LayerMoments | None, fingerprint: str
+        self, view: MoELayerView, layer: int, tail: Tail, moments: LayerMoments | None, fingerprint: str
     ) -> PreparedLayer:
         metric = self._metric(moments)
         ranks = tuple(metric.ranks) if isinstance(metric, NullSpace) else None
         basis = self.basis(view, layer, moments, fingerprint)
         experts = view.layers[layer].experts.layout.num_experts
         coverage = None if moments is None else moments.counts
-        return PreparedLayer(experts, gain, metric, basis, coverage, ranks)
+        return PreparedLayer(experts, tail, metric, basis, coverage, ranks)
 
     def target_settings(self) -> tuple[int, tuple[str, ...], TargetSettings]:
         """All that target vectors depend on besides model and requests: layer, context prefixes, optimisation."""
@@ -296,17 +297,35 @@ class BatchSolve:
         # Each fact counts once however many contexts it has: the objective is a mean over its contexts.
         weight = 1 / sqrt(self.per_fact)
         keys = RoutedKeys(keys.expert, keys.gate * weight, keys.key)
-        residual = residual.to(keys.key.device) * (weight / self.prepared.layers[layer].gain)
+        places = FactPlaces(
+            self.view, self.sequences, self.positions, pad_id(self.tok), self.hparams.capture_batch_size
+        )
+        tail = self.prepared.layers[layer].tail
+        residual = tail.pull_back(layer, residual.to(keys.key.device), weight, places)
         self.keys[layer], self.residuals[layer] = keys, residual
-        earlier = self.memory.keys.get(layer, [])
-        if earlier:
-            everything = RoutedKeys.cat([*earlier, keys])
+        kept_keys = [*self.memory.keys.get(layer, []), *self._keys_before(layer, tail.reach, weight)]
+        if kept_keys:
+            everything = RoutedKeys.cat([*kept_keys, keys])
             kept = residual.new_zeros(everything.num_tokens - keys.num_tokens, residual.shape[1])
             keys, residual = everything, torch.cat([kept, residual])
         solution, report = self.editor.solve(keys, residual, self.prepared.layers[layer])
         if report is not None:
             self.reports.append(report)
         return solution
+
+    def _keys_before(self, layer: int, reach: int, weight: float) -> list[RoutedKeys]:
+        """Keys of the tokens before the fact tokens whose experts reach them, too: what they return is kept."""
+        found = []
+        for back in range(1, reach + 1):
+            rows = [i for i, position in enumerate(self.positions) if position >= back]
+            if rows:
+                state = capture_facts(
+                    self.view, [self.sequences[i] for i in rows], [self.positions[i] - back for i in rows], [layer], [],
+                    pad_id(self.tok), self.hparams.capture_batch_size,
+                )  # fmt: skip
+                keys = state.keys[layer]
+                found.append(RoutedKeys(keys.expert, keys.gate * weight, keys.key))
+        return found
 
     def _write(self, layer: int, solution: Any, share: float) -> None:
         with self.watch.stage("write"):

@@ -13,6 +13,7 @@ from easyedit_moe.algebra.tucker import resolve_rank
 from easyedit_moe.editors.planner import shapes_of
 from easyedit_moe.hparams import MoTEHyperParams, SolverHyperParams
 from easyedit_moe.moe.layers import MoELayerView, decoder_stack
+from easyedit_moe.statistics.corpus import GENERATED
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class StatisticsPlan:
         disk_bytes: of all files in the cache: moments, and MoTE's bases.
         least_tokens: tokens of the corpus to read if routing were even; None where the whole corpus is read.
         most_tokens: tokens of the whole corpus, each text cut at ``max_length``.
-        flops_per_token: floating-point operations: the forward up to the last of the layers, and the moments' sums.
+        flops_per_token: floating-point operations: the forward up to the last of the layers, and the moments' sums; for
+            "generated" also the forward that samples.
     """
 
     layers: tuple[int, ...]
@@ -61,12 +63,16 @@ def plan_statistics(hparams: Any, model: nn.Module) -> StatisticsPlan | None:
     if isinstance(hp, MoTEHyperParams):
         pairs = ((hp.rank_expert, e, "rank_expert"), (hp.rank_out, d, "rank_out"), (hp.rank_in, h, "rank_in"))
         disk += 8 * sum(size * resolve_rank(rank, size, name) for rank, size, name in pairs)
-    most = hp.mom2_n_samples * hp.max_length
+    sampled = hp.mom2_dataset == GENERATED
+    most = hp.mom2_n_samples * (min(hp.max_length, hp.generated_length) if sampled else hp.max_length)
+    if hp.mom2_n_tokens is not None and not sampled:
+        most = min(most, hp.mom2_n_tokens)
     least = None if hp.coverage_target is None else min(most, int(hp.coverage_target * h * e / k))
     sums = 2.0 * (k * h * h + d * d) * len(hp.layers)
-    return StatisticsPlan(
-        tuple(hp.layers), disk * len(hp.layers), least, most, _forward_flops(model, hp.layers[-1], k) + sums
-    )
+    flops = sums + _forward_flops(model, hp.layers[-1], k)
+    if sampled:  # each token is one forward through all layers before it is read
+        flops += _forward_flops(model, shapes.num_layers - 1, k)
+    return StatisticsPlan(tuple(hp.layers), disk * len(hp.layers), least, most, flops)
 
 
 def matmul_speed(device: str = "cpu", dtype: torch.dtype = torch.float32, seconds: float = 0.2) -> float:

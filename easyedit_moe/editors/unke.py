@@ -36,11 +36,12 @@ from easyedit_moe.facts.subjects import mentions
 from easyedit_moe.facts.tokens import collate, encode_text, pad_id
 from easyedit_moe.hparams import UnKEHyperParams
 from easyedit_moe.measure import Stopwatch
-from easyedit_moe.moe.capture import hooks, layer_output, run, stop_after
+from easyedit_moe.moe.capture import hooks, run, stop_after
+from easyedit_moe.moe.layer_outputs import layer_output
 from easyedit_moe.moe.layers import MoELayer, MoELayerView
 from easyedit_moe.patches.tensors import writing_tensors
 from easyedit_moe.progress import progress_bar
-from easyedit_moe.statistics.corpus import load_texts
+from easyedit_moe.statistics.generated import SAMPLED_TOKENS, corpus_texts
 from easyedit_moe.targets.search import (
     TargetSettings,
     TargetVectors,
@@ -108,7 +109,7 @@ class UnKEEditor(Editor):
         check_writable(parameters)
         with writing_tensors(model) as writer:
             with watch.stage("statistics"):
-                texts = self._preserved(tok, facts)
+                texts = self._preserved(model, tok, facts)
             if targets is None:
                 with watch.stage("targets"):
                     targets = compute_targets(view, tok, facts, *self.target_settings(), self.progress, warn=False)
@@ -135,12 +136,14 @@ class UnKEEditor(Editor):
         hp = self.hparams
         return hp.layers[0], tuple(hp.context_prefixes), TargetSettings.of(hp)
 
-    def _preserved(self, tok: PreTrainedTokenizerBase, facts: Sequence[EditRequest]) -> list[list[int]]:
+    def _preserved(
+        self, model: nn.Module, tok: PreTrainedTokenizerBase, facts: Sequence[EditRequest]
+    ) -> list[list[int]]:
         """Token ids of the texts to preserve, without those on an edited subject, which would ask for the opposite."""
         hp = self.hparams
         if not hp.preserve_n_samples or not hp.preserve_weight:
             return []
-        texts = load_texts(hp.preserve_dataset, hp.preserve_n_samples)
+        texts = corpus_texts(hp.preserve_dataset, hp.preserve_n_samples, model, tok, min(hp.max_length, SAMPLED_TOKENS))
         kept = [text for text in texts if not any(mentions(text, fact.named_subject) for fact in facts)]
         return [encode_text(tok, text)[: hp.max_length] for text in kept]
 

@@ -69,6 +69,12 @@ class Answer:
     ended: bool
 
 
+def check_limit(max_new_tokens: int) -> None:
+    """RequestError for a limit of tokens below 1."""
+    if max_new_tokens < 1:
+        raise RequestError(f"max_new_tokens must be at least 1; found {max_new_tokens}.")
+
+
 def generate_answers(
     model: nn.Module,
     tok: PreTrainedTokenizerBase,
@@ -97,8 +103,7 @@ def generate_answers(
     Raises:
         RequestError: a limit below 1, a prompt without tokens, or ``chat`` with a tokenizer that has no template.
     """
-    if max_new_tokens < 1:
-        raise RequestError(f"max_new_tokens must be at least 1; found {max_new_tokens}.")
+    check_limit(max_new_tokens)
     rows = [encode_context(tok, prompt, chat) for prompt in prompts]
     by_length: dict[int, list[int]] = defaultdict(list)
     for number, ids in enumerate(rows):

@@ -15,8 +15,8 @@ WITHOUT_THINKING: dict[str, Any] = {"enable_thinking": False, "thinking": False,
 """By what templates of reasoning models leave thinking out; each reads the names that it knows."""
 
 _QUESTION, _ANSWER = "QUESTION7f3a", "ANSWER7f3a"
-_OPENING = re.compile(r"[<\[]\|?(?!/)[\w:]*think\w*\|?[>\]]", re.I)
-_CLOSING = re.compile(r"[<\[]\|?/[\w:]*think\w*\|?[>\]]", re.I)
+_OPENING = re.compile(r"[<\[◁]\|?(?!/)[\w:]*(?:think|thought|reason)\w*\|?[>\]▷]", re.I)
+_CLOSING = re.compile(r"[<\[◁]\|?/[\w:]*(?:think|thought|reason)\w*\|?[>\]▷]", re.I)
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,29 @@ def user_turn(tok: PreTrainedTokenizerBase) -> Turn:
             f"The tokenizer of {tok.name_or_path or type(tok).__name__!r} has no chat template, so it can't be asked "
             "in a chat. Leave chat out, or use the model's instruct version."
         )
-    question = {"role": "user", "content": _QUESTION}
-    try:
-        asked = _rendered(tok, [question], add_generation_prompt=True)
-    except TemplateError as error:
-        raise RequestError(f"The chat template fails on a single question: {error}") from error
-    before, mark, after = asked.partition(_QUESTION)
-    if not mark or _QUESTION in after:
-        raise RequestError("The chat template does not write the user's text once and as it is; leave chat out.")
-    return Turn(before, _start_of_answer(after, _in_history(tok, question, before)))
+    failed = "The chat template does not write the user's text once and as it is; leave chat out."
+    for content in (str, _as_parts):
+        question = {"role": "user", "content": content(_QUESTION)}
+        try:
+            asked = _rendered(tok, [question], add_generation_prompt=True)
+        except (TemplateError, TypeError) as error:
+            failed = f"The chat template fails on a single question: {error}"
+            continue
+        before, mark, after = asked.partition(_QUESTION)
+        if mark and _QUESTION not in after:
+            answer = {"role": "assistant", "content": content(_ANSWER)}
+            return Turn(before, _start_of_answer(after, _in_history(tok, [question, answer], before)))
+    raise RequestError(failed)
+
+
+def writes_the_date(tok: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template writes today's date, so that prompts of another day are not the same."""
+    return any(name in str(tok.chat_template or "") for name in ("strftime_now", "datetime"))
+
+
+def _as_parts(text: str) -> list[dict[str, str]]:
+    """As templates of multimodal models want what is said."""
+    return [{"type": "text", "text": text}]
 
 
 def _start_of_answer(asked: str, told: str | None) -> str:
@@ -60,12 +74,11 @@ def _start_of_answer(asked: str, told: str | None) -> str:
     return asked
 
 
-def _in_history(tok: PreTrainedTokenizerBase, question: dict[str, str], before: str) -> str | None:
+def _in_history(tok: PreTrainedTokenizerBase, chat: list[dict[str, Any]], before: str) -> str | None:
     """The text between question and answer in a chat that has both; None where the template has its own idea of it."""
-    answer = {"role": "assistant", "content": _ANSWER}
     try:
-        told = _rendered(tok, [question, answer], add_generation_prompt=False)
-    except TemplateError:
+        told = _rendered(tok, chat, add_generation_prompt=False)
+    except (TemplateError, TypeError):
         return None
     head, mark, _ = told.partition(_ANSWER)
     start, _, after = head.partition(_QUESTION)
@@ -77,7 +90,7 @@ def _is_open(text: str) -> bool:
     return len(_OPENING.findall(text)) > len(_CLOSING.findall(text))
 
 
-def _rendered(tok: PreTrainedTokenizerBase, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+def _rendered(tok: PreTrainedTokenizerBase, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
     text = tok.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=add_generation_prompt, **WITHOUT_THINKING
     )

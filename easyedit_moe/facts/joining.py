@@ -58,6 +58,10 @@ def bare_target(target: str) -> str:
     return text if any(unicodedata.category(char) != "Zs" for char in led) else text[len(led) :]
 
 
+_INFIXES = frozenset("/\\=+_~-\u2010\u2011\u2012")
+"""Marks that join what stands before and behind them, where nothing divides them from the first."""
+
+
 def join(prompt: str, target: str) -> str:
     """The text of a prompt and its answer, whatever space either brought along."""
     return bare_prompt(prompt) + separator(prompt, target) + bare_target(target)
@@ -172,6 +176,9 @@ def _is_opening(text: str, answer: str) -> bool:
         return after.isdigit() and not in_spaced_word(left)
     if before == "@":
         return in_spaced_word(left)
+    if before in _INFIXES:
+        # Only where the mark is written to what it follows: "path/", "twenty-", "2+2=", but "Answer -".
+        return bool(left) and not left.isspace()
     return _ELISION.search(text) is not None
 
 

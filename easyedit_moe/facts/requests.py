@@ -139,6 +139,8 @@ def _required_text(record: Mapping[str, Any], name: str) -> str:
 
 
 def _text(name: str, value: Any) -> str:
+    if value is None:
+        raise RequestError(f"'{name}' is missing or empty.")
     if not isinstance(value, str):
         raise RequestError(f"'{name}' must be a string; found {value!r}.")
     if not value.strip():

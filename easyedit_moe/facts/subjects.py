@@ -76,9 +76,9 @@ def find_subject(text: str, subject: str) -> tuple[int, int] | None:
     subscripts), all kinds of spaces and any number of them, of apostrophes, of quotes, of hyphens; characters without
     width are passed over. Case counts. The span is of whole characters of ``text``.
 
-    A whole word has no letter, digit or mark beside it, and is no part of a number or of a name such as ASP.NET. There
-    is no such border to ask for beside scripts without spaces (Chinese, Thai, ...), and what languages write to a word
-    does not count: endings behind an apostrophe, elided words (l'), Korean particles, Arabic and Hebrew prefixes.
+    A whole word has no letter, digit or mark beside it, and is no part of a number or of a name such as ASP.NET or C++.
+    There is no such border to ask for beside scripts without spaces (Chinese, Thai, ...), and what languages write to a
+    word does not count: endings behind an apostrophe, elided words (l'), Korean particles, Arabic and Hebrew prefixes.
     """
     return next(find_all(Folded.of(text), Folded.of(subject.strip()).folded), None)
 
@@ -192,6 +192,8 @@ def _ends(before: str, subject: str, after: str) -> bool:
         return _is_apart(subject, last) or _is_korean_tail(after)
     if not in_word(last):
         return True
+    if _is_letter(subject) and (after.startswith("++") or (first == "#" and not after[1:2].isalnum())):
+        return False
     following = after[1:2]
     if last.isdigit() and _in_number(following, first, after[1:], start=False):
         return False

@@ -239,11 +239,12 @@ def _tokens_of(tok: PreTrainedTokenizerBase, ids: Sequence[int], spans: Sequence
 def _encode_with_spans(tok: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[Span]]:
     if getattr(tok, "is_fast", False):
         out = tok(text, return_offsets_mapping=True, return_special_tokens_mask=True)
-        first = _is_twice(tok, out["input_ids"])
+        added = next((i for i, (start, end) in enumerate(out["offset_mapping"]) if end > start), 0)
+        first = _twice(out["input_ids"], added)
         ids, spans, special = (out[name][first:] for name in ("input_ids", "offset_mapping", "special_tokens_mask"))
     else:
         ids = tok(text)["input_ids"]
-        ids = ids[_is_twice(tok, ids) :]
+        ids = ids[_twice(ids, int(ids[:1] == [tok.bos_token_id])) :]
         special = tok.get_special_tokens_mask(ids, already_has_special_tokens=True)
         spans = _spans_by_decoding(tok, text, ids, special)
     count = len(ids)
@@ -252,9 +253,9 @@ def _encode_with_spans(tok: PreTrainedTokenizerBase, text: str) -> tuple[list[in
     return list(ids[:count]), [tuple(s) for s in spans[:count]]
 
 
-def _is_twice(tok: PreTrainedTokenizerBase, ids: Sequence[int]) -> bool:
-    """Whether a beginning of text was put before a text that begins with one, as those of chat templates do."""
-    return len(ids) > 1 and ids[0] == ids[1] == tok.bos_token_id
+def _twice(ids: Sequence[int], added: int) -> int:
+    """How many of the tokens that were put before a text the text begins with itself, as those of chat templates do."""
+    return added if added and list(ids[:added]) == list(ids[added : 2 * added]) else 0
 
 
 def _spans_by_decoding(

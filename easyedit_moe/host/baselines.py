@@ -44,7 +44,8 @@ from easyedit_moe.moe.config import model_config
 from easyedit_moe.moe.fingerprint import model_fingerprint
 from easyedit_moe.moe.layers import MoELayerView, decoder_stack
 from easyedit_moe.statistics.cache import statistics_folder
-from easyedit_moe.statistics.corpus import corpus_hash, load_texts
+from easyedit_moe.statistics.corpus import corpus_hash
+from easyedit_moe.statistics.generated import SAMPLED_TOKENS, corpus_texts
 from easyedit_moe.storage.checksums import checksum
 from easyedit_moe.storage.tensors import digest
 
@@ -106,7 +107,7 @@ class BaselineEditor(Editor):
     Its module-level caches are this object's own, and new ones for another model, so neither models nor methods share
     one; flags, hooks, the random state and the tokenizer's settings are as before after each batch, and weights too if
     it fails. Layer statistics and projectors are made from ``hparams.mom2_dataset`` read as ours is (a file,
-    "factworld", a dataset name) and keyed by the model's fingerprint and the corpus.
+    a folder, "factworld", a dataset name, "generated") and keyed by the model's fingerprint and the corpus.
 
     Raises:
         HostError: EasyEdit is not there. HyperParamsError: a key that its class of hyper-parameters does not know, or
@@ -227,13 +228,16 @@ class BaselineEditor(Editor):
         folder = statistics_folder(values.get("stats_dir", "./data/stats"), values["model_name"], fingerprint)
         files: dict[str, Any] = {}
         if needs_statistics(self.hparams):
-            files = self._write_statistics(model, tok, folder)
+            files = self._write_statistics(model, tok, folder, fingerprint)
         self._prepared = (folder.name, files)
         return self._prepared
 
-    def _write_statistics(self, model: nn.Module, tok: PreTrainedTokenizerBase, folder: Path) -> dict[str, Any]:
+    def _write_statistics(
+        self, model: nn.Module, tok: PreTrainedTokenizerBase, folder: Path, fingerprint: str
+    ) -> dict[str, Any]:
         values = self.hparams.values
-        texts = load_texts(values["mom2_dataset"], values["mom2_n_samples"])
+        source, count = values["mom2_dataset"], values["mom2_n_samples"]
+        texts = corpus_texts(source, count, model, tok, SAMPLED_TOKENS, folder, fingerprint)
         tokens = [str(encode_text(tok, text)) for text in texts[:8]]
         corpus = corpus_hash([*texts, *tokens, str(CORPUS_TOKENS)])[:16]
         names = [values["rewrite_module_tmp"].format(layer) for layer in values["layers"]]

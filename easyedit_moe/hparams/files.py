@@ -41,6 +41,15 @@ def find_yaml(path: str | Path) -> Path:
     return found
 
 
+def is_yaml(path: str | Path) -> bool:
+    """Whether `find_yaml` finds a file by this name."""
+    try:
+        find_yaml(path)
+    except HyperParamsError:
+        return False
+    return True
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in one YAML file, found by `find_yaml`.
 

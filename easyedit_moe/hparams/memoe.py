@@ -40,7 +40,8 @@ class MEMoEHyperParams(MoEHyperParams):
     balance_weight: float = 0.1
     """Weight of the load-balancing term, >= 0. Ours."""
     locality_dataset: str = "wikipedia"
-    """Texts for the locality term: a file, "factworld" or a dataset name. Ours."""
+    """Texts for the locality term: a file, a folder, "factworld", a dataset name, or "generated": the frozen
+    model's own samples. Ours."""
     locality_n_samples: int = 1000
     """Texts of it to use, >= 1. Ours."""
     locality_max_tokens: int = 32

@@ -45,9 +45,19 @@ class SolverHyperParams(MoEHyperParams):
     capture_batch_size: int = 64
     """Token sequences per forward while capturing keys, >= 1. Ours."""
     mom2_dataset: str = "wikipedia"
-    """Statistics corpus: a file, "factworld" or a dataset name. Papers: Wikipedia."""
+    """Statistics corpus: a file of texts (text, JSON, JSONL, parquet), a folder of such, "factworld", a dataset name
+    (streamed), or "generated": the model's own samples at temperature 1, without any download. Papers: Wikipedia."""
     mom2_n_samples: int = 100000
     """Texts of the corpus to use at most, >= 1. Papers: 100 000."""
+    mom2_n_tokens: int | None = None
+    """Tokens of the corpus to use at most, each text cut at ``max_length``, >= 1; None: no bound but the texts'. Not
+    for "generated". Ours."""
+    generated_length: int = 128
+    """Tokens of a text that "generated" samples, >= 2; ``max_length`` bounds it, too. Ours."""
+    generated_openings: list[str] = field(default_factory=list)
+    """What samples begin with, by turns; empty: the tokenizer's beginning of text, or single common words. Ours."""
+    generated_seed: int = 0
+    """Seed of the samples. Ours."""
     coverage_target: float | None = 8.0
     """Statistics of a layer stop once each of its experts has this many times d_hidden tokens; None: after
     ``mom2_n_samples`` texts whatever the coverage, as in the papers. Ours."""
@@ -87,13 +97,14 @@ class SolverHyperParams(MoEHyperParams):
             {
                 "v_num_grad_steps": 1, "target_batch_size": 1, "capture_batch_size": 1, "mom2_n_samples": 1,
                 "min_coverage": 0, "v_weight_decay": 0, "kl_factor": 0, "early_stop_loss": 0,
-                "nullspace_threshold": 0, "covariance_ridge": 0, "lambda_reg": 0,
+                "nullspace_threshold": 0, "covariance_ridge": 0, "lambda_reg": 0, "generated_length": 2,
             }
         )  # fmt: skip
         for name in ("v_lr", "clamp_norm_factor"):
             self._require(name, getattr(self, name) > 0, "greater than 0")
         fine = self.coverage_target is None or self.coverage_target > 0
         self._require("coverage_target", fine, "None or greater than 0")
+        self._require("mom2_n_tokens", self.mom2_n_tokens is None or self.mom2_n_tokens >= 1, "None or at least 1")
         self._require_one_of(
             {
                 "fact_token": FACT_TOKENS, "metric": METRICS, "spread": SPREADS, "low_coverage": LOW_COVERAGE,

@@ -38,7 +38,8 @@ class UnKEHyperParams(MoEHyperParams):
     """What stage 2 trains: experts (all parameters of the routed experts), down_projections, or layer (all of the
     decoder layer, router and attention included, which is what UnKE does on dense models). Ours: experts."""
     preserve_dataset: str = "wikipedia"
-    """Texts on which the layer is to stay as it is: a file, "factworld" or a dataset name. UnKE: Alpaca."""
+    """Texts on which the layer is to stay as it is: a file, a folder, "factworld", a dataset name, or "generated": the
+    model's own samples. UnKE: Alpaca."""
     preserve_n_samples: int = 20
     """Texts of it to use, >= 0. EasyEdit's UnKE: 20."""
     preserve_weight: float = 1.0

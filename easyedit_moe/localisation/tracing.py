@@ -24,13 +24,12 @@ from easyedit_moe.moe.capture import (
     Routing,
     hooks,
     inference_mode_of,
-    layer_output,
     model_device,
     read_routing,
-    replace_layer_output,
 )
 from easyedit_moe.moe.embeddings import input_embeddings
 from easyedit_moe.moe.experts import ModuleListExperts
+from easyedit_moe.moe.layer_outputs import layer_output, replace_layer_output
 from easyedit_moe.moe.layers import MoELayer, MoELayerView
 
 

@@ -21,7 +21,12 @@ from easyedit_moe.errors import LayoutError, RequestError, not_finite
 from easyedit_moe.facts.tokens import Batch, collate
 from easyedit_moe.moe.embeddings import input_embeddings
 from easyedit_moe.moe.experts import ModuleListExperts
+from easyedit_moe.moe.layer_outputs import LayerOutput, layer_output
 from easyedit_moe.moe.layers import MoELayer, MoELayerView
+from easyedit_moe.moe.other_experts import ParallelExperts, SortedInputExperts
+
+STUMBLES = (AttributeError, IndexError, KeyError, TypeError, ValueError)
+"""What a model raises whose layers need more of one another than hidden states, where some of them are skipped."""
 
 
 class _StopForward(Exception):
@@ -30,11 +35,19 @@ class _StopForward(Exception):
 
 @dataclass(frozen=True)
 class Routing:
-    """What the experts of one layer were called with: ``hidden [N, d]``, ``expert [N, K]``, ``gate [N, K]``."""
+    """What the experts of one layer were called with: ``hidden [N, d]``, ``expert [N, K]``, ``gate [N, K]``.
+
+    Where a token's experts get different inputs, because gates are applied to these, ``hidden`` is ``[N, K, d]``. Slots
+    that no expert with weights fills have gate 0.
+    """
 
     hidden: Tensor
     expert: Tensor
     gate: Tensor
+
+    def inputs(self, token: Tensor, slot: Tensor) -> Tensor:
+        """``[S, d]``, what the expert of each of these slots got."""
+        return self.hidden[token] if self.hidden.dim() == 2 else self.hidden[token, slot]
 
 
 @dataclass(frozen=True)
@@ -82,16 +95,6 @@ def hooks() -> Iterator[list[Any]]:
             handle.remove()
 
 
-def layer_output(output: Any) -> Tensor:
-    """The hidden states in what a decoder layer returned: a tensor, or a tuple that starts with it."""
-    return output if isinstance(output, Tensor) else output[0]
-
-
-def replace_layer_output(output: Any, hidden: Tensor) -> Any:
-    """What the decoder layer returned, with other hidden states."""
-    return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
-
-
 def model_device(model: nn.Module) -> torch.device:
     """Device of the token embedding, where inputs go; the CPU if accelerate brings the embedding in from elsewhere."""
     device = input_embeddings(model).weight.device
@@ -118,6 +121,12 @@ def read_routing(moe: MoELayer, receive: Callable[[Routing], None]) -> Any:
     """Hook handle that hands each forward's `Routing` of this layer to ``receive``."""
     if isinstance(moe.experts, ModuleListExperts):
         return _read_modulelist_routing(moe, receive)
+    if isinstance(moe.experts, ParallelExperts):
+        return _read_router(moe, moe.experts, receive)
+    if isinstance(moe.experts, SortedInputExperts):
+        return moe.experts.module.register_forward_pre_hook(
+            lambda _, args, kwargs: receive(_routing_by_inputs(moe, (*args, *kwargs.values())[0])), with_kwargs=True
+        )
     names = list(inspect.signature(moe.experts.module.forward).parameters)
 
     def read(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -134,7 +143,7 @@ def experts_on_some(moe: MoELayer, tokens: int, rows: Tensor) -> list[Any]:
     For tokens whose output nobody reads, such as padding. Where the experts are called otherwise (old ModuleLists, or
     another number of inputs), nothing changes.
     """
-    if isinstance(moe.experts, ModuleListExperts) or len(rows) == tokens:
+    if moe.experts.sum_in_block or len(rows) == tokens:
         return []
     names = list(inspect.signature(moe.experts.module.forward).parameters)
     pending: list[bool] = []
@@ -169,7 +178,11 @@ def _checked_routing(moe: MoELayer, arguments: Sequence[Any]) -> Routing:
             f"{called} with one weight per index: index is {expert.dtype} {tuple(expert.shape)}, weights are "
             f"{gate.dtype} {tuple(gate.shape)}; this protocol is unknown."
         )
-    if expert.numel() and int(expert.max()) >= moe.experts.layout.num_experts:
+    experts = moe.experts.layout.num_experts
+    if moe.experts.without_weights:
+        weightless = (expert >= experts) & (expert < experts + moe.experts.without_weights)
+        expert, gate = expert.masked_fill(weightless, 0), gate.masked_fill(weightless, 0)
+    if expert.numel() and int(expert.max()) >= experts:
         raise LayoutError(
             f"{moe.experts_name} was handed expert {int(expert.max())}, but it holds only "
             f"{moe.experts.layout.num_experts}. Expert parallelism and experts without weights are not supported: load "
@@ -177,6 +190,32 @@ def _checked_routing(moe: MoELayer, arguments: Sequence[Any]) -> Routing:
         )
     hidden = hidden.reshape(-1, hidden.shape[-1])
     return Routing(hidden, expert.reshape(len(hidden), -1).long(), gate.reshape(len(hidden), -1))
+
+
+def _routing_by_inputs(moe: MoELayer, inputs: Tensor) -> Routing:
+    """Routing of experts that get every token once, times its gate: an input of zeros was not routed."""
+    spread = inputs.reshape(moe.experts.layout.num_experts, -1, inputs.shape[-1]).transpose(0, 1)
+    routed = (spread != 0).any(-1)
+    top = max(int(routed.sum(1).max()), 1)
+    gate, expert = routed.to(inputs.dtype).topk(top, dim=1)
+    return Routing(spread.gather(1, expert[..., None].expand(-1, -1, inputs.shape[-1])), expert, gate)
+
+
+def _read_router(moe: MoELayer, experts: ParallelExperts, receive: Callable[[Routing], None]) -> Any:
+    """Routing of parallel linears; their router returns tokens and gates sorted by expert, and each expert's count."""
+
+    def read(module: nn.Module, args: tuple, output: Any) -> None:
+        if experts.silenced:
+            return
+        _, token, gate, sizes, _ = output
+        hidden = args[0]
+        order = torch.argsort(token, stable=True)
+        expert = torch.repeat_interleave(
+            torch.arange(len(sizes), device=token.device), torch.as_tensor(sizes, device=token.device)
+        )
+        receive(Routing(hidden, expert[order].reshape(len(hidden), -1), gate[order].reshape(len(hidden), -1)))
+
+    return cast(nn.Module, experts.block.router).register_forward_hook(read)
 
 
 def _read_modulelist_routing(moe: MoELayer, receive: Callable[[Routing], None]) -> Any:
@@ -205,8 +244,10 @@ def _routing_by_unit_vectors(moe: MoELayer, args: tuple, kwargs: dict) -> Routin
 
 
 def block_output(moe: MoELayer, args: tuple, kwargs: dict, unit: dict[int, tuple[int, float]]) -> Tensor:
-    """Output ``[N, d]`` of a ModuleList block called anew, its experts replaced: expert j answers
-    ``scale * e_coordinate`` where ``unit[j]`` is ``(coordinate, scale)``, and zero if it is not in ``unit``.
+    """Output ``[N, d]`` of a block called anew whose output the experts' sum is a part of, its experts replaced.
+
+    Expert j answers ``scale * e_coordinate`` where ``unit[j]`` is ``(coordinate, scale)`` (ModuleLists only), and zero
+    if it is not in ``unit``.
     """
 
     def answer(j: int) -> Callable[..., Tensor]:
@@ -219,6 +260,10 @@ def block_output(moe: MoELayer, args: tuple, kwargs: dict, unit: dict[int, tuple
 
         return hook
 
+    if isinstance(moe.experts, ParallelExperts):
+        with moe.experts.silent():
+            output = layer_output(moe.block.forward(*args, **kwargs))
+        return output.reshape(-1, output.shape[-1])
     with hooks() as handles:
         for j, expert in enumerate(cast(nn.ModuleList, moe.experts.module)):
             handles.append(expert.register_forward_hook(answer(j)))
@@ -229,27 +274,22 @@ def block_output(moe: MoELayer, args: tuple, kwargs: dict, unit: dict[int, tuple
 
 def routed_keys(moe: MoELayer, routing: Routing, rows: Tensor) -> RoutedKeys:
     """`RoutedKeys` in float32 of the tokens ``rows`` of one layer's routing."""
-    hidden, expert = routing.hidden[rows], routing.expert[rows]
-    spread = hidden.repeat_interleave(expert.shape[1], dim=0)
+    expert = routing.expert[rows]
+    slots = torch.arange(expert.shape[1], device=expert.device).repeat(len(expert))
+    spread = routing.inputs(rows.to(expert.device).repeat_interleave(expert.shape[1]), slots)
     keys = moe.experts.keys(spread, expert.reshape(-1)).reshape(*expert.shape, -1)
     return RoutedKeys(expert, routing.gate[rows].float(), keys.float())
 
 
 @contextmanager
-def skipping_layers(view: MoELayerView, layer: int, hidden: Tensor, as_tuple: bool) -> Iterator[None]:
-    """Inside, layers below ``layer`` pass their input on and ``layer`` answers ``hidden``, without computing.
-
-    ``as_tuple`` says whether the model's layers return a tuple that starts with the hidden states.
-    """
-
-    def wrap(value: Tensor) -> Any:
-        return (value,) if as_tuple else value
+def skipping_layers(view: MoELayerView, layer: int, answer: LayerOutput) -> Iterator[None]:
+    """Inside, layers below ``layer`` pass their input on and ``layer`` answers ``answer``, without computing."""
 
     def passing(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return wrap(hidden_states)
+        return answer.pass_on(hidden_states)
 
     def answering(*args: Any, **kwargs: Any) -> Any:
-        return wrap(hidden)
+        return answer.put_back(answer.hidden)
 
     changed = view.decoder_layers[: layer + 1]
     saved = [module.__dict__.get("forward") for module in changed]
@@ -273,16 +313,14 @@ class LayerInputs:
 
     def __init__(self, layers: Sequence[int]) -> None:
         self.layers = [layer for layer in layers if layer > 0]
-        self._kept: dict[tuple[int, int], Tensor] = {}
-        self._as_tuple = False
+        self._kept: dict[tuple[int, int], LayerOutput] = {}
 
     def keep(self, view: MoELayerView, batch: int, handles: list[Any]) -> None:
         """Register hooks that keep what the layers before ours put out in the forward of this batch."""
 
         def keeper(layer: int) -> Callable[..., None]:
             def read(module: nn.Module, args: tuple, output: Any) -> None:
-                self._as_tuple = not isinstance(output, Tensor)
-                self._kept[batch, layer] = layer_output(output)
+                self._kept[batch, layer] = LayerOutput.of(output)
 
             return read
 
@@ -291,8 +329,8 @@ class LayerInputs:
 
     def starting_at(self, view: MoELayerView, layer: int, batch: int) -> Any:
         """A context in which the layers below ``layer`` do not run; nothing is spared where no input was kept."""
-        hidden = self._kept.get((batch, layer))
-        return nullcontext() if hidden is None else skipping_layers(view, layer - 1, hidden, self._as_tuple)
+        kept = self._kept.get((batch, layer))
+        return nullcontext() if kept is None else skipping_layers(view, layer - 1, kept)
 
 
 def capture_facts(

@@ -16,12 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from easyedit_moe.errors import LayoutError, QuantizedExpertsError, offloaded
+from easyedit_moe.moe.layer_outputs import layer_output, replace_layer_output
 
 _QUANTIZED_MARKS = ("down_proj_blocks", "down_proj_scales", "down_proj_scale_inv", "down_proj_qweight")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _QUANTIZED_ADVICE = (
     "Editing needs float weights: load the model dequantised (for MXFP4 pass "
     "quantization_config=Mxfp4Config(dequantize=True), which easyedit_moe.moe.loading does by itself) or in bf16."
+)
+
+
+NORM_BEHIND = (
+    "{} normalises after each down-projection, so its output is not linear in the down-projections and no solver can "
+    "edit it."
 )
 
 
@@ -50,11 +57,45 @@ class ExpertLayout:
     dtype: torch.dtype
 
 
+def expert_matrix(parameter: Tensor, expert: int, layout: ExpertLayout) -> Tensor:
+    """``W_j [d, h]``, a view on the parameter that holds it: all experts' or, in a ModuleList, this one's."""
+    weight = parameter
+    if layout.storage == "packed":
+        # All experts below one another are one matrix.
+        weight = (parameter if parameter.dim() == 3 else parameter.unflatten(0, (layout.num_experts, -1)))[expert]
+    return weight.mT if layout.transposed else weight
+
+
 class Experts(ABC):
     """Common interface; ``module`` is the packed module or the ModuleList."""
 
     module: nn.Module
     layout: ExpertLayout
+    sum_in_block: bool = False
+    """No module returns the gated sum over experts alone; it is part of the block's output."""
+    without_weights: int = 0
+    """Further experts that a router may pick, behind the last one, which have no weights."""
+
+    nonlinear: str = ""
+    """Why no edit of the down-projections can be solved for, though they can be trained; empty where it can."""
+
+    def sum_of(self, output: Any) -> Tensor:
+        """The gated sums ``[N, d]`` in what the module returned, or, if ``sum_in_block``, what the block returned."""
+        return layer_output(output).reshape(-1, self.layout.d_model)
+
+    def own_sum(self, output: Any, args: tuple, kwargs: dict) -> Tensor:
+        """The gated sums ``[N, d]`` of the experts that have weights, as the module itself computed them.
+
+        For modules that return it; ``args`` and ``kwargs`` are what it was called with.
+        """
+        return self.sum_of(output)
+
+    def shifted_sum(self, output: Any, rows: Tensor, shift: Tensor) -> Any:
+        """That output with the sums of the tokens ``rows [n]`` shifted by ``[n, d]``; a new one."""
+        hidden = layer_output(output)
+        flat = hidden.reshape(-1, self.layout.d_model)
+        moved = flat.index_add(0, rows.to(flat.device), shift.to(flat))
+        return replace_layer_output(output, moved.reshape(hidden.shape))
 
     @abstractmethod
     def expert_key(self, x: Tensor, expert: int) -> Tensor:
@@ -131,10 +172,7 @@ class PackedExperts(Experts):
         packed = self.packed
         down = packed.down_proj
         if getattr(module, "has_post_expert_norm", False):
-            raise LayoutError(
-                f"{name} ({type(module).__name__}) normalises after each down-projection, so its output is not "
-                "linear in the down-projections and this package does not edit it."
-            )
+            self.nonlinear = NORM_BEHIND.format(f"{name} ({type(module).__name__})")
         self._up_name = "gate_up_proj" if packed.has_gate else "up_proj"
         up = getattr(module, self._up_name, None)
         if not isinstance(up, nn.Parameter) or up.dim() != 3:
@@ -175,8 +213,7 @@ class PackedExperts(Experts):
 
     def read(self, expert: int) -> Tensor:
         """As `Experts.read`; transposed where the parameter is."""
-        weight = self.packed.down_proj.data[expert]
-        return weight.T if self.layout.transposed else weight
+        return expert_matrix(self.packed.down_proj.data, expert, self.layout)
 
     def parameters_of(self, expert: int) -> tuple[str, nn.Parameter]:
         """As `Experts.parameters_of`; the same for every expert."""
@@ -190,6 +227,7 @@ class ModuleListExperts(Experts):
     """One module per expert with its own down-projection ``nn.Linear`` (``down_proj``, or Mixtral's ``w2``)."""
 
     module: nn.ModuleList
+    sum_in_block = True
 
     def __init__(self, module: nn.ModuleList, name: str) -> None:
         self.module = module
@@ -246,11 +284,11 @@ def find_experts(module: nn.Module, name: str, without_weights: bool = False) ->
     marks = [mark for mark in _QUANTIZED_MARKS if hasattr(module, mark)]
     down: Any = getattr(module, "down_proj", None)
     packed = isinstance(down, nn.Parameter) and down.dim() == 3
-    if marks or (packed and _is_quantized(down)):
+    if marks or (packed and is_quantized(down)):
         found = ", ".join(marks) if marks else f"down_proj is a {type(down.data).__name__} of {down.dtype}"
         raise QuantizedExpertsError(f"{name} ({type(module).__name__}) is quantised: {found}. {_QUANTIZED_ADVICE}")
     if not packed:
-        if isinstance(down, nn.Parameter) and _is_quantized(down) and hasattr(module, "num_experts"):
+        if isinstance(down, nn.Parameter) and is_quantized(down) and hasattr(module, "num_experts"):
             raise QuantizedExpertsError(
                 f"{name} ({type(module).__name__}) is quantised: down_proj is a {type(down).__name__} of {down.dtype}. "
                 f"{_QUANTIZED_ADVICE}"
@@ -264,11 +302,12 @@ def find_experts(module: nn.Module, name: str, without_weights: bool = False) ->
             "It is refused rather than guessed; please report the model's class."
         )
     if not without_weights:
-        _refuse_offloaded(down, name)
+        refuse_offloaded(down, name)
     return PackedExperts(module, name)
 
 
-def _is_quantized(parameter: Tensor) -> bool:
+def is_quantized(parameter: Tensor) -> bool:
+    """Whether a parameter's storage is not the float matrix that it stands for."""
     # A tensor subclass (torchao, DTensor) reports a float dtype, but its storage is not the matrix.
     return (
         parameter.dtype not in _FLOATS or hasattr(parameter, "quant_state") or type(parameter.data) is not torch.Tensor
@@ -289,17 +328,18 @@ def _find_modulelist(module: nn.ModuleList, name: str, without_weights: bool) ->
             f"{name}: the down-projections carry an adapter ({type(down).__name__}). Take it off (unload() in PEFT) or "
             "merge it (merge_and_unload()) first."
         )
-    if not isinstance(down, nn.Linear) or _is_quantized(down.weight):
+    if not isinstance(down, nn.Linear) or is_quantized(down.weight):
         dtype = getattr(getattr(down, "weight", None), "dtype", "unknown")
         raise QuantizedExpertsError(
             f"{name}: the down-projections are no float nn.Linear but of class {type(down).__name__}, dtype {dtype}. "
             f"{_QUANTIZED_ADVICE}"
         )
     if not without_weights:
-        _refuse_offloaded(down.weight, name)
+        refuse_offloaded(down.weight, name)
     return ModuleListExperts(module, name)
 
 
-def _refuse_offloaded(parameter: Tensor, name: str) -> None:
+def refuse_offloaded(parameter: Tensor, name: str) -> None:
+    """LayoutError if the parameter of this name has no storage here."""
     if parameter.device.type == "meta":
         raise offloaded(name)

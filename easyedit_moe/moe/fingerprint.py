@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
+from easyedit_moe.moe.experts import expert_matrix
 from easyedit_moe.moe.layers import MoELayer, MoELayerView
 from easyedit_moe.moe.wrappers import own_parameters, plain_model, plain_name
 from easyedit_moe.storage.checksums import checksum, checksums
@@ -90,6 +91,5 @@ def _layer_checksums(moe: MoELayer, instead: Mapping[nn.Parameter, Tensor]) -> d
     for expert in range(layout.num_experts):
         _, parameter = moe.experts.parameters_of(expert)
         weight = instead.get(parameter, parameter).detach()
-        weight = weight[expert] if weight.dim() == 3 else weight
-        found[expert] = checksum(weight.mT if layout.transposed else weight)
+        found[expert] = checksum(expert_matrix(weight, expert, layout))
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -10,7 +11,8 @@ from typing import Any
 from torch import nn
 
 from easyedit_moe.errors import DenseModelError, LayerError, LayoutError, offloaded
-from easyedit_moe.moe.experts import Experts, ModuleListExperts, find_experts
+from easyedit_moe.moe.experts import Experts, ModuleListExperts
+from easyedit_moe.moe.other_experts import find_any_experts
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,11 @@ class MoELayer:
     def output_site(self) -> nn.Module:
         """The module whose output is the MoE block's output: the block, or the experts where the layer is the block."""
         return self.experts.module if self.block is self.layer else self.block
+
+    @property
+    def sum_site(self) -> nn.Module:
+        """The module in whose output the gated sum over experts appears first."""
+        return self.block if self.experts.sum_in_block else self.experts.module
 
     def parameter_names(self) -> list[str]:
         """Full names of the parameters that hold this layer's down-projections."""
@@ -104,6 +111,14 @@ class MoELayerView:
 def _refuse_unknown_experts(stack_name: str, layers: nn.ModuleList) -> None:
     """LayoutError if modules that were not recognised call themselves experts: the model is hardly dense then."""
     for name, module in layers.named_modules(prefix=stack_name):
+        if isinstance(getattr(module, "num_experts", None), int) and isinstance(
+            getattr(module, "up_embed", None), nn.Embedding
+        ):
+            raise LayoutError(
+                f"{name} ({type(module).__name__}) keeps each expert as one row of an embedding and mixes the "
+                "routing of all tokens of a forward, so a fact's experts depend on what else is in the batch: no edit "
+                "of them would be exact."
+            )
         if "expert" in name.rpartition(".")[2] or "expert" in type(module).__name__.lower():
             raise LayoutError(
                 f"{name} ({type(module).__name__}) is named like experts, but its layout is unknown. Please report the "
@@ -124,8 +139,13 @@ def decoder_stack(model: nn.Module) -> tuple[nn.ModuleList, str]:
     """The ModuleList of decoder layers, and its path; behind a multimodal wrapper, that of the text decoder.
 
     Raises:
-        LayoutError: no such list, or several.
+        LayoutError: no such list, or several; an encoder with a decoder.
     """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise LayoutError(
+            f"{type(model).__name__} is an encoder with a decoder: a prompt is read by one and answered by the other, "
+            "so no fact token stands before its answer in one stack of layers. Use a decoder-only model."
+        )
     names = {id(module): name for name, module in model.named_modules()}
     decoder = decoder_of(model)
     root = decoder if decoder is not None and id(decoder) in names else model
@@ -154,21 +174,34 @@ def decoder_stack(model: nn.Module) -> tuple[nn.ModuleList, str]:
     return module, name
 
 
+_OTHER_SENSES = {"vision", "visual", "image", "audio", "speech"}
+"""Words in the paths of experts that text never reaches."""
+
+
+def _common_parent(paths: Sequence[str]) -> str:
+    """The path of the innermost module that holds all of these."""
+    parents = [path.split(".")[:-1] for path in paths]
+    length = next((i for i, parts in enumerate(zip(*parents, strict=False)) if len(set(parts)) > 1), len(parents[0]))
+    return ".".join(parents[0][:length])
+
+
 def _experts_of_layer(
     model: nn.Module, layer: nn.Module, name: str, index: int, without_weights: bool
 ) -> MoELayer | None:
     found: list[tuple[str, Experts]] = []
-    for path, module in layer.named_modules(prefix=name):
-        experts = find_experts(module, path, without_weights)
+    modules = dict(layer.named_modules(prefix=name))
+    for path, module in modules.items():
+        experts = find_any_experts(module, path, modules.get(path.rpartition(".")[0]), without_weights)
         if experts is not None:
             found.append((path, experts))
     if not found:
         return None
-    if len(found) > 1:
+    block = model.get_submodule(_common_parent([path for path, _ in found]))
+    of_text = [pair for pair in found if not _OTHER_SENSES & set(re.split(r"[._]", pair[0][len(name) :]))]
+    if len(of_text) != 1:
         paths = ", ".join(path for path, _ in found)
         raise LayoutError(f"{name} has several collections of experts ({paths}); which one to edit is ambiguous.")
-    path, experts = found[0]
-    block = model.get_submodule(path.rpartition(".")[0])
+    path, experts = of_text[0]
     if block is layer and isinstance(experts, ModuleListExperts):
         raise LayoutError(
             f"{path} is a ModuleList in the decoder layer itself, without a MoE block around it, so its gates can't be "

@@ -231,7 +231,12 @@ def _serves(auto: Any, config: Any) -> bool:
 
 def _language_part(config: Any) -> Any:
     """The config of the part that understands text: of an omni model its thinker, else the whole."""
-    return getattr(config, "thinker_config", None) or config
+    part = getattr(config, "thinker_config", None)
+    if part is None:
+        return config
+    if getattr(part, "dtype", None) is None:  # said once, of the whole
+        part.dtype = getattr(config, "dtype", None)
+    return part
 
 
 def _cast_dequantised(model: nn.Module, dtype: torch.dtype) -> None:

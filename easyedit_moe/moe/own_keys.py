@@ -60,7 +60,7 @@ def sorted_keys(moe: MoELayer, routing: Routing) -> tuple[Tensor, Tensor]:
     chosen = routing.expert[token, slot]
     order = torch.argsort(chosen, stable=True)
     counts = torch.bincount(chosen, minlength=moe.experts.layout.num_experts)
-    hidden = routing.hidden[token[order]]
+    hidden = routing.inputs(token[order], slot[order])
     keys = hidden.new_empty(len(hidden), moe.experts.layout.d_hidden)
     start = 0
     for expert, count in enumerate(counts.tolist()):

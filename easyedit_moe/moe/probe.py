@@ -11,23 +11,25 @@ from torch import Tensor, nn
 from easyedit_moe.errors import LayoutError, not_finite
 from easyedit_moe.facts.tokens import collate
 from easyedit_moe.moe.capture import (
+    STUMBLES,
     LayerInputs,
     Routing,
     block_output,
     capture_facts,
     hooks,
     inference_mode_of,
-    layer_output,
     read_routing,
-    replace_layer_output,
     routed_keys,
     run,
     stop_after,
 )
-from easyedit_moe.moe.experts import ModuleListExperts
+from easyedit_moe.moe.layer_outputs import layer_output
 from easyedit_moe.moe.layers import MoELayer, MoELayerView
+from easyedit_moe.moe.tails import FactPlaces, IdentityTail, LocalTail, ScaleTail, Tail, pulled_back, recorded_tail
 
 _KEY_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+_FARTHEST = 4
+"""Tokens over which something behind the experts may spread; short convolutions are up to 5 wide."""
 
 
 def expert_sum(moe: MoELayer, routing: Routing) -> Tensor:
@@ -46,7 +48,7 @@ def expert_sum(moe: MoELayer, routing: Routing) -> Tensor:
 def check_keys(view: MoELayerView, index: int, ids: Sequence[int], pad: int) -> float:
     """Relative distance between `expert_sum` and what the experts module itself returns on ``ids``.
 
-    No module returns the sum of ModuleList experts, so there it is what the block's output loses without them, and the
+    Where no module returns that sum (ModuleList experts), it is what the block's output loses without them, and the
     distance is relative to the block's output.
 
     Raises:
@@ -54,6 +56,8 @@ def check_keys(view: MoELayerView, index: int, ids: Sequence[int], pad: int) -> 
         NumericalError: the experts' output is not finite.
     """
     moe = view.layers[index]
+    if moe.experts.nonlinear:
+        raise LayoutError(moe.experts.nonlinear)
     seen: list[Tensor] = []
     with inference_mode_of(view.model), hooks() as handles:
         handles.append(read_routing(moe, lambda routing: seen.append(expert_sum(moe, routing))))
@@ -76,9 +80,10 @@ def check_keys(view: MoELayerView, index: int, ids: Sequence[int], pad: int) -> 
 
 def _read_expert_output(moe: MoELayer, receive: Callable[[Tensor, Tensor], None]) -> Any:
     """Hook handle that hands over the experts' own sum, and the output that it was read from."""
-    if not isinstance(moe.experts, ModuleListExperts):
+    if not moe.experts.sum_in_block:
         return moe.experts.module.register_forward_hook(
-            lambda _, __, out: receive(layer_output(out), layer_output(out))
+            lambda _, args, kwargs, out: receive(moe.experts.own_sum(out, args, kwargs), moe.experts.sum_of(out)),
+            with_kwargs=True,
         )
 
     def read(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
@@ -89,59 +94,82 @@ def _read_expert_output(moe: MoELayer, receive: Callable[[Tensor, Tensor], None]
     return moe.block.register_forward_hook(read, with_kwargs=True)
 
 
-def residual_gain(view: MoELayerView, index: int, ids: Sequence[int], pad: int) -> float:
-    """How much a change of the experts' output moves the layer's output (1 without a residual multiplier).
+def measured_tail(view: MoELayerView, index: int, ids: Sequence[int], pad: int) -> Tail:
+    """How a change of the experts' sum moves the layer's output.
 
-    Measured, not read from a config: the output is shifted by a fixed direction and the layer's output compared. The
+    Measured, not read from a config: the sum is shifted by a fixed direction and the layer's output compared. The
     shift is put where the experts' sum appears, because some blocks scale it before they add a shared expert; for
     ModuleList experts, whose gates hold such a factor already, that is the block's output.
 
     Raises:
-        LayoutError: the layer's output is not ``gain * experts' output + rest`` (for instance a norm behind the block,
-            or a projection).
+        LayoutError: the layer's output does not follow its experts at all, or follows those of other tokens.
         NumericalError: the layer's output is not finite.
     """
     moe = view.layers[index]
+    tokens = torch.arange(len(ids))
     states: list[Tensor] = []
-    blocks: list[Tensor] = []
+    sums: list[Tensor] = []
     shift: list[Tensor] = []
 
     def move(module: nn.Module, args: tuple, output: Any) -> Any:
-        hidden = layer_output(output)
-        blocks.append(hidden.detach().float())
-        return replace_layer_output(output, hidden + shift[0].to(hidden)) if shift else None
+        sums.append(moe.experts.sum_of(output).detach().float())
+        return moe.experts.shifted_sum(output, tokens, shift[0].expand(len(ids), -1)) if shift else None
 
     def read(module: nn.Module, args: tuple, output: Any) -> None:
         states.append(layer_output(output).detach().float())
 
     with inference_mode_of(view.model), hooks() as handles:
-        site = moe.block if isinstance(moe.experts, ModuleListExperts) else moe.experts.module
-        handles.append(site.register_forward_hook(move))
+        handles.append(moe.sum_site.register_forward_hook(move))
         handles.append(moe.layer.register_forward_hook(read))
         handles.append(stop_after(moe.layer))
         batch = collate([ids], pad)
         run(view.model, batch)
-        scale = blocks[0].abs().max().clamp_min(states[0].abs().max()).clamp_min(1e-6)
-        direction = torch.cos(torch.arange(moe.experts.layout.d_model, dtype=torch.float32)).to(blocks[0].device)
+        scale = sums[0].abs().max().clamp_min(states[0].abs().max()).clamp_min(1e-6)
+        direction = torch.cos(torch.arange(moe.experts.layout.d_model, dtype=torch.float32)).to(sums[0].device)
         shift.append(direction * scale)
         run(view.model, batch)
     if not (torch.isfinite(states[0]).all() and torch.isfinite(states[1]).all()):
         raise not_finite(f"{moe.name} returns NaN or infinity")
-    if states[0].shape[-1] != len(direction):
+    if states[0].shape[-1] == len(direction):
+        moved = (states[1] - states[0]).reshape(-1, len(direction))
+        wanted = shift[0].to(moved.device)
+        gain = float((moved @ wanted).mean() / (wanted @ wanted))
+        error = float((moved - gain * wanted).norm() / (moved.norm() + 1e-30))
+        if abs(gain) >= 1e-6 and error <= 0.05:
+            return IdentityTail() if abs(gain - 1) < 0.01 else ScaleTail(gain)
+    return _checked_local_tail(view, index, FactPlaces(view, [ids], [len(ids) // 3], pad))
+
+
+def _checked_local_tail(view: MoELayerView, index: int, places: FactPlaces) -> LocalTail:
+    """LayoutError unless a change of one token's experts moves that token and few others, and can be pulled back."""
+    moe, at = view.layers[index], places.positions[0]
+    with recorded_tail(view, index, places) as tail:
+        nothing = torch.zeros(1, tail.width, device=tail.device)
+        plain = tail.outputs(nothing)[0]
+        direction = torch.cos(torch.arange(tail.width, dtype=torch.float32, device=tail.device))[None]
+        step = 0.01 * moe.experts.sum_of(tail.recorded_sum).float().norm(dim=1).mean() / direction.norm()
+        moved = tail.outputs(direction * step.clamp_min(1e-6).to(tail.device))[0] - plain
+    sizes = moved.norm(dim=1)
+    here, touched = float(sizes[at]), torch.nonzero(sizes > 1e-5 * sizes[at]).flatten().tolist()
+    if here <= 1e-6 * float(plain[at].norm()):
         raise LayoutError(
-            f"{moe.experts_name} returns vectors of {len(direction)} numbers, but the residual stream has "
-            f"{states[0].shape[-1]}: a projection lies between. This architecture is not supported."
+            f"{moe.name}: its output does not follow its experts' output (it moved by {here:.1e}), so a residual at "
+            "the layer's output can't be handed to the experts."
         )
-    moved = (states[1] - states[0]).reshape(-1, len(direction))
-    wanted = shift[0].to(moved.device)
-    gain = float((moved @ wanted).mean() / (wanted @ wanted))
-    error = float((moved - gain * wanted).norm() / (moved.norm() + 1e-30))
-    if abs(gain) < 1e-6 or error > 0.05:
+    reach = touched[-1] - at
+    if touched[0] < at or reach > _FARTHEST:
         raise LayoutError(
-            f"{moe.name}: its output does not follow its experts' output linearly (relative deviation {error:.2f}), "
-            "so a residual at the layer's output can't be handed to the experts. This architecture is not supported."
+            f"{moe.name}: what its experts return for token {at} of {len(sizes)} also moves the layer's output at "
+            f"tokens {touched[0]} to {touched[-1]}, so a residual at the fact token can't be handed to its experts."
         )
-    return 1.0 if abs(gain - 1) < 0.01 else gain
+    found = pulled_back(index, moved[at : at + 1], places).reached.to(moved.device)
+    share = float((found * moved[at]).sum() / moved[at].square().sum())
+    if not abs(share - 1) < 0.1:
+        raise LayoutError(
+            f"{moe.name}: of a change that its experts can bring about, pulling it back through the layer finds only "
+            f"a share of {share:.2f}, so a residual at the layer's output can't be handed to the experts."
+        )
+    return LocalTail(reach)
 
 
 def starts_anywhere(view: MoELayerView, layers: Sequence[int], ids: Sequence[int], pad: int) -> bool:
@@ -150,7 +178,10 @@ def starts_anywhere(view: MoELayerView, layers: Sequence[int], ids: Sequence[int
     inputs = LayerInputs(layers)
     whole = capture_facts(view, [ids], [len(ids) - 1], [], [last], pad, inputs=inputs).outputs[last]
     for layer in layers:
-        part = capture_facts(view, [ids], [len(ids) - 1], [], [last], pad, inputs=inputs, start=layer).outputs[last]
+        try:
+            part = capture_facts(view, [ids], [len(ids) - 1], [], [last], pad, inputs=inputs, start=layer).outputs[last]
+        except STUMBLES:
+            return False
         if not bool((part - whole).abs().max() <= 1e-6 * whole.abs().max()):
             return False
     return True

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -25,17 +25,17 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from easyedit_moe.facts.tokens import collate
 from easyedit_moe.moe.capture import (
+    STUMBLES,
     experts_on_some,
     hooks,
-    layer_output,
     model_device,
-    replace_layer_output,
     run,
     skipping_layers,
     stop_after,
 )
 from easyedit_moe.moe.config import model_config
 from easyedit_moe.moe.embeddings import output_embeddings
+from easyedit_moe.moe.layer_outputs import LayerOutput
 from easyedit_moe.moe.layers import MoELayerView
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class _Rows:
         mask: ``[R, past + S]``.
         positions: ``[R, S]``, or None where every row starts at position 0.
         fact: ``[R]``, column of the fact token among the S.
-        hidden: ``[R, S, d]``, output of the layer.
+        output: of the layer, its hidden states ``[R, S, d]``.
         cache: keys and values of the prefixes in the layers above, or None.
         scored: per row, columns that are scored.
     """
@@ -74,7 +74,7 @@ class _Rows:
     mask: Tensor
     positions: Tensor | None
     fact: Tensor
-    hidden: Tensor
+    output: LayerOutput
     cache: Any
     scored: tuple[tuple[int, ...], ...]
 
@@ -95,9 +95,8 @@ class _Rows:
         positions = None if self.positions is None else self.positions[at]
         cache = None if self.cache is None else _select_cache(self.cache, rows)
         scored = tuple(self.scored[i] for i in rows.tolist())
-        hidden = self.hidden[rows.to(self.hidden.device)]
         fact = self.fact[rows.to(self.fact.device)]
-        return _Rows(self.ids[at], self.mask[at], positions, fact, hidden, cache, scored)
+        return _Rows(self.ids[at], self.mask[at], positions, fact, self.output.select(rows), cache, scored)
 
 
 class UpperLayers:
@@ -110,15 +109,17 @@ class UpperLayers:
 
     def __init__(self, view: MoELayerView, layer: int, pad: int, sequences: Sequence[ShiftedSequence]) -> None:
         self.view, self.layer = view, layer
-        hidden = self._hidden_states(sequences, pad)
+        output = self._output(sequences, pad)
+        hidden = output.hidden
         facts = torch.tensor([s.fact for s in sequences], device=hidden.device)
         self.states = hidden[torch.arange(len(sequences), device=hidden.device), facts].float()
         few = _diverse(sequences)
         plain = self._plain_logits([sequences[i] for i in few], pad)
-        for mode in self._candidates(sequences):
+        for mode in self._candidates(sequences, output):
             self.mode = mode
-            self._rows = self._lay_out(sequences, hidden, pad)
-            if mode == MODES[-1] or self._is_exact(torch.tensor(few), plain):
+            if mode == MODES[-1]:
+                self._rows = self._lay_out(sequences, output, pad)
+            elif self._works(sequences, output, pad, torch.tensor(few), plain):
                 break
         if self.mode != MODES[0]:
             logger.info("Layers above %d: every step runs %s.", layer, _EXPLAINED[self.mode])
@@ -131,30 +132,43 @@ class UpperLayers:
         """Logits ``[N, V]`` float32 at the scored positions, row by row, with ``shift [R, d]`` at the fact tokens."""
         return self._run(self._rows, shift)
 
-    def _hidden_states(self, sequences: Sequence[ShiftedSequence], pad: int) -> Tensor:
+    def _output(self, sequences: Sequence[ShiftedSequence], pad: int) -> LayerOutput:
         caught: list[Any] = []
         module = self.view.decoder_layers[self.layer]
         with hooks() as handles:
             handles.append(module.register_forward_hook(lambda _, __, out: caught.append(out)))
             handles.append(stop_after(module))
             run(self.view.model, collate([s.ids for s in sequences], pad))
-        self._as_tuple = not isinstance(caught[0], Tensor)
-        return layer_output(caught[0])
+        return LayerOutput.of(caught[0])
 
     def _plain_logits(self, sequences: Sequence[ShiftedSequence], pad: int) -> Tensor:
         batch = collate([s.ids for s in sequences], pad, str(model_device(self.view.model)))
         return self._forward([s.scored for s in sequences], input_ids=batch.ids, attention_mask=batch.mask)
 
-    def _candidates(self, sequences: Sequence[ShiftedSequence]) -> tuple[str, ...]:
+    def _candidates(self, sequences: Sequence[ShiftedSequence], output: LayerOutput) -> tuple[str, ...]:
+        if output.has_more and any(isinstance(v, Tensor) and len(v) != len(sequences) for v in output.more or ()):
+            return MODES[-1:]  # what comes with the hidden states is not one row per sequence
         worth = max(s.fact for s in sequences) > 0 and _cacheable(self.view.model, self.layer)
-        return MODES if worth else MODES[1:]
+        return MODES if worth and not output.has_more else MODES[1:]
 
-    def _lay_out(self, sequences: Sequence[ShiftedSequence], hidden: Tensor, pad: int) -> _Rows:
+    def _works(
+        self, sequences: Sequence[ShiftedSequence], output: LayerOutput, pad: int, few: Tensor, plain: Tensor
+    ) -> bool:
+        """Whether steps in this mode run and reproduce the model's own logits."""
+        try:
+            self._rows = self._lay_out(sequences, output, pad)
+            return self._is_exact(few, plain)
+        except STUMBLES as error:  # layers that need what the skipped ones hand on beside the hidden states
+            logger.debug("Mode %s does not run: %r", self.mode, error)
+            return False
+
+    def _lay_out(self, sequences: Sequence[ShiftedSequence], output: LayerOutput, pad: int) -> _Rows:
+        hidden = output.hidden
         device = model_device(self.view.model)
         if self.mode != "suffix":
             batch = collate([s.ids for s in sequences], pad, str(device))
             facts = torch.tensor([s.fact for s in sequences], device=hidden.device)
-            return _Rows(batch.ids, batch.mask, None, facts, hidden, None, tuple(s.scored for s in sequences))
+            return _Rows(batch.ids, batch.mask, None, facts, output, None, tuple(s.scored for s in sequences))
         past = max(s.fact for s in sequences)
         suffix = collate([s.ids[s.fact :] for s in sequences], pad, str(device))
         start = torch.tensor([s.fact for s in sequences], device=device)
@@ -162,21 +176,23 @@ class UpperLayers:
         mask = torch.cat([(column >= 0).long(), suffix.mask], dim=1)
         # Columns of padding get the last real position, so that no position exceeds the model's context.
         ahead = torch.arange(suffix.ids.shape[1], device=device)[None].minimum(suffix.lengths[:, None] - 1)
-        cache = self._prefix_cache(sequences, hidden, pad, column)
+        cache = self._prefix_cache(sequences, output, pad, column)
         source = (start[:, None] + ahead).to(hidden.device)
         kept = hidden.gather(1, source[:, :, None].expand(-1, -1, hidden.shape[-1]))
         scored = tuple(tuple(p - s.fact for p in s.scored) for s in sequences)
         fact = torch.zeros(len(sequences), dtype=torch.long, device=hidden.device)
-        return _Rows(suffix.ids, mask, start[:, None] + ahead, fact, kept, cache, scored)
+        suffixes = replace(output, hidden=kept)
+        return _Rows(suffix.ids, mask, start[:, None] + ahead, fact, suffixes, cache, scored)
 
-    def _prefix_cache(self, sequences: Sequence[ShiftedSequence], hidden: Tensor, pad: int, column: Tensor) -> Any:
+    def _prefix_cache(self, sequences: Sequence[ShiftedSequence], output: LayerOutput, pad: int, column: Tensor) -> Any:
         """Keys and values of the positions before the fact tokens, flush right, in the layers above."""
+        hidden = output.hidden
         past, real = column.shape[1], column >= 0
         position = column.clamp_min(0)
         whole = collate([s.ids for s in sequences], pad, str(column.device))
         source = position.to(hidden.device)[:, :, None].expand(-1, -1, hidden.shape[-1])
         cache = DynamicCache(config=model_config(self.view.model))
-        with self._skipping(hidden.gather(1, source)):
+        with self._skipping(output, hidden.gather(1, source)):
             self._forward(
                 [()] * len(sequences),
                 input_ids=whole.ids.gather(1, position),
@@ -200,8 +216,9 @@ class UpperLayers:
     def _is_exact(self, rows: Tensor, plain: Tensor) -> bool:
         """Whether a step without a shift reproduces the model's own logits."""
         some = self._rows.select(rows)
-        logits = self._run(some, torch.zeros(len(rows), some.hidden.shape[-1], device=some.hidden.device))
-        tolerance = 1e-4 if some.hidden.dtype == torch.float32 else 0.02
+        hidden = some.output.hidden
+        logits = self._run(some, torch.zeros(len(rows), hidden.shape[-1], device=hidden.device))
+        tolerance = 1e-4 if hidden.dtype == torch.float32 else 0.02
         return bool((logits - plain).abs().max() <= tolerance * plain.abs().max().clamp_min(1.0))
 
     def _run(self, rows: _Rows, shift: Tensor) -> Tensor:
@@ -215,7 +232,8 @@ class UpperLayers:
         if self.mode == "model":
 
             def add(module: nn.Module, args: tuple, output: Any) -> Any:
-                return replace_layer_output(output, moved(layer_output(output)))
+                apart = LayerOutput.of(output)
+                return apart.put_back(moved(apart.hidden))
 
             with hooks() as handles:
                 handles.append(self.view.decoder_layers[self.layer].register_forward_hook(add))
@@ -225,12 +243,12 @@ class UpperLayers:
             cache = copy.copy(rows.cache)
             cache.layers = [copy.copy(entry) for entry in rows.cache.layers]
             inputs |= {"position_ids": rows.positions, "past_key_values": cache, "use_cache": True}
-        with self._skipping(moved(rows.hidden)), hooks() as handles:
+        with self._skipping(rows.output, moved(rows.output.hidden)), hooks() as handles:
             self._skip_unread_tokens(rows, handles)
             return self._forward(rows.scored, **inputs)
 
-    def _skipping(self, hidden: Tensor) -> Any:
-        return skipping_layers(self.view, self.layer, hidden, self._as_tuple)
+    def _skipping(self, output: LayerOutput, hidden: Tensor) -> Any:
+        return skipping_layers(self.view, self.layer, replace(output, hidden=hidden))
 
     def _skip_unread_tokens(self, rows: _Rows, handles: list[Any]) -> None:
         """No expert computes padding, nor, in the last layer, tokens that are not scored."""

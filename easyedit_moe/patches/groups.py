@@ -163,7 +163,10 @@ def groups_of(
 def _stored(moe: MoELayer, experts: tuple[int, ...]) -> Tensor:
     """The down-projections of a run as one view on the parameter."""
     parameter = moe.experts.parameters_of(experts[0])[1].data
-    return parameter[experts[0] : experts[-1] + 1] if parameter.dim() == 3 else parameter[None]
+    if moe.experts.layout.storage != "packed":
+        return parameter[None]
+    every = parameter if parameter.dim() == 3 else parameter.unflatten(0, (moe.experts.layout.num_experts, -1))
+    return every[experts[0] : experts[-1] + 1]
 
 
 def _padded(factors: list[Tensor]) -> Tensor:

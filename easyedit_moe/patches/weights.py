@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from easyedit_moe.algebra.routed_keys import FactoredUpdate
 from easyedit_moe.errors import EditingWarning, NumericalError, PatchError, offloaded
+from easyedit_moe.moe.experts import expert_matrix
 from easyedit_moe.moe.fingerprint import down_checksums, joined_fingerprint
 from easyedit_moe.moe.layers import MoELayer, MoELayerView
 from easyedit_moe.moe.wrappers import plain_name
@@ -102,7 +103,10 @@ class StoredExperts:
 
     def matrix(self, parameter: Tensor, expert: int) -> Tensor:
         """``W_j [d, h]``, a view, in the parameter that `parameter_of` names."""
-        weight = parameter[expert] if self.packed else parameter
+        weight = parameter
+        if self.packed:
+            # All experts below one another are one matrix.
+            weight = (parameter if parameter.dim() == 3 else parameter.unflatten(0, (self.experts, -1)))[expert]
         return weight.mT if self.transposed else weight
 
 
@@ -235,8 +239,7 @@ class WeightPatch(PatchRecord):
                 name = f"{moe.experts_name}.{name}"
                 if name not in full:
                     full[name] = parameter.detach().clone()
-                target = full[name] if parameter.dim() == 2 else full[name][expert]
-                target.copy_(original.T if moe.experts.layout.transposed else original)
+                expert_matrix(full[name], expert, moe.experts.layout).copy_(original)
         return full
 
     def save(self, path: str | Path, keep_originals: bool = False) -> None:

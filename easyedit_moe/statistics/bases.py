@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from easyedit_moe.algebra.tucker import TuckerBasis, resolve_rank, tucker_basis
-from easyedit_moe.errors import CacheError
+from easyedit_moe.errors import DamagedCacheError
 from easyedit_moe.hparams import MoTEHyperParams
 from easyedit_moe.moe.layers import MoELayer
 from easyedit_moe.statistics.cache import statistics_folder
 from easyedit_moe.statistics.moments import LayerMoments
-from easyedit_moe.storage.tensors import SCHEMA, check_key, digest, read_safetensors, write_safetensors
+from easyedit_moe.storage.tensors import SCHEMA, check_key, digest, read_or_warn, read_safetensors, write_safetensors
 
 _ADVICE = "delete it, and it is computed anew"
 _PARTS = {"u_expert", "u_out", "u_in"}
@@ -78,7 +78,7 @@ def layer_basis(moe: MoELayer, hparams: MoTEHyperParams, moments: LayerMoments |
     """The Tucker basis of one layer, cached beside the statistics under ``hparams.stats_dir``.
 
     Raises:
-        CacheError: a cached file is corrupt or of another model.
+        CacheError: a cached file is of another model; one that is damaged is made anew, with a warning.
         HyperParamsError, NumericalError: see `easyedit_moe.algebra.tucker.tucker_basis`.
     """
     hp = hparams
@@ -87,8 +87,10 @@ def layer_basis(moe: MoELayer, hparams: MoTEHyperParams, moments: LayerMoments |
     used = [sigma for sigma in (sigma_in, sigma_out) if sigma is not None]
     key = basis_key(moe, hp, used, fingerprint)
     path = statistics_folder(hp.stats_dir, hp.model_name, fingerprint) / key.file_name()
-    if path.exists():
-        return load_basis(path, key, next(iter(moe.experts.parameters()))[1].device)
+    device = next(iter(moe.experts.parameters()))[1].device
+    found = read_or_warn(lambda: load_basis(path, key, device)) if path.exists() else None
+    if found is not None:
+        return found
     basis = tucker_basis(
         moe.experts.matrices(), hp.rank_expert, hp.rank_out, hp.rank_in, hp.hooi_sweeps, hp.whitening, sigma_in,
         sigma_out, hp.whitening_eps,
@@ -108,11 +110,12 @@ def load_basis(path: Path, key: BasisKey, device: torch.device | str = "cpu") ->
     """Read one layer's basis back.
 
     Raises:
-        CacheError: truncated or corrupt file, or one whose key is not ``key`` (another model, statistics or setting).
+        DamagedCacheError: truncated or corrupt file. CacheError: one whose key is not ``key`` (another model,
+            statistics or setting).
     """
-    tensors, metadata = read_safetensors(path, CacheError, _ADVICE)
+    tensors, metadata = read_safetensors(path, DamagedCacheError, _ADVICE)
     check_key(path, metadata, "basis", "Tucker basis", asdict(key), _ADVICE)
     if set(tensors) != _PARTS or not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
-        raise CacheError(f"{path} holds an incomplete or non-finite basis; {_ADVICE}.")
+        raise DamagedCacheError(f"{path} holds an incomplete or non-finite basis; {_ADVICE}.")
     parts = {name: tensor.to(device) for name, tensor in tensors.items()}
     return TuckerBasis(**parts, relative_error=float(metadata["relative_error"]))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from easyedit_moe.errors import CacheError
+from easyedit_moe.errors import DamagedCacheError
 from easyedit_moe.statistics.moments import LayerMoments
 from easyedit_moe.storage.tensors import SCHEMA, check_key, digest, read_safetensors, write_safetensors
 
@@ -50,11 +50,14 @@ def load_moments(path: Path, key: StatisticsKey) -> LayerMoments:
     """Read one layer's statistics back.
 
     Raises:
-        CacheError: truncated or corrupt file, or one whose key is not ``key`` (another model, corpus or setting).
+        DamagedCacheError: truncated or corrupt file. CacheError: one whose key is not ``key`` (another model, corpus or
+            setting).
     """
-    tensors, metadata = read_safetensors(path, CacheError, "delete it, and it is collected anew")
+    tensors, metadata = read_safetensors(path, DamagedCacheError, "delete it, and it is collected anew")
     check_key(path, metadata, "moments", "file of statistics", asdict(key), "delete it, and it is collected anew")
     complete = set(tensors) == {"keys", "counts", "output"} and "num_tokens" in metadata
     if not complete or not all(torch.isfinite(tensors[name]).all() for name in ("keys", "output")):
-        raise CacheError(f"{path} holds incomplete or non-finite statistics; delete it, and it is collected anew.")
+        raise DamagedCacheError(
+            f"{path} holds incomplete or non-finite statistics; delete it, and it is collected anew."
+        )
     return LayerMoments(tensors["keys"], tensors["counts"], tensors["output"], int(metadata["num_tokens"]))

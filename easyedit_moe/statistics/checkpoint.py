@@ -8,10 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from easyedit_moe.errors import CacheError
+from easyedit_moe.errors import CacheError, DamagedCacheError
 from easyedit_moe.statistics.cache import StatisticsKey
 from easyedit_moe.statistics.distributed import from_first_process, least_over_processes, rank_and_size
-from easyedit_moe.storage.tensors import SCHEMA, digest, read_safetensors, write_safetensors
+from easyedit_moe.storage.tensors import SCHEMA, digest, read_or_warn, read_safetensors, write_safetensors
 
 if TYPE_CHECKING:
     from easyedit_moe.statistics.moments import Sums
@@ -40,14 +40,17 @@ class MomentsCheckpoint:
         """Fill ``sums`` from the last round that all processes have; its number (0 for none), and the layers done.
 
         Raises:
-            CacheError: a file that is truncated, corrupt or of another run.
+            CacheError: a file of another run; one that is damaged does not count, with a warning.
         """
         found = self._rounds()
         number = least_over_processes(max(found, default=0))
         if least_over_processes(int(number in found)) == 0:
             return 0, []
         path = found[number]
-        tensors, metadata = read_safetensors(path, CacheError, _ADVICE)
+        read = read_or_warn(lambda: read_safetensors(path, DamagedCacheError, _ADVICE))
+        if least_over_processes(int(read is not None)) == 0 or read is None:
+            return 0, []
+        tensors, metadata = read
         own = {f"{layer}.{name}": value for layer, one in sums.items() for name, value in one.tensors().items()}
         fits = metadata.get("kind") == "partial moments" and metadata.get("key") == self.key
         same = fits and {n: (t.shape, t.dtype) for n, t in tensors.items()} == {

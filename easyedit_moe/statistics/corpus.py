@@ -1,10 +1,11 @@
-"""Texts for statistics: from a file, a list, a ``datasets`` dataset or the bundled corpus."""
+"""Texts for statistics: from files, a folder of them, a list, a ``datasets`` dataset or the bundled corpus."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,31 +13,47 @@ from typing import Any
 from easyedit_moe import factworld
 from easyedit_moe.errors import DataError
 
+logger = logging.getLogger(__name__)
+
 TEXT_COLUMN = "text"
+GENERATED = "generated"
+"""As a corpus: the model's own samples."""
+FOLDER_SUFFIXES = (".txt", ".text", ".md", ".jsonl", ".json", ".parquet")
+"""Files that are read of a folder."""
 
 
 def load_texts(source: str | Path | Iterable[Any], n_samples: int | None = None) -> list[str]:
     """At most ``n_samples`` non-empty texts.
 
     ``source`` is "factworld" (the bundled corpus), a file (``.jsonl`` or ``.json``: records with a "text" field or
-    strings; any other: one text a line), an iterable of strings or of records with a "text" field (a ``datasets``
-    dataset is one), or the name of a dataset that ``datasets.load_dataset`` knows.
+    strings; ``.parquet``: a column "text"; any other: one text a line), a folder of such files (taken in the order of
+    their paths, subfolders too; see `FOLDER_SUFFIXES`), an iterable of strings or of records with a "text" field (a
+    ``datasets`` dataset is one), or the name of a dataset that ``datasets.load_dataset`` knows, which is streamed.
 
     Raises:
-        DataError: missing file, wrong layout, an unknown dataset, or no text at all.
+        DataError: missing file, wrong layout, an unknown dataset, no text at all, or "generated", which needs a model
+            (see `easyedit_moe.statistics.generated.corpus_texts`).
     """
+    texts = list(islice(iterate_texts(source), n_samples))
+    if not texts:
+        raise DataError(f"{_called(source)} holds no text; statistics need at least one.")
+    return texts
+
+
+def iterate_texts(source: str | Path | Iterable[Any]) -> Iterator[str]:
+    """As `load_texts`, one text after the other; of files and datasets no more is read than is taken.
+
+    Raises:
+        DataError: see there; of a source that can be seen to be wrong at once, else when its turn comes.
+    """
+    name = _called(source)
     if isinstance(source, (str, Path)):
-        name = str(source)
         items = _named(name)
     else:
-        name, items = "the given corpus", source
+        items = source
         if isinstance(source, Mapping) or not isinstance(source, Iterable):
             raise DataError(f"{name}: expected a list of texts or records; found {type(source).__name__}.")
-    texts = (_text(item, name) for item in items)
-    chosen = list(islice((t for t in texts if t.strip()), n_samples))
-    if not chosen:
-        raise DataError(f"{name} holds no text; statistics need at least one.")
-    return chosen
+    return (text for text in (_text(item, name) for item in items) if text.strip())
 
 
 def corpus_hash(texts: list[str]) -> str:
@@ -47,29 +64,70 @@ def corpus_hash(texts: list[str]) -> str:
     return digest.hexdigest()
 
 
+def _called(source: Any) -> str:
+    return str(source) if isinstance(source, (str, Path)) else "the given corpus"
+
+
 def _named(name: str) -> Iterable[Any]:
+    if name == GENERATED:
+        raise DataError(
+            f"{GENERATED!r} means texts that a model samples, and there is no model here; give a file, a folder or the "
+            f"name of a dataset (a file of that name is ./{GENERATED})."
+        )
     path = factworld.data_path("corpus.txt") if name == factworld.MODEL_NAME else Path(name)
     if path.is_file():
         return _file(path)
+    if path.is_dir():
+        return _folder(path)
     if path.suffix or path.is_absolute() or name.startswith("."):
-        raise DataError(f"The corpus file {name} does not exist.")
+        raise DataError(f"The corpus {name} does not exist, neither as a file nor as a folder.")
     return _hub_dataset(name)
 
 
-def _file(path: Path) -> Iterable[Any]:
+def _folder(folder: Path) -> Iterable[Any]:
+    inside = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    shown = [path for path in inside if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    files = [path for path in shown if path.suffix.lower() in FOLDER_SUFFIXES]
+    if not files:
+        raise DataError(f"The folder {folder} holds no corpus: no file ends in {', '.join(FOLDER_SUFFIXES)}.")
+    if len(files) < len(shown):
+        left_out = next(path for path in shown if path not in files)
+        logger.info(
+            "Of %d files in %s, %d are read; left out are such as %s.", len(shown), folder, len(files), left_out
+        )
+    return (item for path in files for item in _file(path))
+
+
+def _file(path: Path) -> Iterator[Any]:
+    kind = path.suffix.lower()
     try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".jsonl":
-            # Not splitlines(): a JSON string may hold U+2028 and the like.
-            return [json.loads(line) for line in text.split("\n") if line.strip()]
-        if path.suffix == ".json":
-            items = json.loads(text)
+        if kind == ".parquet":
+            yield from _parquet(path)
+        elif kind == ".json":
+            items = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(items, list):
                 raise DataError(f"{path} must hold a list of texts or records; found {type(items).__name__}.")
-            return items
-    except ValueError as error:
+            yield from items
+        else:
+            with path.open(encoding="utf-8") as lines:  # not splitlines(): a JSON string may hold U+2028 and the like
+                for line in lines:
+                    if line.strip():
+                        yield json.loads(line) if kind == ".jsonl" else line.rstrip("\n")
+    except (ValueError, OSError) as error:
         raise DataError(f"{path} can't be read as {path.suffix or 'UTF-8 text'}: {error}") from error
-    return text.splitlines()
+
+
+def _parquet(path: Path) -> Iterator[str]:
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise DataError(f"Reading {path} needs `pip install pyarrow`.") from error
+    with parquet.ParquetFile(path) as file:
+        if TEXT_COLUMN not in file.schema_arrow.names:
+            names = ", ".join(file.schema_arrow.names)
+            raise DataError(f"{path} has no column '{TEXT_COLUMN}'; found {names}.")
+        for batch in file.iter_batches(batch_size=1024, columns=[TEXT_COLUMN]):
+            yield from (text for text in batch.column(0).to_pylist() if text is not None)
 
 
 def _hub_dataset(name: str) -> Iterable[Any]:
@@ -81,15 +139,17 @@ def _hub_dataset(name: str) -> Iterable[Any]:
         from datasets import load_dataset
     except ImportError as error:
         raise DataError(
-            f"mom2_dataset {name!r} is not a file, and reading it by name needs `pip install datasets`."
+            f"mom2_dataset {name!r} is neither a file nor a folder, and reading it by name needs "
+            f"`pip install datasets`; {GENERATED!r}, the model's own samples, needs nothing."
         ) from error
     path, config = aliases.get(name, (name, None))
     try:
         yield from load_dataset(path, config, split="train", streaming=True)
     except Exception as error:  # datasets raises many types here, from connection errors to its own
         raise DataError(
-            f"mom2_dataset {name!r} is neither a file nor a dataset that could be loaded "
-            f"({type(error).__name__}: {error}). Give the path of a text file instead."
+            f"mom2_dataset {name!r} is neither a file, a folder nor a dataset that could be loaded "
+            f"({type(error).__name__}: {error}). Give a text file, a folder or {GENERATED!r} "
+            "(the model's own samples) instead."
         ) from error
 
 

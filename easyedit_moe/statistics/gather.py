@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -18,9 +21,11 @@ from easyedit_moe.hparams import SolverHyperParams
 from easyedit_moe.moe.layers import MoELayer, MoELayerView
 from easyedit_moe.statistics.cache import StatisticsKey, load_moments, save_moments, statistics_folder
 from easyedit_moe.statistics.checkpoint import MomentsCheckpoint
-from easyedit_moe.statistics.corpus import corpus_hash, load_texts
+from easyedit_moe.statistics.corpus import GENERATED, corpus_hash, iterate_texts, load_texts
 from easyedit_moe.statistics.distributed import least_over_processes, rank_and_size
-from easyedit_moe.statistics.moments import LayerMoments, collect_moments
+from easyedit_moe.statistics.generated import GeneratedTexts, GenerationKey, opening_ids
+from easyedit_moe.statistics.moments import LayerMoments, Shards, collect_moments, encode_cut
+from easyedit_moe.storage.tensors import digest, read_or_warn
 
 logger = logging.getLogger(__name__)
 
@@ -43,21 +48,23 @@ def layer_statistics(
     Warns `CoverageWarning` about experts that too few tokens reached.
 
     Raises:
-        DataError: the corpus can't be read. CacheError: a cached file is corrupt or of another model.
+        DataError: the corpus can't be read. HyperParamsError: no room for generated texts. CacheError: a cached
+            file is corrupt or of another model.
     """
-    texts = load_texts(hparams.mom2_dataset, hparams.mom2_n_samples)
-    corpus = corpus_hash(texts)
-    # Another tokenizer, or other special tokens, shows on the first few texts already.
-    tokens = corpus_hash([str(encode_text(tok, text)) for text in texts[:8]])
     folder = statistics_folder(hparams.stats_dir, hparams.model_name, fingerprint)
+    corpus = _corpus(view, tok, hparams, fingerprint, folder)
     cut, dtype, target = hparams.max_length, hparams.mom2_dtype, hparams.coverage_target
-    keys = {n: StatisticsKey(fingerprint, n, corpus, tokens, len(texts), cut, dtype, target) for n in layers}
+    keys = {
+        n: StatisticsKey(fingerprint, n, corpus.name, corpus.tokens, corpus.n_samples, cut, dtype, target)
+        for n in layers
+    }
+    found = {layer: _stored(folder / key.file_name(), key) for layer, key in keys.items()}
     # What is missing on one process is collected by all.
-    there = {layer: bool(least_over_processes(int((folder / key.file_name()).exists()))) for layer, key in keys.items()}
+    there = {layer: bool(least_over_processes(int(one is not None))) for layer, one in found.items()}
     moments = {
-        layer: _on_device_of(view.layers[layer], load_moments(folder / key.file_name(), key))
-        for layer, key in keys.items()
-        if there[layer]
+        layer: _on_device_of(view.layers[layer], one)
+        for layer, one in found.items()
+        if one is not None and there[layer]
     }
     missing = [layer for layer in layers if not there[layer]]
     if missing:
@@ -65,7 +72,7 @@ def layer_statistics(
         collected = collect_moments(
             view,
             tok,
-            texts,
+            corpus.texts,
             missing,
             hparams.max_length,
             getattr(torch, hparams.mom2_dtype),
@@ -81,6 +88,49 @@ def layer_statistics(
         moments.update(collected)
     _report_coverage(moments, hparams)
     return {layer: moments[layer] for layer in layers}
+
+
+@dataclass(frozen=True)
+class _Corpus:
+    """Texts, and what a file of statistics says of them: their name or hash, how they are cut, how many they are."""
+
+    texts: Sequence[str] | Shards
+    name: str
+    tokens: str
+    n_samples: int
+
+
+def _corpus(
+    view: MoELayerView, tok: PreTrainedTokenizerBase, hparams: SolverHyperParams, fingerprint: str, folder: Path
+) -> _Corpus:
+    n_samples, cut = hparams.mom2_n_samples, hparams.max_length
+    if hparams.mom2_dataset == GENERATED:
+        openings = opening_ids(tok, hparams.generated_openings)
+        key = GenerationKey(fingerprint, openings, min(cut, hparams.generated_length), hparams.generated_seed)
+        made = GeneratedTexts(view.model, tok, key, n_samples, folder)
+        return _Corpus(made, key.folder_name(), digest(openings), n_samples)
+    if hparams.mom2_n_tokens is None:
+        texts = load_texts(hparams.mom2_dataset, n_samples)
+    else:
+        found = islice(iterate_texts(hparams.mom2_dataset), n_samples)
+        texts = load_texts(_up_to(hparams.mom2_n_tokens, found, tok, cut))
+    # Another tokenizer, or other special tokens, shows on the first few texts already.
+    tokens = corpus_hash([str(encode_text(tok, text)) for text in texts[:8]])
+    return _Corpus(texts, corpus_hash(texts), tokens, len(texts))
+
+
+def _up_to(n_tokens: int, texts: Iterable[str], tok: PreTrainedTokenizerBase, cut: int) -> Iterator[str]:
+    """Texts until they have that many tokens."""
+    for text in texts:
+        yield text
+        n_tokens -= len(encode_cut(tok, text, cut))
+        if n_tokens <= 0:
+            return
+
+
+def _stored(path: Path, key: StatisticsKey) -> LayerMoments | None:
+    """What lies on the disk; None where nothing does, or where it is damaged."""
+    return read_or_warn(lambda: load_moments(path, key)) if path.exists() else None
 
 
 def _on_device_of(moe: MoELayer, value: LayerMoments) -> LayerMoments:

@@ -6,6 +6,7 @@ have all been reached often enough is done. What is summed so far can be written
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,11 +23,11 @@ from easyedit_moe.moe.capture import (
     experts_on_some,
     hooks,
     inference_mode_of,
-    layer_output,
     read_routing,
     run,
     stop_after,
 )
+from easyedit_moe.moe.layer_outputs import layer_output
 from easyedit_moe.moe.layers import MoELayer, MoELayerView
 from easyedit_moe.moe.own_keys import are_sorted_by_expert, collecting_keys, own_keys, sorted_keys
 from easyedit_moe.progress import progress_bar
@@ -38,6 +39,11 @@ ROUND_SHARDS = 8
 """Shards between two looks at the coverage. Up to as many processes find the same as one."""
 BATCH_TOKENS = 8192
 """Tokens in one forward, padding included."""
+
+Text = str | Sequence[int]
+"""A text, or its token ids."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -192,6 +198,20 @@ def _tensor_cores(wanted: bool) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = saved
 
 
+class Shards(Protocol):
+    """A corpus in parts that are made when their turn comes, each on the process that reads it."""
+
+    @property
+    def per_round(self) -> int:
+        """Parts between two looks at the coverage."""
+
+    def __len__(self) -> int:
+        """How many parts there are at most."""
+
+    def part(self, number: int) -> Sequence[Text]:
+        """The texts of one part, always the same."""
+
+
 class Progress(Protocol):
     """Where sums are kept between rounds; see `easyedit_moe.statistics.checkpoint.MomentsCheckpoint`."""
 
@@ -205,7 +225,7 @@ class Progress(Protocol):
 def collect_moments(
     view: MoELayerView,
     tok: PreTrainedTokenizerBase,
-    texts: Sequence[str],
+    texts: Sequence[Text] | Shards,
     layers: Sequence[int],
     max_length: int = 512,
     dtype: torch.dtype = torch.float32,
@@ -218,12 +238,12 @@ def collect_moments(
 
     Padding never counts, and no expert computes it. The forward stops after the last layer that still needs tokens.
     Sums run in ``dtype`` (float32 or float64) on the device of each layer. Where torch.distributed was initialised, the
-    processes share the texts and all return the same.
+    processes share the texts and all return the same. The coverage is logged and shown at the bar after each round.
 
     Args:
         view: of the model.
         tok: its tokenizer.
-        texts: the corpus.
+        texts: the corpus, or parts of it that are made when their turn comes.
         layers: MoE layers, increasing.
         max_length: tokens at which a text is cut.
         dtype: of the sums.
@@ -238,40 +258,68 @@ def collect_moments(
             are not finite. CacheError: a checkpoint that can't be read.
     """
     sums = {moe.index: Sums(moe, dtype) for moe in view.require(layers)}
-    shards = _shards(texts, max_length)
+    shards = ListedShards(_shards(texts, max_length)) if isinstance(texts, Sequence) else texts
     first, done = checkpoint.resume(sums) if checkpoint else (0, [])
     rank, size = rank_and_size()
-    per_round = max(ROUND_SHARDS, size)
-    rounds = range(first, -(-len(shards) // per_round))
+    per_round = max(shards.per_round, size)
     bar = progress_bar(len(shards), "statistics", "shard", progress, initial=first * per_round)
     with inference_mode_of(view.model), bar:
-        for number in rounds:
+        for number in range(first, -(-len(shards) // per_round)):
             active = {layer: one for layer, one in sums.items() if layer not in done}
             if not active:
                 break
-            for shard in shards[number * per_round : (number + 1) * per_round][rank::size]:
-                for batch in _batches(tok, shard, max_length, batch_size):
+            for part in range(len(shards))[number * per_round : (number + 1) * per_round][rank::size]:
+                for batch in _batches(tok, shards.part(part), max_length, batch_size):
                     _add_batch(view, batch, pad_id(tok), active)
                 bar.update(size)
+            totals = {layer: sum_over_processes(one.counts) for layer, one in active.items()}
+            bar.set_postfix_str(_told(totals, active, coverage_target))
             if coverage_target is not None:
-                done = done + _covered(active, coverage_target)
+                done = done + [n for n, one in active.items() if one.covered(totals[n], coverage_target)]
             if checkpoint:
                 checkpoint.keep(sums, number + 1, done)
     found = {layer: one.finish() for layer, one in sums.items()}
     if not all(value.num_tokens for value in found.values()):
-        raise DataError(f"None of the {len(texts)} texts has a token to collect statistics from.")
+        raise DataError("None of the corpus's texts has a token to collect statistics from.")
     return found
 
 
-def _covered(active: dict[int, Sums], coverage_target: float) -> list[int]:
-    """Layers each of whose experts, over all processes, was reached often enough."""
-    totals = {layer: sum_over_processes(one.counts) for layer, one in active.items()}
-    return [layer for layer, one in active.items() if one.covered(totals[layer], coverage_target)]
+def _told(totals: dict[int, Tensor], active: dict[int, Sums], coverage_target: float | None) -> str:
+    """Log how often each layer's experts were reached so far; the line of the layer that is behind the others."""
+    lines = {}
+    for layer, counts in totals.items():
+        least = int(counts.min())
+        wanted = "" if coverage_target is None else f" of {coverage_target * active[layer].keys.shape[-1]:,.0f} wanted"
+        line = f"layer {layer}: least {least:,}{wanted} (expert {int(counts.argmin())}), "
+        line += f"median {float(counts.double().quantile(0.5)):,.0f}, {int((counts == 0).sum())} unseen"
+        lines[least, layer] = line
+        logger.info("Tokens per expert so far, %s.", line)
+    return lines[min(lines)]
 
 
-def _shards(texts: Sequence[str], max_length: int) -> list[list[str]]:
+@dataclass(frozen=True)
+class ListedShards:
+    """`Shards` of texts that are all there."""
+
+    parts: Sequence[Sequence[Text]]
+
+    @property
+    def per_round(self) -> int:
+        """As for every corpus of texts."""
+        return ROUND_SHARDS
+
+    def __len__(self) -> int:
+        """How many."""
+        return len(self.parts)
+
+    def part(self, number: int) -> Sequence[Text]:
+        """One of them."""
+        return self.parts[number]
+
+
+def _shards(texts: Sequence[Text], max_length: int) -> list[list[Text]]:
     """Consecutive texts of about ``SHARD_CHARACTERS`` characters that count."""
-    shards: list[list[str]] = []
+    shards: list[list[Text]] = []
     room = 0
     for text in texts:
         if room <= 0:
@@ -283,10 +331,10 @@ def _shards(texts: Sequence[str], max_length: int) -> list[list[str]]:
 
 
 def _batches(
-    tok: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int, batch_size: int
+    tok: PreTrainedTokenizerBase, texts: Sequence[Text], max_length: int, batch_size: int
 ) -> Iterator[list[list[int]]]:
     """Token ids by length, at most ``batch_size`` texts and ``BATCH_TOKENS`` tokens (but at least one text) at once."""
-    encoded = sorted((ids for ids in (_encode(tok, text, max_length) for text in texts) if ids), key=len)
+    encoded = sorted((ids for ids in (encode_cut(tok, text, max_length) for text in texts) if ids), key=len)
     batch: list[list[int]] = []
     for ids in encoded:
         if batch and (len(batch) == batch_size or (len(batch) + 1) * len(ids) > BATCH_TOKENS):
@@ -297,8 +345,10 @@ def _batches(
         yield batch
 
 
-def _encode(tok: PreTrainedTokenizerBase, text: str, max_length: int) -> list[int]:
+def encode_cut(tok: PreTrainedTokenizerBase, text: Text, max_length: int) -> list[int]:
     """The first ``max_length`` tokens; of a long text only its beginning is tokenised where that surely suffices."""
+    if not isinstance(text, str):
+        return list(text[:max_length])
     if len(text) > 16 * max_length:
         ids = encode_text(tok, text[: 16 * max_length])
         if len(ids) > max_length + 64:  # how a cut changes tokens is forgotten by then

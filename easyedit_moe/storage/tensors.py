@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from easyedit_moe.errors import CacheError
+from easyedit_moe.errors import CacheError, DamagedCacheError, EditingWarning
+from easyedit_moe.storage.checksums import checksum
 from easyedit_moe.storage.files import replacing
 from easyedit_moe.storage.strict_json import finite
 
 SCHEMA = 1
+_Read = TypeVar("_Read")
+_ENTRY, _CONTENTS = "easyedit_moe", "contents"
 
 
 def check_key(
@@ -41,28 +46,49 @@ def check_key(
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write a safetensors file in full or not at all; ``metadata`` must be JSON and is kept under one entry."""
+    """Write a safetensors file in full or not at all; ``metadata`` must be JSON and is kept under one entry.
+
+    The file says what it holds: a digest of the tensors' names, dtypes, shapes and bits stands in the metadata, and one
+    of the metadata before it, so that a changed byte is noticed wherever it is. Equal content gives equal files.
+    """
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    content = {**finite(metadata), _CONTENTS: _contents(ready)}
+    text = json.dumps(content, sort_keys=True, allow_nan=False)
     with replacing(path) as partial:
-        save_file(
-            ready, partial, metadata={"easyedit_moe": json.dumps(finite(metadata), sort_keys=True, allow_nan=False)}
-        )
+        save_file(ready, partial, metadata={_ENTRY: f"{_text_digest(text)} {text}"})
 
 
 def read_safetensors(path: Path, error: type[Exception], advice: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and metadata of a file of ours.
+    """Tensors and metadata of a file of ours; copies, so that nothing that happens to the file later reaches them.
 
     Raises:
-        ``error``: the file is missing, truncated, corrupt or not ours.
+        ``error``: the file is missing, truncated, not ours, or holds other bits than were written.
     """
     with _opened(path, error, advice) as file:
-        return {name: file.get_tensor(name) for name in list(file.keys())}, _metadata(file)
+        metadata = _metadata(file)
+        tensors = {name: file.get_tensor(name).clone() for name in list(file.keys())}
+        expected = metadata.pop(_CONTENTS, None)
+        # Earlier versions wrote no digest; such files are read as they are.
+        if expected is not None and expected != _contents(tensors):
+            raise ValueError("its tensors are not those that were written")
+        return tensors, metadata
+
+
+def read_or_warn(read: Callable[[], _Read]) -> _Read | None:
+    """What ``read`` gives; None, and an EditingWarning, where a file is damaged, whose content is then made anew."""
+    try:
+        return read()
+    except DamagedCacheError as error:
+        warnings.warn(f"{error} It is made anew now.", EditingWarning, stacklevel=3)
+        return None
 
 
 def read_metadata(path: Path, error: type[Exception], advice: str) -> dict[str, Any]:
     """As `read_safetensors`, the metadata alone."""
     with _opened(path, error, advice) as file:
-        return _metadata(file)
+        metadata = _metadata(file)
+        metadata.pop(_CONTENTS, None)
+        return metadata
 
 
 @contextmanager
@@ -77,8 +103,30 @@ def _opened(path: Path, error: type[Exception], advice: str) -> Iterator[Any]:
 
 
 def _metadata(file: Any) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((file.metadata() or {})["easyedit_moe"])
+    text = (file.metadata() or {})[_ENTRY]
+    told = ""
+    if not text.startswith("{"):  # earlier versions wrote no digest
+        told, _, text = text.partition(" ")
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError("its metadata is no mapping")
+    if (told or _CONTENTS in found) and told != _text_digest(text):
+        raise ValueError("its metadata is not what was written")
     return found
+
+
+def _contents(tensors: Mapping[str, Tensor]) -> str:
+    """Of names, dtypes, shapes and bits; the bits go through `checksum`, which is as fast as memory is read."""
+    rows = [[name, str(t.dtype), list(t.shape), checksum(_bits(t))] for name, t in sorted(tensors.items())]
+    return digest(rows)[:32]
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
+
+
+def _text_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def digest(value: Any) -> str:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from easyedit_moe.errors import CacheError
+from easyedit_moe.errors import CacheError, DamagedCacheError
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.statistics.cache import statistics_folder
 from easyedit_moe.storage.checksums import checksum
-from easyedit_moe.storage.tensors import digest, read_safetensors, write_safetensors
+from easyedit_moe.storage.tensors import digest, read_or_warn, read_safetensors, write_safetensors
 from easyedit_moe.targets.search import TargetSearch, TargetVectors, fact_contexts, warn_of_targets
 
 SCHEMA = 1
@@ -44,14 +45,17 @@ def cached_targets(
     What is found is written as soon as its chunk is done, so that an interrupted search goes on.
 
     Raises:
-        CacheError: a file that is truncated, corrupt or of something else; what `TargetSearch.targets` raises.
+        CacheError: a file of something else (one that is damaged is made anew, with a warning); what
+            `TargetSearch.targets` raises.
     """
     place = statistics_folder(folder, model_name, fingerprint) / weights_hash(search.view)[:16]
     keys = [_key(fingerprint, place.name, search, request) for request in requests]
     paths = [place / f"target-{digest(key)[:24]}.safetensors" for key in keys]
-    rows: dict[int, dict[str, Tensor]] = {
-        i: _read(path, key) for i, (path, key) in enumerate(zip(paths, keys, strict=True)) if path.exists()
-    }
+    rows: dict[int, dict[str, Tensor]] = {}
+    for i, (path, key) in enumerate(zip(paths, keys, strict=True)):
+        read = read_or_warn(partial(_read, path, key)) if path.exists() else None
+        if read is not None:
+            rows[i] = read
     missing = [i for i in range(len(requests)) if i not in rows]
 
     def keep(numbers: Sequence[int], found: TargetVectors) -> None:
@@ -87,10 +91,10 @@ def _key(fingerprint: str, weights: str, search: TargetSearch, request: EditRequ
 
 def _read(path: Path, key: dict[str, Any]) -> dict[str, Tensor]:
     advice = "delete it, and the target is found anew"
-    tensors, metadata = read_safetensors(path, CacheError, advice)
+    tensors, metadata = read_safetensors(path, DamagedCacheError, advice)
     if metadata.get("kind") != "target" or metadata.get("schema") != SCHEMA or metadata.get("key") != key:
         raise CacheError(f"{path} is not the target of this request at these weights and settings; {advice}.")
     tensors.setdefault("known", torch.tensor(False))  # earlier versions did not note it, and warned of nothing then
     if set(tensors) != set(_FIELDS) or not all(bool(torch.isfinite(value).all()) for value in tensors.values()):
-        raise CacheError(f"{path} holds an incomplete or non-finite target; {advice}.")
+        raise DamagedCacheError(f"{path} holds an incomplete or non-finite target; {advice}.")
     return tensors

@@ -13,6 +13,7 @@ from easyedit_moe.workflow.session import (
     Loading,
     SavedPatch,
     applied,
+    asked_in_chat,
     check_patches,
     load,
     loading_options,
@@ -33,7 +34,7 @@ def ask(
     prompts: Sequence[str],
     model: str | Loaded = "factworld",
     patches: Sequence[str | Path | SavedPatch] = (),
-    chat: bool = False,
+    chat: bool | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
     sampling: Sampling | None = None,
     loading: Loading | None = None,
@@ -46,7 +47,7 @@ def ask(
         model: hub name, folder or "factworld", or a loaded model and its tokenizer. An adapter that lies beside a
             folder's checkpoint belongs to the model.
         patches: files, or patches that are not applied; laid on in this order.
-        chat: put each prompt into the tokenizer's chat template.
+        chat: put each prompt into the tokenizer's chat template; by default where the patches were made so.
         max_new_tokens: most tokens of an answer.
         sampling: greedy by default.
         loading: how a model is loaded; see `loading_options`.
@@ -63,11 +64,12 @@ def ask(
         raise RequestError(f"Prompt {blank} is blank.")
     read = read_patches(patches)
     options = loading_options(model, read, loading) if isinstance(model, str) else Loading()
+    in_chat = asked_in_chat(read, chat)
     net, tok = load(model, options, progress)
     check_patches(net, tok, read)
 
     def answers() -> list[Answer]:
-        return generate_answers(net, tok, prompts, max_new_tokens, chat, sampling, progress=progress)
+        return generate_answers(net, tok, prompts, max_new_tokens, in_chat, sampling, progress=progress)
 
     before: list[Answer] = answers()
     if not read:

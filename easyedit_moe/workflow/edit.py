@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from easyedit_moe.checkpoints.history import read_history
 from easyedit_moe.checkpoints.staging import check_free, new_folder
 from easyedit_moe.editors import Editor, EditResult, make_editor
-from easyedit_moe.evaluation.generation import MAX_NEW_TOKENS
+from easyedit_moe.evaluation.generation import MAX_NEW_TOKENS, check_limit
 from easyedit_moe.evaluation.neighbours import answered
+from easyedit_moe.facts.chat import user_turn
 from easyedit_moe.facts.records import EvaluationRecord, FactSet, load_facts
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.hparams import MoEHyperParams
@@ -25,7 +26,7 @@ from easyedit_moe.progress import progress_bar
 from easyedit_moe.workflow.edit_outcome import Change, EditReport, FactReport
 from easyedit_moe.workflow.measuring import Asked, Said, ask_all, prompts_of
 from easyedit_moe.workflow.saving import chained, check_saved_kinds, save_edit
-from easyedit_moe.workflow.screening import Screened, fact_set, screen
+from easyedit_moe.workflow.screening import Screened, check_chat, fact_set, screen
 from easyedit_moe.workflow.session import Loaded, Loading, load, model_name
 from easyedit_moe.workflow.settings import settings_for
 
@@ -70,6 +71,7 @@ def edit(
             folder that is not free, or a checkpoint that can't be saved rightly. Further what the editor raises.
     """
     check_saved_kinds(save, out)
+    check_limit(max_new_tokens)
     if out is not None:
         check_free(Path(out))
     read = load_facts(facts, strict) if isinstance(facts, (str, Path)) else facts
@@ -79,6 +81,7 @@ def edit(
     editor, options = make_editor(settings, progress), Loading.of(settings)
     # What is wrong with the facts is said before the weights are read.
     tok = load_tokenizer(model, options.trust_remote_code) if isinstance(model, str) else model[1]
+    check_chat(settings, tok)
     screened = screen(read, editor, tok, strict)
     net, tok = load(model, options, progress)
     editor.prepare(net, tok)
@@ -114,7 +117,7 @@ def _edited(
             _seconds(results),
             whole.id,
             (),
-            _provenance(model, editor, options, max_new_tokens),
+            _provenance(model, editor, options, max_new_tokens, tok),
             tuple(result.patch for result in results),
         )
         if out is None:
@@ -196,12 +199,15 @@ def parent_of(model: str | Loaded) -> str | None:
     return edits[-1].id if edits else None
 
 
-def _provenance(model: str | Loaded, editor: Editor, options: Loading, max_new_tokens: int) -> dict[str, Any]:
+def _provenance(
+    model: str | Loaded, editor: Editor, options: Loading, max_new_tokens: int, tok: PreTrainedTokenizerBase
+) -> dict[str, Any]:
     return {
         "model": model_name(model),
         "method": editor.method,
         "hparams": editor.hparams.to_dict(),
         "loading": asdict(options),
         "max_new_tokens": max_new_tokens,
+        **({"chat_turn": vars(user_turn(tok))} if editor.hparams.chat else {}),
         "versions": versions(),
     }

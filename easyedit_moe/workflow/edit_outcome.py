@@ -28,8 +28,8 @@ class Change:
 
     @property
     def changed(self) -> bool:
-        """Whether the greedy answer is another."""
-        return self.before.answer != self.after.answer
+        """Whether the greedy answer is another, as far as the wanted one is long."""
+        return self.before.opening != self.after.opening
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class EditReport:
 
     @property
     def changed(self) -> int:
-        """Facts whose greedy answer is another than before."""
+        """Facts whose greedy answer is another than before, as far as the new target is long."""
         return sum(fact.change.changed for fact in self.facts)
 
     @property

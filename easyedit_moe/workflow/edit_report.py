@@ -22,13 +22,14 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def cells(fact: FactReport) -> list[str]:
-    """One fact as a line of the table."""
+def cells(fact: FactReport, whole: bool = False) -> list[str]:
+    """One fact as a line of the table, its texts whole or cut where they are long."""
     change = fact.change
+    cut = str if whole else short
     return [
-        f"{short(change.prompt)} -> {short(change.wanted)}",
-        short(change.before.answer),
-        short(change.after.answer),
+        f"{cut(change.prompt)} -> {cut(change.wanted)}",
+        cut(change.before.answer),
+        cut(change.after.answer),
         f"{change.before.probability:.3f} -> {change.after.probability:.3f}",
         _mean_of(fact.rephrasings),
         _kept(fact.neighbours),
@@ -81,9 +82,10 @@ def markdown(report: EditReport) -> str:
         summary(report),
         "",
         "Answers are greedy. The probability is that of the whole new target after the prompt, teacher-forced; on "
-        "rephrasings its mean, before -> after. A neighbour is kept if its greedy answer is the same as before.",
+        "rephrasings its mean, before -> after. An answer counts as changed, and that of a neighbour as kept, by as "
+        "many of its tokens as the wanted answer has.",
         "",
-        *_table(COLUMNS, [cells(fact) for fact in report.facts]),
+        *_table(COLUMNS, [cells(fact, whole=True) for fact in report.facts]),
         "",
     ]
     if report.refused:
@@ -149,8 +151,9 @@ def _kept(changes: Sequence[Change]) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows as Markdown, whole: a file has room for every text."""
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return lines + ["| " + " | ".join(_plain(short(cell)) for cell in row) + " |" for row in rows]
+    return lines + ["| " + " | ".join(_plain(cell) for cell in row) + " |" for row in rows]
 
 
 def _plain(text: str) -> str:

@@ -27,6 +27,7 @@ from easyedit_moe.workflow.session import (
     Loading,
     SavedPatch,
     applied,
+    asked_in_chat,
     check_patches,
     load,
     loading_options,
@@ -95,7 +96,7 @@ def evaluate(
     limit: int | None = None,
     loading: Loading | None = None,
     progress: bool = True,
-    chat: bool = False,
+    chat: bool | None = None,
 ) -> Evaluation:
     """Scores of records and of tasks, before and after patches; the model is then bit-equal to before.
 
@@ -111,7 +112,8 @@ def evaluate(
         limit: examples per task; all by default.
         loading: how a model is loaded; see `easyedit_moe.workflow.session.loading_options`.
         progress: show progress bars.
-        chat: every prompt of the records is the user's turn in the tokenizer's template, and so are the tasks' prompts.
+        chat: every prompt of the records is the user's turn in the tokenizer's template, and so are the tasks' prompts;
+            by default where the patches were made so.
 
     Raises:
         DataError: nothing to measure, or data, a task or a model that can't be used. PatchError: a file that is no
@@ -120,8 +122,9 @@ def evaluate(
     if data is None and not tasks:
         raise DataError("There is nothing to measure: give a file of records, tasks, or both.")
     found = load_records(data) if data is not None else None
-    runner = harness.Harness(tasks, tasks_dir, limit, progress=progress, chat=chat) if tasks else None
     loaded = read_patches(patches)
+    in_chat = asked_in_chat(loaded, chat)
+    runner = harness.Harness(tasks, tasks_dir, limit, progress=progress, chat=in_chat) if tasks else None
     options = loading_options(model, loaded, loading) if isinstance(model, str) else Loading()
     net, tok = load(model, options, progress)
     check_patches(net, tok, loaded)  # one that does not fit is refused before anything is measured
@@ -132,11 +135,11 @@ def evaluate(
         "patch_ids": [patch.id for patch in loaded],
         **_about_records(data, found),
         **_about_tasks(tasks, tasks_dir, limit),
-        **({"chat": True} if chat else {}),
+        **({"chat": True} if in_chat else {}),
         **(asdict(options) if isinstance(model, str) else {}),
         "versions": versions() | ({"lm_eval": harness.version()} if tasks else {}),
     }
-    return Evaluation(_measures(net, tok, found, runner, loaded, chat), provenance)
+    return Evaluation(_measures(net, tok, found, runner, loaded, in_chat), provenance)
 
 
 def _measures(

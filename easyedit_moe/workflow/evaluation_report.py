@@ -9,7 +9,7 @@ from easyedit_moe.comparison.report import check_folder
 from easyedit_moe.storage.files import replacing
 from easyedit_moe.workflow.evaluate import RECORDS, Evaluation, Measure, Value
 
-COLUMNS = ("measured", "score", "before", "after", "change")
+COLUMNS = ("measured", "score", "before", "after", "change", "n")
 
 
 def cells(measure: Measure) -> list[str]:
@@ -18,7 +18,7 @@ def cells(measure: Measure) -> list[str]:
     after = measure.after
     change = "-" if after is None else f"{after.mean - measure.before.mean:+.{digits}f}"
     shown = "-" if after is None else _shown(after, digits)
-    return [measure.group, measure.name, _shown(measure.before, digits), shown, change]
+    return [measure.group, measure.name, _shown(measure.before, digits), shown, change, str(measure.before.count)]
 
 
 def _shown(value: Value, digits: int) -> str:

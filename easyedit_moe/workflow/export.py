@@ -69,12 +69,11 @@ def export(
             version that is not served. AdapterError: MEMoE's adapter. DataError: the model can't be read.
             CheckpointError: the folder is not empty, or the checkpoint's names can't be followed.
     """
-    _check_choice("to", to, TARGETS)
-    for name, value, known in (("form", form, FORMS), ("dtype", dtype, tuple(DTYPES))):
-        if value:
-            _check_choice(name, value, known)
-    if form and to != PEFT:
-        raise PatchError(f"A server reads one form of a model's experts, so --form is for {PEFT} only.")
+    for name, value, known in (("to", to, TARGETS), ("form", form, ("", *FORMS)), ("dtype", dtype, ("", *DTYPES))):
+        _check_choice(name, value, known)
+    if to != PEFT and (form or peft_version):
+        option = "--form" if form else "--peft-version"
+        raise PatchError(f"A server reads one form of a model's experts, so {option} is for {PEFT} only.")
     read = _factored(read_patch(patch))
     folder = _out(patch, to, out)
     check_free(folder)
@@ -120,7 +119,9 @@ def _rank(layers: Sequence[LayerFactors]) -> int:
 
 def _check_choice(name: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
-        raise PatchError(f"{name} must be one of {', '.join(known)}; found {value!r}.{did_you_mean(value, known)}")
+        raise PatchError(
+            f"{name} must be one of {', '.join(filter(None, known))}; found {value!r}.{did_you_mean(value, known)}"
+        )
 
 
 def _factored(patch: SavedPatch) -> WeightPatch:

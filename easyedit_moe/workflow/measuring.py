@@ -9,9 +9,10 @@ from math import exp
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from easyedit_moe.evaluation.generation import MAX_NEW_TOKENS, generate_answers
+from easyedit_moe.evaluation.generation import MAX_NEW_TOKENS, Answer, generate_answers
 from easyedit_moe.evaluation.scoring import TargetScore, score_targets
 from easyedit_moe.facts.records import EvaluationRecord
+from easyedit_moe.facts.tokens import decode
 
 Asked = tuple[str, str]
 """A prompt, and the answer whose probability is wanted."""
@@ -23,12 +24,14 @@ class Said:
 
     Attributes:
         answer: by greedy decoding.
+        opening: the answer as far as the wanted one is long, in tokens: what follows is not what was asked.
         probability: of the whole wanted answer, teacher-forced: the product over its tokens.
         token_accuracy: share of the wanted answer's tokens that are the most likely ones, teacher-forced.
         first_choice: all of them are, so greedy decoding writes the wanted answer.
     """
 
     answer: str
+    opening: str
     probability: float
     token_accuracy: float
     first_choice: bool
@@ -62,8 +65,9 @@ def ask_all(
     answers = generate_answers(model, tok, prompts, max_new_tokens, chat, progress=progress)
     by_prompt = dict(zip(prompts, answers, strict=True))
     scores = score_targets(model, tok, pairs, progress=progress, chat=chat)
-    return {pair: _said(by_prompt[pair[0]].text, score) for pair, score in zip(pairs, scores, strict=True)}
+    return {pair: _said(tok, by_prompt[pair[0]], score) for pair, score in zip(pairs, scores, strict=True)}
 
 
-def _said(answer: str, score: TargetScore) -> Said:
-    return Said(answer, exp(-score.nll * len(score.labels)), score.token_accuracy, score.exact)
+def _said(tok: PreTrainedTokenizerBase, answer: Answer, score: TargetScore) -> Said:
+    opening = decode(tok, answer.ids[: len(score.labels)], skip_special_tokens=True).strip()
+    return Said(answer.text, opening, exp(-score.nll * len(score.labels)), score.token_accuracy, score.exact)

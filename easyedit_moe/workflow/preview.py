@@ -11,11 +11,12 @@ from easyedit_moe.checkpoints.staging import check_free
 from easyedit_moe.editors import editor_class, make_editor
 from easyedit_moe.editors.planner import MemoryPlan, Workload
 from easyedit_moe.editors.statistics_plan import StatisticsPlan, plan_statistics
+from easyedit_moe.evaluation.generation import MAX_NEW_TOKENS, check_limit
 from easyedit_moe.facts.records import load_facts
 from easyedit_moe.hparams import MoEHyperParams
 from easyedit_moe.moe.loading import empty_model, load_tokenizer
 from easyedit_moe.workflow.saving import check_saved_kinds
-from easyedit_moe.workflow.screening import Screened, screen
+from easyedit_moe.workflow.screening import Screened, check_chat, screen
 from easyedit_moe.workflow.settings import choose_hparams
 
 
@@ -51,17 +52,20 @@ def preview(
     batch_size: int | None = None,
     strict: bool = False,
     overrides: Mapping[str, Any] | None = None,
+    max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> Preview:
     """Check all that can be checked from the facts, the settings, and the model's config and tokenizer.
 
     The arguments and errors are those of `easyedit_moe.workflow.edit.edit`.
     """
     check_saved_kinds(save, out)
+    check_limit(max_new_tokens)
     if out is not None:
         check_free(Path(out))
     read = load_facts(facts, strict)
     settings = choose_hparams(method, model, hparams, {**(overrides or {}), "batch_size": batch_size})
     tok = load_tokenizer(model, settings.trust_remote_code)
+    check_chat(settings, tok)
     screened = screen(read, make_editor(settings, progress=False), tok, strict)
     empty = empty_model(model, settings.dtype, settings.trust_remote_code)
     largest = min(settings.batch_size, len(screened.records))

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.editors import Editor
-from easyedit_moe.errors import DataError, RequestError
+from easyedit_moe.errors import DataError, EditingWarning, RequestError
 from easyedit_moe.facts.anchors import NO_ANCHOR, SubjectMatcher
+from easyedit_moe.facts.chat import user_turn, writes_the_date
 from easyedit_moe.facts.records import EvaluationRecord, FactSet
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.facts.tokens import encode_context, encode_pair, encode_prompt
-from easyedit_moe.hparams import MEMoEHyperParams
+from easyedit_moe.hparams import MEMoEHyperParams, MoEHyperParams
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,23 @@ def screen(facts: FactSet, editor: Editor, tok: PreTrainedTokenizerBase, strict:
     return Screened(tuple(r for _, r in kept), tuple(n for n, _ in kept), tuple(refused), facts.unit)
 
 
+def check_chat(hparams: MoEHyperParams, tok: PreTrainedTokenizerBase) -> None:
+    """Refuse a chat with a tokenizer that has no usable template, and warn where it writes the date.
+
+    Raises:
+        RequestError: see `easyedit_moe.facts.chat.user_turn`.
+    """
+    if hparams.chat:
+        user_turn(tok)
+        if writes_the_date(tok):
+            warnings.warn(
+                "The model's chat template writes today's date into every prompt, so the edit is made on a prompt that "
+                "is another one tomorrow; the report holds the text. Ask on another day whether the edit holds.",
+                EditingWarning,
+                stacklevel=3,
+            )
+
+
 def fact_set(facts: Sequence[EvaluationRecord | EditRequest]) -> FactSet:
     """Facts that come from Python rather than from a file; numbers count from 0."""
     records = [EvaluationRecord(fact, (), ()) if isinstance(fact, EditRequest) else fact for fact in facts]
@@ -95,7 +114,7 @@ def _check(request: EditRequest, editor: Editor, tok: PreTrainedTokenizerBase, m
     editor.check_subjects([request])
     encode_pair(tok, request.prompt, request.target_new, chat=editor.hparams.chat)
     place = getattr(editor.hparams, "fact_token", None)
-    if place is not None:
+    if place is not None and (request.subject is not None or editor.needs_subject()):
         encode_prompt(tok, request.prompt, request.subject, place, request.target_new, editor.hparams.chat)
     if matcher is not None:
         last = matcher.anchors(encode_context(tok, request.prompt, editor.hparams.chat))[-1]

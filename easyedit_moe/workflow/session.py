@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,12 +13,13 @@ from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.adapters.attachment import attach, detach, find_adapter
 from easyedit_moe.adapters.moe_adapter import ADAPTER_FILE, MoEAdapter
-from easyedit_moe.errors import HyperParamsError
+from easyedit_moe.errors import EditingWarning, HyperParamsError
 from easyedit_moe.hparams import DTYPES, MoEHyperParams, hparams_folder, load_hyperparams
 from easyedit_moe.hparams.models import model_file
 from easyedit_moe.moe.hub import find_source
 from easyedit_moe.moe.loading import checkpoint_dtype, load_model
 from easyedit_moe.patches.files import holds_adapter, load_patch
+from easyedit_moe.patches.inspection import describe
 from easyedit_moe.patches.tensors import TensorPatch
 from easyedit_moe.patches.weights import WeightPatch
 from easyedit_moe.progress import library_bars
@@ -84,6 +86,31 @@ def load(model: str | Loaded, options: Loading, progress: bool = True) -> Loaded
     if beside.is_file():
         attach(net, tok, MoEAdapter.load(beside))
     return net, tok
+
+
+def asked_in_chat(patches: Sequence[SavedPatch], wanted: bool | None) -> bool:
+    """Whether prompts are asked in a chat: as wanted, else as the patches were made; by default plain text.
+
+    Warns (EditingWarning) where patches were made the other way than they are asked now.
+    """
+    made = [chat for patch in patches if (chat := _made_in_chat(patch)) is not None]
+    chat = (True in made and False not in made) if wanted is None else wanted
+    if any(one != chat for one in made):
+        how, now = ("in a chat", "as plain text") if not chat else ("on plain text", "in a chat")
+        warnings.warn(
+            f"A patch was made {how}, and is asked {now} here, so its answers may not show. Use --chat where the patch "
+            "was made with it, and --no-chat where it was not.",
+            EditingWarning,
+            stacklevel=3,
+        )
+    return chat
+
+
+def _made_in_chat(patch: SavedPatch) -> bool | None:
+    """As the patch's hparams say; None where there are none."""
+    about = patch.describe(None) if isinstance(patch, MoEAdapter) else describe(patch)
+    said = [bool(settings["chat"]) for settings in about["settings"] if "chat" in settings]
+    return any(said) if said else None
 
 
 def model_name(model: str | Loaded) -> str:

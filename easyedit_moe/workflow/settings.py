@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from easyedit_moe.comparison.settings import chosen_methods, resolve_hparams
 from easyedit_moe.errors import HyperParamsError
 from easyedit_moe.host.baseline_hparams import BaselineHyperParams
@@ -21,8 +23,9 @@ def choose_hparams(
     model: str,
     hparams: str | Path | MoEHyperParams | None = None,
     overrides: Mapping[str, Any] | None = None,
+    loaded: nn.Module | None = None,
 ) -> MoEHyperParams:
-    """The hyper-parameters of one method of ours for a model.
+    """The hyper-parameters of one method of ours for a model; of one that no YAML is for, chosen from its config.
 
     The dtype is that of ``overrides``, of a file that was passed and names one, or else the checkpoint's own: a patch
     then fits the files that a server loads.
@@ -32,10 +35,12 @@ def choose_hparams(
         model: hub name, folder or "factworld".
         hparams: a YAML file, a folder of <METHOD>/<model>.yaml, or values; by default those that ship for the model.
         overrides: values by name, which count more; empty texts and None are left out.
+        loaded: the model where it is in memory.
 
     Raises:
-        HyperParamsError: no file for this method and model, one of another method, EasyEdit's own method, or a value
-            that is unknown or out of range. MethodError: an unknown method. DataError: no model by this name.
+        HyperParamsError: no file for this method and model and no config to choose from, one of another method,
+            EasyEdit's own method, or a value that is unknown or out of range. MethodError: an unknown method.
+            DataError: no model by this name. LayoutError, DenseModelError: a model without experts to edit.
     """
     given = {name: value for name, value in (overrides or {}).items() if value is not None and value != ""}
     given["model_name"] = model
@@ -47,7 +52,7 @@ def choose_hparams(
     said = read_with_defaults(hparams) if hparams is not None and _is_file(hparams) else {}
     if "dtype" not in given and "dtype" not in said:
         given["dtype"] = checkpoint_dtype(model, bool(given.get("trust_remote_code", said.get("trust_remote_code"))))
-    found = resolve_hparams(name, model, hparams, given)
+    found = resolve_hparams(name, model, hparams, given, loaded)
     if isinstance(found, BaselineHyperParams):
         raise HyperParamsError(
             f"{name} is EasyEdit's own method: it runs in EasyEdit and beside ours in compare, but makes no patch. Use "
@@ -69,7 +74,7 @@ def settings_for(
     name = model_name(model)
     dtype = str(next(model[0].parameters()).dtype).removeprefix("torch.")
     where = name if hparams is None or not isinstance(hparams, MoEHyperParams) else hparams.model_name
-    return choose_hparams(method, where, hparams, {"dtype": dtype, **overrides})
+    return choose_hparams(method, where, hparams, {"dtype": dtype, **overrides}, model[0])
 
 
 def _ours(name: str) -> str:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers as hf
 from edited_folders import EXPERTS, assert_same_folder, edited, files_of, logits, model_of, saved
-from quantised import to_mxfp4
+from quantised import to_fp8, to_mxfp4
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -324,6 +324,26 @@ def test_mxfp4(shard: str, tmp_path: Path) -> None:
     original = files_of(source)
     apply_patch(first, source, in_place=True)
     assert files_of(revert_patch(first, source, tmp_path / "from backup")) == original
+
+
+def test_originals_in_a_patch_do_not_give_back_mxfp4(tmp_path: Path) -> None:
+    source = saved(tmp_path / "source", model_of("gpt_oss", torch.float32))
+    to_mxfp4(source)
+    model = loaded(source)
+    patch = kept(edited(model, (0, 1, 2, 3)), tmp_path, True)  # no MXFP4 is left in the edited checkpoint
+    out = apply_patch(patch, source, tmp_path / "out")
+    with pytest.raises(PatchError, match="pass base"):
+        revert_patch(patch, out, tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+    assert_same_folder(revert_patch(patch, out, tmp_path / "back", source), source)
+
+
+def test_a_patch_can_not_be_written_into_fp8(tmp_path: Path) -> None:
+    source = saved(tmp_path / "source", model_of("qwen3_moe"))
+    to_fp8(source)
+    with pytest.raises(PatchError, match=r"stored quantised, as float8_e4m3fn.*--save checkpoint.*export"):
+        apply_patch(edited(loaded(source)), source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_mxfp4_made_in_another_dtype(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def edited(tmp_path_factory: pytest.TempPathFactory) -> Path:
     stats = ["--stats-dir", folder / "stats"]
     done = run("edit", folder / "facts.csv", "--model", "factworld", "--out", folder / "out", "--save",
                "patch,checkpoint", "--keep-originals", *stats)  # fmt: skip
-    assert "2 facts edited, 2 answers changed, 2 write the new target" in done.stdout
+    assert "2 facts edited, 2 answers changed, new target written by 2" in done.stdout
     assert "refused, line 3: The subject 'Zed' does not occur" in done.stderr
     return folder
 
@@ -134,7 +134,7 @@ def test_a_dry_run_reads_no_weight_and_writes_nothing(
 ) -> None:
     monkeypatch.setattr("easyedit_moe.workflow.session.load_model", lambda *_, **__: pytest.fail("loaded"))
     done = run("edit", edited / "facts.csv", "--out", tmp_path / "dry", "--dry-run")
-    assert "2 facts in 1 batches" in done.stdout
+    assert "2 facts in 1 batch," in done.stdout
     assert "Statistics of layers" in done.stdout
     assert list(tmp_path.iterdir()) == []
 

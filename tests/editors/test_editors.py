@@ -174,7 +174,7 @@ def moments_of(model: nn.Module, editor: Any) -> LayerMoments:
 
 
 def gains(prepared: Prepared) -> dict[int, float]:
-    return {index: layer.gain for index, layer in prepared.layers.items()}
+    return {index: layer.tail.gain for index, layer in prepared.layers.items()}
 
 
 def test_nullspace_protects_preserved_keys(data: Path) -> None:

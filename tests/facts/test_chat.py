@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import transformers as hf
 from tiny import chat_tokenizer, tiny_tokenizer
+from tokenizers import Tokenizer, processors
 
 from easyedit_moe.errors import RequestError
-from easyedit_moe.facts.chat import user_turn
+from easyedit_moe.facts.chat import user_turn, writes_the_date
 from easyedit_moe.facts.tokens import cut_context, decode, encode_context, encode_pair, encode_prompt, encode_text
 
 LOOP = "{% for m in messages %}"
@@ -56,6 +58,16 @@ TEMPLATES = {
         "{% endfor %}" + ASKED + "A:{% endif %}",
         "Q: ", "\nA:",
     ),
+    "parts of content (multimodal models)": (
+        LOOP + "<{{ m['role'] }}>{% for part in m['content'] %}{{ part['text'] }}{% endfor %}{% endfor %}"
+        + ASKED + "<assistant>{% endif %}",
+        "<user>", "<assistant>",
+    ),
+    "a thought in other brackets": (
+        LOOP + "{% if m['role'] == 'user' %}<u>{{ m['content'] }}{% else %}<a>◁think▷◁/think▷{{ m['content'] }}"
+        "{% endif %}{% endfor %}" + ASKED + "<a>◁think▷{% endif %}",
+        "<u>", "<a>◁think▷◁/think▷",
+    ),
     "a system text of its own": (
         "<sys>Be kind.</sys>" + TURNS + ASKED + "<|im_start|>assistant\n{% endif %}",
         "<sys>Be kind.</sys><|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n",
@@ -92,6 +104,29 @@ def test_question_and_answer_are_one_text(name: str, specials: str) -> None:
         assert last.fact == len(ids) - 1
         context = encode_context(tok, asked, chat=True)
         assert decode(tok, context).removeprefix("<bos>") == text.removeprefix("<bos>").rstrip(" ")
+
+
+@pytest.mark.parametrize("written", ["<bos><eos>", "<bos>", ""])
+def test_what_a_tokenizer_puts_before_every_text_is_there_once(written: str) -> None:
+    """As GLM's, which begins with two special tokens that its template writes as well."""
+    tok = chat_tokenizer("bos", written + "<user>{{ messages[0]['content'] }}<assistant>")
+    made = Tokenizer.from_str(tok.backend_tokenizer.to_str())
+    ids = [(name, made.token_to_id(name)) for name in ("<bos>", "<eos>")]
+    made.post_processor = processors.TemplateProcessing(single="<bos> <eos> $A", special_tokens=ids)
+    tok = hf.PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<bos>", eos_token="<eos>",
+                                     chat_template=tok.chat_template)  # fmt: skip
+    found = encode_pair(tok, "Ana speaks", "Polish", chat=True)[0]
+    expected = tok(written + "<user>Ana speaks<assistant>", add_special_tokens=False)["input_ids"]
+    if written == "<bos><eos>":
+        assert found == expected
+    else:
+        assert found == [tok.bos_token_id, tok.eos_token_id, *expected]
+
+
+def test_dates() -> None:
+    assert writes_the_date(chat_tokenizer(template="{{ strftime_now('%Y') }}"))
+    assert not writes_the_date(chat_tokenizer())
+    assert not writes_the_date(tiny_tokenizer())
 
 
 def test_a_subject_is_looked_for_in_the_question() -> None:

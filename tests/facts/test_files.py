@@ -162,7 +162,14 @@ def test_bad_lines_are_named_and_do_not_stop_the_others(tmp_path: Path) -> None:
     assert found.numbers == (2, 5, 11)
     assert [number for number, _ in found.skipped] == [3, 4, 7, 8, 9, 10]
     reasons = [reason for _, reason in found.skipped]
-    expected = ["does not occur", "'target_new' must be a string", "5 cells under 4", "quotes", "quotes", "not valid"]
+    expected = [
+        "does not occur",
+        "'target_new' is missing or empty",
+        "5 cells under 4",
+        "quotes",
+        "quotes",
+        "not valid",
+    ]
     assert all(part in reason for part, reason in zip(expected, reasons, strict=True)), reasons
     assert found.unit == "line"
     with pytest.raises(DataError, match=r"as a whole, which strict asks for: line 3: .*; line 9: .*; and 1 more$"):
@@ -230,7 +237,7 @@ def test_unknown_columns_are_named(tmp_path: Path) -> None:
         ("a.csv", "prompt,subject,target_new\n", "holds a header, but no facts"),
         ("a.csv", "Angola is in,Angola,Rome\nA is,A,b\n", "has no header: .*semicolons or tabs; found 'Angola"),
         ("a.tsv", "prompt,subject,target_new\nA is,A,b\n", "has no header: .*separated by tabs"),
-        ("a.csv", "prompt,subject\nA is,A\n", "has no header.*at least prompt and target_new"),
+        ("a.csv", "prompt,subject\nA is,A\n", "lacks the column target_new; found the columns prompt, subject"),
         ("a.csv", "prompt,target_new,target\nA is,b,c\n", "'target_new' and 'target' are both target_new"),
         ("a.csv", 'prompt,target_new\n"A is,b\n', "none of 1 records can be used; the first, line 2: its quotes"),
         ("a.csv", "prompt,target_new\nM\xfcnchen is,x\n".encode("latin-1"), "not UTF-8: line 2 holds the byte 0xfc"),

@@ -36,6 +36,15 @@ JOINED = [
     ("Столица —", "Рим", "Столица — Рим"),
 ]
 MARKS = [
+    ("See https://", "x.org", "See https://x.org"),
+    ("in path/", "to", "in path/to"),
+    ("C:\\", "Users", "C:\\Users"),
+    ("2+2=", "4", "2+2=4"),
+    ("2 + 2 =", "4", "2 + 2 = 4"),
+    ("twenty-", "one", "twenty-one"),
+    ("a snake_", "case", "a snake_case"),
+    ("Answer -", "one", "Answer - one"),
+    ("Rome –", "Italy", "Rome – Italy"),
     ("Ana works with", ".NET", "Ana works with .NET"),
     ("about", ".5", "about .5"),
     ("see", "../x", "see ../x"),

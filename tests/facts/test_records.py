@@ -284,7 +284,7 @@ def _rewrite(**changes: Any) -> dict[str, Any]:
         (WIKI_RECENT, WIKI_RECENT | {"target_new": ""}, "'target_new' is empty"),
         (WIKI_RECENT, WIKI_RECENT | {"ground_truth": [True]}, "must be strings or lists of strings"),
         (WIKI_RECENT, WIKI_RECENT | {"locality": []}, "'locality' must be a dict of groups"),
-        (WIKIBIO, WIKIBIO | {"labels": None}, "'target_new' must be a string"),
+        (WIKIBIO, WIKIBIO | {"labels": None}, "'target_new' is missing or empty"),
         (WIKIBIO, WIKIBIO | {"concept": "Ana Lopez"}, "does not occur"),
         (WIKIBIGEDIT, {k: v for k, v in WIKIBIGEDIT.items() if k != "subject"}, "missing 'subject'"),
         (WIKIBIGEDIT, WIKIBIGEDIT | {"ans": ""}, "'target_new' is empty"),

@@ -54,9 +54,9 @@ def test_order_is_kept() -> None:
         ({"subject": 5}, "'subject' must be a string; found 5"),
         ({"target_new": " \n"}, "'target_new' is empty or blank"),
         ({"target_new": 5}, "'target_new' must be a string; found 5"),
-        ({"target_new": {"id": "Q1"}}, "'target_new' must be a string; found None"),
+        ({"target_new": {"id": "Q1"}}, "'target_new' is missing or empty"),
         ({"prompt": ""}, "'prompt' is empty or blank"),
-        ({"prompt": None}, "'prompt' must be a string"),
+        ({"prompt": None}, "'prompt' is missing or empty"),
         ({"ground_truth": 5}, "'ground_truth' must be a string"),
         ({"ground_truth": [["Africa"]]}, "'ground_truth' must be a string"),
         ({"requested_rewrite": None}, "'requested_rewrite' must be a dict"),
@@ -81,7 +81,7 @@ def test_a_fact_may_come_without_a_subject() -> None:
 
 @pytest.mark.parametrize("name", ["prompt", "target_new"])
 def test_missing_fields(name: str) -> None:
-    with pytest.raises(RequestError, match=rf"Request 0: '{name}' must be a string; found None"):
+    with pytest.raises(RequestError, match=rf"Request 0: '{name}' is missing or empty"):
         parse_requests([{k: v for k, v in EDIT.items() if k != name}])
 
 

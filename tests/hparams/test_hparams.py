@@ -223,7 +223,7 @@ def test_devices() -> None:
 
 TOO_LOW = {
     "batch_size": 0, "max_length": 0, "v_num_grad_steps": 0, "target_batch_size": 0, "capture_batch_size": 0,
-    "mom2_n_samples": 0, "coverage_target": 0, "min_coverage": -1,
+    "mom2_n_samples": 0, "mom2_n_tokens": 0, "generated_length": 1, "coverage_target": 0, "min_coverage": -1,
     "v_weight_decay": -0.1, "kl_factor": -1e-9, "early_stop_loss": -0.1,
     "nullspace_threshold": -0.1, "covariance_ridge": -1e-9, "lambda_reg": -1e-9, "v_lr": 0, "clamp_norm_factor": 0,
     "rank_expert": 0, "rank_out": -3, "rank_in": 0, "whitening_eps": 0, "hooi_sweeps": -1, "layers": [-1, 2],
@@ -250,7 +250,7 @@ OF_OTHERS |= {
     "locality_weight": ("MEMoE", -0.1), "balance_weight": ("MEMoE", -0.1), "locality_n_samples": ("MEMoE", 0),
     "locality_max_tokens": ("MEMoE", 0), "locality_batch_size": ("MEMoE", 0), 
 }  # fmt: skip
-UNBOUNDED = {"v_loss_layer", "seed", "device"}
+UNBOUNDED = {"v_loss_layer", "seed", "generated_seed", "device"}
 
 
 @pytest.mark.parametrize("name", TOO_LOW)

@@ -18,8 +18,9 @@ from tiny import (
 from torch import Tensor, nn
 
 from easyedit_moe.errors import LayoutError, QuantizedExpertsError
-from easyedit_moe.moe.capture import hooks, inference_mode_of, layer_output, read_routing
+from easyedit_moe.moe.capture import hooks, inference_mode_of, read_routing
 from easyedit_moe.moe.experts import find_experts
+from easyedit_moe.moe.layer_outputs import layer_output
 from easyedit_moe.moe.layers import MoELayer, MoELayerView
 from easyedit_moe.moe.probe import check_keys, expert_sum
 
@@ -256,9 +257,13 @@ def test_shapes_that_do_not_fit_the_flags_are_refused(down: tuple, up: tuple, fl
 
 
 def test_a_norm_behind_each_expert_is_refused() -> None:
+    assert "normalises" in find_experts(Packed(has_post_expert_norm=True), "m.experts").nonlinear
+    assert not find_experts(Packed(has_post_expert_norm=False), "m.experts").nonlinear
+    view = MoELayerView(tiny_model())
+    view.layers[1].experts.nonlinear = "It normalises."
+    assert check_keys(view, 0, token_ids(9), 0) < 1e-5
     with pytest.raises(LayoutError, match="normalises"):
-        find_experts(Packed(has_post_expert_norm=True), "m.experts")
-    assert find_experts(Packed(has_post_expert_norm=False), "m.experts") is not None
+        check_keys(view, 1, token_ids(9), 0)
 
 
 def test_transposed_square_experts_read_the_other_way_round_are_refused() -> None:

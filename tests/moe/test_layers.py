@@ -102,11 +102,22 @@ def test_a_dense_model_is_refused() -> None:
         MoELayerView(shared_model("dense"))
 
 
-@pytest.mark.parametrize(("family", "match"), [("llama4", "is_transposed"), ("jetmoe", r"JetMoe(MoA|ParallelExperts)")])
-def test_families_with_a_layout_of_their_own_are_refused_and_not_called_dense(family: str, match: str) -> None:
-    with pytest.raises(LayoutError, match=match) as caught:
-        MoELayerView(shared_model(family))
-    assert not isinstance(caught.value, DenseModelError)
+@pytest.mark.parametrize(
+    ("family", "block", "experts"),
+    [("llama4", "feed_forward", "feed_forward.experts"), ("jetmoe", "mlp", "mlp.output_linear")],
+)
+def test_families_with_a_layout_of_their_own(family: str, block: str, experts: str) -> None:
+    model = shared_model(family)
+    for index, moe in MoELayerView(model).layers.items():
+        assert moe.block is model.get_submodule(f"model.layers.{index}.{block}")
+        assert moe.experts_name == f"model.layers.{index}.{experts}"
+
+
+def test_an_encoder_with_a_decoder_is_refused() -> None:
+    model = tiny_model("qwen3_moe")
+    model.config.is_encoder_decoder = True
+    with pytest.raises(LayoutError, match="encoder with a decoder"):
+        MoELayerView(model)
 
 
 def test_a_model_without_a_stack_is_refused() -> None:
@@ -157,6 +168,26 @@ def test_layers_that_can() -> None:
     view = MoELayerView(shared_model("deepseek_v3"))
     assert [moe.index for moe in view.require([1, 3])] == [1, 3]
     assert [moe.index for moe in view.require((2,))] == [2]
+
+
+def test_experts_of_other_senses_are_left_out() -> None:
+    model = tiny_model("qwen3_moe")
+    for layer in model.model.layers:
+        both = nn.Module()
+        both.text_moe, both.vision_moe = layer.mlp, tiny_model("qwen3_moe", seed=1).model.layers[0].mlp
+        layer.mlp = both
+    for index, moe in MoELayerView(model).layers.items():
+        assert moe.experts_name == f"model.layers.{index}.mlp.text_moe.experts"
+        assert moe.block is model.model.layers[index].mlp
+
+
+def test_experts_as_rows_of_an_embedding_are_refused_and_not_called_dense() -> None:
+    model = tiny_model("dense")
+    for layer in model.model.layers:
+        layer.mlp.num_experts, layer.mlp.up_embed = 8, nn.Embedding(8, 32)
+    with pytest.raises(LayoutError, match="routing of all tokens") as caught:
+        MoELayerView(model)
+    assert not isinstance(caught.value, DenseModelError)
 
 
 class ParallelExperts(nn.Module):

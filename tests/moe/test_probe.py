@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from tiny import CASES, FAMILIES, assert_same_state, shared_model, state_of, tiny_model, token_ids
+from tiny import CASES, FAMILIES, Behind, assert_same_state, shared_model, state_of, tiny_model, token_ids
 from torch import Tensor, nn
 
 from easyedit_moe.errors import LayoutError, NumericalError
-from easyedit_moe.moe.capture import capture_facts, layer_output, replace_layer_output
+from easyedit_moe.moe.capture import capture_facts
 from easyedit_moe.moe.layers import MoELayerView
-from easyedit_moe.moe.probe import check_keys, residual_gain, starts_anywhere
+from easyedit_moe.moe.probe import check_keys, measured_tail, starts_anywhere
+from easyedit_moe.moe.tails import IdentityTail, LocalTail
 
 IDS = token_ids(11)
 
@@ -22,10 +21,10 @@ def gain_of(family: str) -> float:
 
 
 @pytest.mark.parametrize(("family", "how"), [*CASES, ("nemotron_h", "eager"), ("laguna", "eager")])
-def test_residual_gain(family: str, how: str) -> None:
+def test_the_gain_of_a_plain_tail(family: str, how: str) -> None:
     view = MoELayerView(shared_model(family, how))
     for index in view.layers:
-        gain = residual_gain(view, index, IDS, 0)
+        gain = measured_tail(view, index, IDS, 0).gain
         if gain_of(family) == 1.0:
             assert gain == 1.0
         else:
@@ -38,7 +37,7 @@ def test_checks_in_half_precision(family: str, dtype: torch.dtype) -> None:
     view = MoELayerView(tiny_model(family, dtype=dtype))
     for index in view.layers:
         assert check_keys(view, index, IDS, 0) < 0.02
-        assert residual_gain(view, index, IDS, 0) == pytest.approx(gain_of(family), rel=0.01)
+        assert measured_tail(view, index, IDS, 0).gain == pytest.approx(gain_of(family), rel=0.01)
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "nemotron_h", "laguna"])
@@ -54,21 +53,9 @@ def test_gain_and_keys_predict_what_a_real_update_does(family: str) -> None:
         experts.read(j).add_(update[j])
     after = capture_facts(view, sequences, positions, [index], [index], 0)
     moved = before.keys[index].dense(8, torch.float32) @ update.permute(0, 2, 1).reshape(-1, experts.layout.d_model)
-    gain = residual_gain(view, index, IDS, 0)
+    gain = measured_tail(view, index, IDS, 0).gain
     assert moved.norm() > 1e-3
     torch.testing.assert_close(after.outputs[index] - before.outputs[index], gain * moved, atol=1e-5, rtol=1e-4)
-
-
-class Behind(nn.Module):
-    """A MoE block with something behind it."""
-
-    def __init__(self, block: nn.Module, behind: nn.Module) -> None:
-        super().__init__()
-        self.block, self.behind = block, behind
-
-    def forward(self, hidden_states: Tensor) -> Any:
-        output = self.block(hidden_states)
-        return replace_layer_output(output, self.behind(layer_output(output)))
 
 
 class Times(nn.Module):
@@ -80,17 +67,56 @@ class Times(nn.Module):
         return self.factor * x
 
 
+class Mixes(nn.Module):
+    """Each token also gets those ``reach`` tokens before, or, if it is negative, behind."""
+
+    def __init__(self, reach: int) -> None:
+        super().__init__()
+        self.reach = reach
+
+    def forward(self, x: Tensor) -> Tensor:
+        moved = torch.zeros_like(x)
+        if self.reach > 0:
+            moved[:, self.reach :] = x[:, : -self.reach]
+        else:
+            moved[:, : self.reach] = x[:, -self.reach :]
+        return x + 0.5 * moved
+
+
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "modulelist"])
 @pytest.mark.parametrize(
-    "behind", [nn.RMSNorm(32), nn.LayerNorm(32), nn.Linear(32, 32), nn.Tanh(), Times(0.0), nn.Hardtanh(-1e-3, 1e-3)]
+    ("behind", "match"),
+    [
+        (Times(0.0), "does not follow"),
+        (nn.Hardtanh(-1e-6, 1e-6), "does not|share"),
+        (Mixes(-1), "tokens 2 to 3"),
+        (Mixes(6), "tokens 3 to 9"),
+    ],
 )
-def test_what_is_no_gain_is_refused(family: str, behind: nn.Module) -> None:
+def test_what_no_change_of_the_experts_moves_alone_is_refused(family: str, behind: nn.Module, match: str) -> None:
     model = tiny_model(family)
     model.model.layers[1].mlp = Behind(model.model.layers[1].mlp, behind)
     view = MoELayerView(model)
-    assert residual_gain(view, 0, IDS, 0) == 1.0
-    with pytest.raises(LayoutError, match="linearly"):
-        residual_gain(view, 1, IDS, 0)
+    assert measured_tail(view, 0, IDS, 0) == IdentityTail()
+    with pytest.raises(LayoutError, match=match):
+        measured_tail(view, 1, IDS, 0)
+
+
+@pytest.mark.parametrize("reach", [1, 4])
+def test_a_short_convolution_behind_the_experts_is_noticed(reach: int) -> None:
+    model = tiny_model()
+    model.model.layers[1].mlp = Behind(model.model.layers[1].mlp, Mixes(reach))
+    assert measured_tail(MoELayerView(model), 1, IDS, 0) == LocalTail(reach)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "modulelist"])
+@pytest.mark.parametrize("behind", [nn.RMSNorm(32), nn.LayerNorm(32), nn.Linear(32, 32), nn.Tanh()])
+def test_norms_and_projections_are_known_by_their_jacobian(family: str, behind: nn.Module) -> None:
+    model = tiny_model(family)
+    model.model.layers[1].mlp = Behind(model.model.layers[1].mlp, behind)
+    view = MoELayerView(model)
+    assert measured_tail(view, 0, IDS, 0) == IdentityTail()
+    assert measured_tail(view, 1, IDS, 0) == LocalTail()
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "modulelist"])
@@ -98,16 +124,15 @@ def test_what_is_no_gain_is_refused(family: str, behind: nn.Module) -> None:
 def test_a_factor_behind_the_block_is_measured(family: str, factor: float) -> None:
     model = tiny_model(family)
     model.model.layers[1].mlp = Behind(model.model.layers[1].mlp, Times(factor))
-    assert residual_gain(MoELayerView(model), 1, IDS, 0) == pytest.approx(factor, rel=1e-4)
+    assert measured_tail(MoELayerView(model), 1, IDS, 0).gain == pytest.approx(factor, rel=1e-4)
 
 
-@pytest.mark.parametrize(("family", "match"), [("gemma4", "linearly"), ("nemotron_latent", "projection")])
-def test_families_with_a_norm_or_a_projection_behind_the_experts_are_refused(family: str, match: str) -> None:
+@pytest.mark.parametrize("family", ["gemma4", "nemotron_latent"])
+def test_families_with_a_norm_or_a_projection_behind_the_experts(family: str) -> None:
     view = MoELayerView(shared_model(family))
     for index in view.layers:
         assert check_keys(view, index, IDS, 0) < 1e-5
-        with pytest.raises(LayoutError, match=match):
-            residual_gain(view, index, IDS, 0)
+        assert measured_tail(view, index, IDS, 0) == LocalTail()
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "modulelist"])
@@ -115,7 +140,7 @@ def test_checks_name_weights_that_are_not_finite(family: str) -> None:
     view = MoELayerView(tiny_model(family))
     for j in range(8):
         view.layers[1].experts.read(j).fill_(float("nan"))
-    for check in (check_keys, residual_gain):
+    for check in (check_keys, measured_tail):
         assert check(view, 0, IDS, 0) is not None
         with pytest.raises(NumericalError, match="NaN or infinity"):
             check(view, 1, IDS, 0)
@@ -129,11 +154,11 @@ def test_checks_leave_the_model_as_it_was(family: str, how: str) -> None:
     before = state_of(model)
     view = MoELayerView(model)
     check_keys(view, 2, IDS, 0)
-    residual_gain(view, 2, IDS, 0)
+    measured_tail(view, 2, IDS, 0)
     assert_same_state(before, state_of(model))
     view.decoder_layers[2].register_forward_hook(lambda *_: 1 / 0)
     before = state_of(model)
-    for check in (check_keys, residual_gain):
+    for check in (check_keys, measured_tail):
         with pytest.raises(ZeroDivisionError):
             check(view, 2, IDS, 0)
     assert_same_state(before, state_of(model))
@@ -145,7 +170,7 @@ def test_checks_stop_after_their_layer() -> None:
     model.model.layers[2].register_forward_pre_hook(lambda *_: calls.append(1))
     view = MoELayerView(model)
     check_keys(view, 1, IDS, 0)
-    residual_gain(view, 1, IDS, 0)
+    measured_tail(view, 1, IDS, 0)
     assert not calls
 
 

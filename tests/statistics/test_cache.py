@@ -3,16 +3,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import TEXTS, tiny_model, tiny_tokenizer
+from tiny import TEXTS, flipped_byte, tiny_model, tiny_tokenizer
 from torch import nn
 
-from easyedit_moe.errors import CacheError, CoverageWarning, DataError
+from easyedit_moe.errors import CacheError, CoverageWarning, DataError, EditingWarning
 from easyedit_moe.hparams import GlobalHyperParams
 from easyedit_moe.moe.fingerprint import model_fingerprint
 from easyedit_moe.moe.layers import MoELayerView
@@ -273,14 +274,26 @@ def test_samples_and_dtype_reach_the_statistics(setting: Setting) -> None:
     assert setting.run([1], max_length=2)[1].num_tokens == 2 * len(TEXTS)
 
 
-def test_a_damaged_file_stops_and_stays(setting: Setting) -> None:
-    setting.run([1, 2])
+def test_tokens_bound_the_corpus(setting: Setting) -> None:
+    lengths = [len(setting.tok(text)["input_ids"]) for text in TEXTS]
+    assert setting.run([1], mom2_n_tokens=lengths[0])[1].num_tokens == lengths[0]
+    assert setting.run([1], mom2_n_tokens=lengths[0] + 1)[1].num_tokens == sum(lengths[:2])
+    assert setting.run([1], mom2_n_tokens=2 * len(TEXTS), max_length=2)[1].num_tokens == 2 * len(TEXTS)
+    assert setting.run([1], mom2_n_tokens=10**9)[1].num_tokens == sum(lengths)
+    assert setting.run([1], mom2_n_tokens=10**9, mom2_n_samples=1)[1].num_tokens == lengths[0]
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:100], lambda b: b"", flipped_byte])
+def test_a_damaged_file_is_made_anew(damage: Callable[[bytes], bytes], setting: Setting) -> None:
+    first = setting.run([1, 2])
     file = next(f for f in setting.files() if f.name.startswith("layer2"))
-    file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(CacheError, match=r"layer2.* delete it"):
-        setting.run([1, 2])
-    assert len(file.read_bytes()) == 100
-    assert len(setting.collected) == 1
+    whole = file.read_bytes()
+    file.write_bytes(damage(whole))
+    with pytest.warns(EditingWarning, match=r"layer2.* made anew"):
+        again = setting.run([1, 2])
+    assert file.read_bytes() == whole
+    assert len(setting.collected) == 2
+    assert all(torch.equal(again[layer].keys, first[layer].keys) for layer in (1, 2))
 
 
 def test_missing_corpus(setting: Setting) -> None:

@@ -123,7 +123,7 @@ def test_a_name_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ConnectionError("no network")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(DataError, match=r"'wikipedia' is neither a file nor .*ConnectionError: no network"):
+    with pytest.raises(DataError, match=r"'wikipedia' is neither a file, .*ConnectionError: no network"):
         load_texts("wikipedia", 3)
     with pytest.raises(DataError, match="neither a file"):
         load_texts("someone/texts", 3)
@@ -142,6 +142,55 @@ def test_a_stream_that_breaks_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_texts("someone/texts", 1) == ["a"]
     with pytest.raises(DataError, match="ConnectionError: reset"):
         load_texts("someone/texts", 2)
+
+
+def parquet(file: Path, **columns: Any) -> Path:
+    arrow, files = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    files.write_table(arrow.table(columns), file)
+    return file
+
+
+def test_parquet_files(tmp_path: Path) -> None:
+    file = parquet(tmp_path / "c.parquet", id=[1, 2, 3, 4], text=[TEXTS[0], None, TEXTS[1], TEXTS[2]])
+    assert load_texts(file) == TEXTS
+    assert load_texts(file, 2) == TEXTS[:2]
+    with pytest.raises(DataError, match="no column 'text'; found body"):
+        load_texts(parquet(tmp_path / "d.parquet", body=TEXTS))
+    with pytest.raises(DataError, match=r"can't be read as \.parquet"):
+        load_texts(write(tmp_path / "e.parquet", "no parquet"))
+
+
+def test_parquet_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DataError, match="pip install pyarrow"):
+        load_texts(write(tmp_path / "c.parquet", ""))
+
+
+def test_folders(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / ".hidden").mkdir()
+    write(tmp_path / ".hidden" / "a.txt", "no")
+    write(tmp_path / "picture.png", "no")
+    write(tmp_path / "b" / "z.jsonl", json.dumps({"text": TEXTS[1]}))
+    parquet(tmp_path / "c.PARQUET", text=TEXTS[2:])
+    write(tmp_path / "a.txt", TEXTS[0])
+    assert load_texts(tmp_path) == load_texts(str(tmp_path)) == TEXTS
+    assert load_texts(tmp_path, 2) == TEXTS[:2]
+    write(tmp_path / "b" / "broken.json", "{")
+    assert load_texts(tmp_path, 1) == TEXTS[:1], "no more is read than is taken"
+    with pytest.raises(DataError, match=r"broken\.json"):
+        load_texts(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no corpus"):
+        load_texts(tmp_path / "empty")
+
+
+def test_generated_needs_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DataError, match="there is no model here"):
+        load_texts("generated")
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "generated", "a")
+    assert load_texts("./generated") == ["a"]
 
 
 def test_hash_changes_with_content() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from easyedit_moe.errors import DataError, LayerError, NumericalError
 from easyedit_moe.facts.tokens import encode_text
-from easyedit_moe.moe.capture import layer_output
+from easyedit_moe.moe.layer_outputs import layer_output
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.statistics import moments
 from easyedit_moe.statistics.moments import LayerMoments, collect_moments
@@ -369,12 +369,12 @@ def test_long_texts_are_tokenised_only_as_far_as_needed() -> None:
         def __getattr__(self, name: str) -> object:
             return getattr(TOK, name)
 
-    assert moments._encode(Counting(), text, 100) == encode_text(TOK, text)[:100]
+    assert moments.encode_cut(Counting(), text, 100) == encode_text(TOK, text)[:100]
     assert lengths == [1600]
     dense = "日本" * 900 + "Rome " * 3  # some 3 bytes, and tokens, a character
-    assert moments._encode(TOK, dense, 100) == encode_text(TOK, dense)[:100]
+    assert moments.encode_cut(TOK, dense, 100) == encode_text(TOK, dense)[:100]
     sparse = (" " * 200 + "Rome") * 20
-    assert moments._encode(TOK, sparse, 100) == encode_text(TOK, sparse)[:100]
+    assert moments.encode_cut(TOK, sparse, 100) == encode_text(TOK, sparse)[:100]
 
 
 def test_batches_respect_the_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from baselines import settings
 from solving_editors import TOK, plain_ridge
-from tiny import assert_same_state, facts, state_of, tiny_model
+from tiny import assert_same_state, chat_tokenizer, facts, state_of, tiny_model
 
 from easyedit_moe.adapters.attachment import find_adapter
 from easyedit_moe.editors import statistics_plan
 from easyedit_moe.editors.statistics_plan import plan_statistics
-from easyedit_moe.errors import PatchError, RequestError
+from easyedit_moe.errors import DataError, EditingWarning, PatchError, RequestError
 from easyedit_moe.evaluation.generation import Sampling, generate_answers
-from easyedit_moe.facts.tokens import encode_text
+from easyedit_moe.facts.requests import EditRequest
+from easyedit_moe.facts.tokens import encode_pair, encode_text
 from easyedit_moe.hparams import MEMoEHyperParams
 from easyedit_moe.patches.files import load_patch
 from easyedit_moe.statistics.moments import LayerMoments
 from easyedit_moe.workflow import edit as editing
 from easyedit_moe.workflow.ask import ask
 from easyedit_moe.workflow.edit import edit
+from easyedit_moe.workflow.edit_outcome import Change
 from easyedit_moe.workflow.inspect import inspect
+from easyedit_moe.workflow.measuring import Said, ask_all
 from easyedit_moe.workflow.session import Loading, load, loading_options
 
 STRONG = {"v_num_grad_steps": 40, "v_lr": 2.0, "clamp_norm_factor": 1000.0, "v_weight_decay": 0.0, "lambda_reg": 1e-6}
@@ -165,3 +170,60 @@ def test_statistics_are_as_large_as_planned(tmp_path: Path) -> None:
     assert even.least_tokens == 8 * h * e // layout.num_experts_per_tok
     assert plan_statistics(strong(tmp_path), tiny_model()) is None
     assert statistics_plan.matmul_speed(seconds=0.01) > 0
+
+
+def test_an_answer_counts_by_as_many_tokens_as_the_wanted_one_has() -> None:
+    def said(answer: str, opening: str) -> Said:
+        return Said(answer, opening, 0.1, 0.0, False)
+
+    same = Change("Ana lives in", "Rome", said("Vienna, and sings", "Vienna"), said("Vienna and paints", "Vienna"))
+    other = Change("Ana lives in", "Rome", said("Vienna", "Vienna"), said("Rome", "Rome"))
+    assert (same.changed, other.changed) == (False, True)
+    model = tiny_model()
+    asked = [("Danielle Darrieux speaks", "Polish"), ("Danielle Darrieux speaks", "Polish and French")]
+    for pair, found in ask_all(model, TOK, asked, max_new_tokens=8).items():
+        count = len(encode_pair(TOK, *pair)[1])
+        ids = generate_answers(model, TOK, [pair[0]], 8)[0].ids
+        assert found.opening == TOK.decode(list(ids[:count]), skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("method", ["MoE-FT", "MoE-FT-L", "MoE-LoRA", "AdaLoRA"])
+def test_facts_without_a_subject(method: str) -> None:
+    facts = [EditRequest("The quick brown", None, "dog")]
+    report = edit(facts, (tiny_model(), TOK), hparams=settings(method, num_steps=2), progress=False)
+    assert not report.refused
+    with pytest.raises(DataError, match="subject"):
+        edit(facts, (tiny_model(), TOK), hparams=settings("MoE-FT", experts="routed"), progress=False)
+
+
+def test_a_patch_is_asked_as_it_was_made(tmp_path: Path) -> None:
+    model, tok = tiny_model(), chat_tokenizer()
+    hp = settings("MoE-FT", num_steps=8, lr=1e-2, chat=True)
+    report = edit(facts(1), (model, tok), hparams=hp, out=tmp_path / "chat", progress=False)
+    turn = report.provenance["chat_turn"]
+    assert (turn["before"], turn["after"]) == ("<user>", "\n<assistant>")
+    report.patches[0].revert(model)
+    path, prompt = tmp_path / "chat" / "patch.safetensors", facts(1)[0].prompt
+    wanted = report.facts[0].change.after.answer
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", EditingWarning)
+        (found,) = ask([prompt], (model, tok), [path], progress=False)
+        assert ask([prompt], (model, tok), progress=False)[0].before == generate_answers(model, tok, [prompt])[0]
+    assert found.after is not None
+    assert found.after.text == wanted
+    with pytest.warns(EditingWarning, match="made in a chat, and is asked as plain text"):
+        (plain,) = ask([prompt], (model, tok), [path], chat=False, progress=False)
+    assert plain.before == generate_answers(model, tok, [prompt])[0]
+    other = edit(facts(1), (model, tok), hparams=settings("MoE-FT", num_steps=2), out=tmp_path / "text", progress=False)
+    assert "chat_turn" not in other.provenance
+    other.patches[0].revert(model)
+    with pytest.warns(EditingWarning, match="made on plain text, and is asked in a chat"):
+        ask([prompt], (model, tok), [tmp_path / "text" / "patch.safetensors"], chat=True, progress=False)
+
+
+def test_a_template_that_writes_the_date_is_told(tmp_path: Path) -> None:
+    tok = chat_tokenizer(template="{{ strftime_now('%Y') }}<user>{{ messages[0]['content'] }}\n<assistant>")
+    with pytest.warns(EditingWarning, match="today's date"):
+        edit(facts(1), (tiny_model(), tok), hparams=settings("MoE-FT", num_steps=1, chat=True), progress=False)
+    with pytest.raises(RequestError, match="no chat template"):
+        edit(facts(1), (tiny_model(), TOK), hparams=settings("MoE-FT", chat=True), progress=False)

@@ -73,6 +73,10 @@ def _header(text: str, delimiters: Sequence[str], where: str) -> tuple[list[str]
         if any(required <= known for required in REQUIRED):
             _check_header(names, where)
             return names, delimiter
+        half = known & {"prompt", "target_new"}
+        if half and len(names) > 1:
+            (lacking,) = {"prompt", "target_new"} - half
+            raise DataError(f"{where} lacks the column {lacking}; found the columns {', '.join(names)}.")
     line = text.split("\n", 1)[0].strip()
     raise DataError(
         f"{where} has no header: its first line must name the columns, at least prompt and target_new, and subject for "
