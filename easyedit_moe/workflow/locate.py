@@ -270,7 +270,7 @@ def _job(
     progress: bool,
 ) -> _Job:
     method, path, overrides = chosen
-    hp, fitted = locate_hparams(model, method, path, overrides)
+    hp = locate_hparams(model, method, path, overrides)
     source = default_facts(model) if facts is None else facts
     records, protocol, left_out = _records(source)
     net, tok = load(model, Loading.of(hp), progress)
@@ -278,7 +278,7 @@ def _job(
     layers = list(settings.layers) or sorted(view.layers)
     view.require(layers)
     trial = {"statistics", "trial"} & set(settings.stages)
-    windows = windows_to_try(settings, layers, hp.layers if fitted else None, view.num_layers) if trial else []
+    windows = windows_to_try(settings, layers, hp.layers) if trial else []
     screened = screen(fact_set(records), make_editor(at_layers(hp, layers[-1:], None)), tok)
     skip = default_skip(source) if settings.skip is None else settings.skip
     usable = screened.records[skip:]

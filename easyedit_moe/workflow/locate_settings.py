@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,15 +12,11 @@ from easyedit_moe.comparison.settings import chosen_methods, resolve_hparams
 from easyedit_moe.errors import DataError, HyperParamsError
 from easyedit_moe.facts.records import NEUTRAL
 from easyedit_moe.host.baseline_hparams import BaselineHyperParams
-from easyedit_moe.hparams import GlobalHyperParams, MoEHyperParams, SolverHyperParams, hparams_folder
-from easyedit_moe.hparams.models import model_file
+from easyedit_moe.hparams import MoEHyperParams, SolverHyperParams
 from easyedit_moe.localisation.tracing import TraceSettings
 from easyedit_moe.localisation.windows import Window, candidate_windows, window_name
-from easyedit_moe.moe.loading import checkpoint_dtype
-from easyedit_moe.workflow.session import Loaded, model_name
+from easyedit_moe.workflow.session import Loaded
 from easyedit_moe.workflow.settings import DEFAULT_METHOD, settings_for
-
-logger = logging.getLogger(__name__)
 
 STAGES = ("routing", "tracing", "reachability", "statistics", "trial", "experts")
 """What can be measured, in the order in which it is; "statistics" gathers what trials need, layers together."""
@@ -89,44 +84,19 @@ def locate_hparams(
     method: str,
     hparams: str | Path | MoEHyperParams | None,
     overrides: Mapping[str, Any],
-) -> tuple[SolverHyperParams, bool]:
-    """The hyper-parameters of targets and trials, and whether their layers were chosen for this model.
-
-    A model that no YAML is for gets the defaults of Global, without statistics, so that a trial needs no corpus.
+) -> SolverHyperParams:
+    """The hyper-parameters of targets and trials; those of a model that no YAML is for are chosen from its config.
 
     Raises:
         HyperParamsError, MethodError, DataError: see `settings_for`; also a method that does not solve for experts.
     """
-    if hparams is None and _has_no_file(model_name(model), method or DEFAULT_METHOD):
-        return _solver(settings_for(model, "", _defaults(model, method, overrides), overrides)), False
-    if isinstance(model, str) and not isinstance(hparams, MoEHyperParams):
-        # As compare, and unlike edit, in the dtype that the YAML names, so that both give the same numbers.
-        given = {name: value for name, value in overrides.items() if value is not None and value != ""}
-        is_file = hparams is not None and Path(hparams).is_file()
-        name = method or (chosen_methods([], hparams)[0] if is_file else DEFAULT_METHOD)
-        return _solver(resolve_hparams(name, model, hparams, {**given, "model_name": model})), True
-    return _solver(settings_for(model, method, hparams, overrides)), True
-
-
-def _defaults(model: str | Loaded, method: str, overrides: Mapping[str, Any]) -> MoEHyperParams:
-    """For a model that no YAML is for; says so."""
-    name = model_name(model)
-    if method not in ("", DEFAULT_METHOD):
-        raise HyperParamsError(
-            f"There are no hparams for {method} on {name!r}. Pass --hparams with a file, or leave the method out: "
-            f"{DEFAULT_METHOD} is then tried with its defaults."
-        )
-    logger.warning(
-        "No hparams ship for %s: targets and trials use the defaults of %s, without statistics.", name, DEFAULT_METHOD
-    )
-    given: dict[str, Any] = {"alg_name": DEFAULT_METHOD, "layers": [0], "metric": "identity", "model_name": name}
-    if isinstance(model, str):
-        given |= {"device": "cpu", "dtype": checkpoint_dtype(model, bool(overrides.get("trust_remote_code")))}
-    return GlobalHyperParams.from_dict(given, "defaults")
-
-
-def _has_no_file(name: str, method: str) -> bool:
-    return model_file(hparams_folder() / method, name)[0] is None
+    if not isinstance(model, str) or isinstance(hparams, MoEHyperParams):
+        return _solver(settings_for(model, method, hparams, overrides))
+    # As compare, and unlike edit, in the dtype that the YAML names, so that both give the same numbers.
+    given = {name: value for name, value in overrides.items() if value is not None and value != ""}
+    is_file = hparams is not None and Path(hparams).is_file()
+    name = method or (chosen_methods([], hparams)[0] if is_file else DEFAULT_METHOD)
+    return _solver(resolve_hparams(name, model, hparams, {**given, "model_name": model}))
 
 
 def _solver(found: MoEHyperParams | BaselineHyperParams) -> SolverHyperParams:
@@ -151,17 +121,14 @@ def statistics_chunks(hparams: SolverHyperParams, windows: Sequence[Window]) -> 
     return [tuple(layers[start : start + TOGETHER]) for start in range(0, len(layers), TOGETHER)]
 
 
-def windows_to_try(
-    settings: LocateSettings, layers: Sequence[int], own: Sequence[int] | None, depth: int
-) -> list[Window]:
-    """The windows that are tried: evenly spread over the layers, and the hparams' own, ``own``, if they have one.
+def windows_to_try(settings: LocateSettings, layers: Sequence[int], own: Sequence[int]) -> list[Window]:
+    """The windows that are tried: evenly spread over the layers, and the hparams' own, ``own``.
 
     Raises:
         LayerError: a width that the layers do not have.
     """
-    usual = len(own) if own is not None else max(2, round(depth / 9))  # the papers' windows: 5 of 48, 3 of 24, 4 of 40
-    widths = settings.widths or tuple(width for width in dict.fromkeys((1, 2, usual)) if width <= len(layers))
+    widths = settings.widths or tuple(width for width in dict.fromkeys((1, 2, len(own))) if width <= len(layers))
     found = candidate_windows(layers, widths, settings.windows)
-    if own is not None and set(own) <= set(layers) and tuple(own) not in found:
+    if set(own) <= set(layers) and tuple(own) not in found:
         found = [tuple(own), *found[: settings.windows - 1]]
     return sorted(found, key=lambda window: (len(window), window_name(window)))

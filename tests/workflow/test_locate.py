@@ -18,6 +18,7 @@ from easyedit_moe.commands.locate import whole_numbers
 from easyedit_moe.comparison.compare import compare
 from easyedit_moe.comparison.settings import resolve_hparams
 from easyedit_moe.comparison.task import Task, load_task
+from easyedit_moe.editors.proposing import propose
 from easyedit_moe.errors import DataError, HyperParamsError, LayerError
 from easyedit_moe.facts.records import parse_records
 from easyedit_moe.facts.requests import EditRequest
@@ -217,8 +218,6 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="7 were asked for"):
         located(tmp_path, edits=7)
     loaded = (shared_model(), tiny_tokenizer())
-    with pytest.raises(HyperParamsError, match="no hparams for MoTE"):
-        locate(RECORDS, loaded, "MoTE")
     with pytest.raises(DataError, match="no fact is left"):
         locate([EditRequest("It is cold in", None, "Rome")], loaded, hparams=hparams(tmp_path), settings=settings())
     with pytest.raises(HyperParamsError, match="ROME has no target vectors"):
@@ -233,17 +232,20 @@ def test_refusals(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
 def test_a_model_without_hparams(family: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Neutral facts, Global's defaults and no corpus; dense layers are not measured."""
+    """Neutral facts, and hparams chosen from its config; dense layers are not measured."""
     layers = (0, 1, 2, 3) if family == "qwen3_moe" else (1, 2, 3)
     chosen = LocateSettings(edits=2, widths=(2,), windows=2, tracing=FEW)
     loaded = (tiny_model(family), tiny_tokenizer())
     with caplog.at_level(logging.WARNING):
-        found = locate(model=loaded, settings=chosen, overrides={"v_num_grad_steps": 1}, progress=False)
+        found = locate(
+            model=loaded, settings=chosen, overrides={"v_num_grad_steps": 1, "metric": "identity"}, progress=False
+        )
     assert "No hparams ship for" in caplog.text
     assert found.layers == layers
     assert found.measured.provenance["data"] == "neutral"
-    assert found.measured.provenance["hparams"]["metric"] == "identity"
-    assert len(found.measured.rows["trial"]) == 3
+    chosen_layers = found.measured.provenance["hparams"]["layers"]
+    assert chosen_layers == propose("", "Global", None, False, loaded[0]).hparams({}).layers
+    assert chosen_layers in [row["layers"] for row in found.measured.rows["trial"].values() if "layers" in row]
     assert found.measured.complete
 
 
@@ -259,13 +261,12 @@ def test_in_a_chat(tmp_path: Path) -> None:
 
 
 def test_windows_to_try() -> None:
-    assert windows_to_try(LocateSettings(), range(8), [0, 1, 2, 3], 8)[-1] == (4, 5, 6, 7)
-    found = windows_to_try(LocateSettings(windows=6), range(48), [3, 4, 5, 6, 7], 48)
+    assert windows_to_try(LocateSettings(), range(8), [0, 1, 2, 3])[-1] == (4, 5, 6, 7)
+    found = windows_to_try(LocateSettings(windows=6), range(48), [3, 4, 5, 6, 7])
     assert (3, 4, 5, 6, 7) in found
     assert len(found) == 6
-    for depth, width in ((48, 5), (24, 3), (40, 4)):  # the papers' windows
-        assert max(map(len, windows_to_try(LocateSettings(), range(depth), None, depth))) == width
-    assert windows_to_try(LocateSettings(), [5], None, 8) == [(5,)]
+    assert {len(window) for window in windows_to_try(LocateSettings(), range(24), [3, 4, 5])} == {1, 2, 3}
+    assert windows_to_try(LocateSettings(), [5], [0, 1]) == [(5,)]
 
 
 def test_whole_numbers() -> None:
@@ -294,7 +295,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "3",
         "--widths",
     ]
-    line += ["1", "--layers", "1-2", "--set", "v_num_grad_steps=2", "--out", "out"]
+    line += ["1", "--layers", "1-2", "--set", "v_num_grad_steps=2", "--set", "metric=identity", "--out", "out"]
     asked = CliRunner().invoke(app, [*line, "--estimate"])
     assert asked.exit_code == 0, asked.output
     assert "Expected: about" in asked.output
