@@ -32,8 +32,8 @@ def tune(
 ) -> None:
     """Try a few settings of a method on held-out records, and keep the best by utility.
 
-    Layers, lambda, null space, clamp and learning rate are varied one after the other. compare refuses to score the
-    result on the records that were used.
+    Lambda, the search of target vectors, null space, learning rate, steps and layers are varied one after the other.
+    compare refuses to score the result on the records that were used.
     """
     from easyedit_moe.workflow.tune import tune as run
 

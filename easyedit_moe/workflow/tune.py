@@ -23,6 +23,18 @@ from easyedit_moe.workflow.settings import choose_hparams
 
 Change = Mapping[str, Any]
 
+_FACTORS: Mapping[str, tuple[float, ...]] = {
+    "lambda_reg": (0.1, 10.0),
+    "v_num_grad_steps": (2,),
+    "v_lr": (2.0,),
+    "clamp_norm_factor": (0.5, 2.0, 4.0),
+    "lr": (0.3, 3.0),
+    "num_steps": (2,),
+    "optim_num_step": (2,),
+    "steps": (2,),
+}
+"""What a setting is multiplied by, one factor a trial."""
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -126,13 +138,13 @@ def tune(
 
 
 def axes(hparams: MoEHyperParams, num_layers: int, moe_layers: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
-    """What is tried for each axis, as changes to these hyper-parameters: layers, lambda, the null space, the clamp, and
-    learning rate and steps of methods that train. What defines the method is left alone.
+    """What is tried for each axis, as changes to these hyper-parameters: lambda, the search of target vectors, the null
+    space, and learning rate and steps of methods that train; then layers, which show a difference only where the rest
+    lets an edit through. What defines the method is left alone.
     """
     values, fixed = hparams.to_dict(), presets.METHODS[hparams.alg_name]
-    found = {"layers": [{"layers": window} for window in _windows(hparams.layers, num_layers, moe_layers)]}
-    for name, factors in (("lambda_reg", (0.1, 10.0)), ("clamp_norm_factor", (0.5, 2.0, 4.0)), ("lr", (0.3, 3.0)),
-                          ("num_steps", (2,)), ("steps", (2,))):  # fmt: skip
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name, factors in _FACTORS.items():
         if name in values:
             found[name] = [{name: _rounded(values[name] * factor)} for factor in factors if values[name]]
     if values.get("metric") == "nullspace":
@@ -142,6 +154,7 @@ def axes(hparams: MoEHyperParams, num_layers: int, moe_layers: Sequence[int]) ->
         if not relative:
             tried.append({"nullspace_threshold": 0.01, "nullspace_relative": True})
         found["null space"] = tried + ([] if "metric" in fixed else [{"metric": "identity"}])
+    found["layers"] = [{"layers": window} for window in _windows(hparams.layers, num_layers, moe_layers)]
     changed = {axis: [one for one in tried if not set(one) & set(fixed)] for axis, tried in found.items()}
     return {axis: tried for axis, tried in changed.items() if tried}
 
