@@ -96,8 +96,8 @@ def judge(family: str, tok: Any, methods: bool = True) -> Verdict:
         verdict.tail = ", ".join(sorted({named(tail) for tail in tails.values()}))
         last = verdict.layers[-1]
         verdict.within_reach, verdict.planned_error = planned_error(view, last, tails[last], tok)
-        for method in ("Global", "MoTE"):
-            edit_and_revert(model, tok, method, verdict.layers[-2:])
+        edit_and_revert(model, tok, "Global", verdict.layers[-2:])
+        edit_and_revert(model, tok, "MoTE", [last])
     except LayoutError as error:
         verdict.status, verdict.why = "refused", str(error)
         verdict.methods = [m for m in TRAINED if works(tiny_model(family), tok, m)] if methods else []
@@ -147,7 +147,7 @@ def hparams(method: str, layers: Sequence[int], **more: Any) -> Any:
     """Settings that need no statistics and little time."""
     values: dict[str, Any] = {"alg_name": method, "model_name": "tiny", "layers": list(layers), "dtype": "float32"}
     if method in ("Global", "MoTE"):
-        values |= {"metric": "identity", "mom2_dataset": "none.txt", "v_num_grad_steps": 2, "lambda_reg": 1e-3}
+        values |= {"metric": "identity", "mom2_dataset": "none.txt", "v_num_grad_steps": 1, "lambda_reg": 1e-3}
     if method == "MoTE":
         values |= {"rank_expert": 4, "rank_out": 8, "rank_in": 8, "whitening": "none"}
     return hyperparams_class(method).from_dict(values | more)

@@ -53,7 +53,7 @@ SIZES: dict[str, Any] = {
     "mamba_chunk_size": 16, "chunk_size": 16, "router_hidden_size": 16, "text_hidden_size": 32,
     "num_nextn_predict_layers": 0, "bos_token_id": 1, "eos_token_id": 0, "pad_token_id": 0,
     "decoder_start_token_id": 0, "depth": 1, "out_hidden_size": 32, "hidden_size_per_layer_input": 0,
-    "vocab_size_per_layer_input": VOCABULARY,
+    "vocab_size_per_layer_input": VOCABULARY, "projection_hidden_dim": 48, "projection_intermediate_size": 48,
 }  # fmt: skip
 """Small sizes by the name of a field; expert width 24 and hidden size 32 differ, so that a transposed matrix shows."""
 
@@ -76,6 +76,14 @@ PECULIAR: dict[str, dict[str, Any]] = {
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": _DENSE_FIRST}},
     "unlimited_ocr": {"text_config": {"mlp_layer_types": _DENSE_FIRST}},
     "ernie4_5_vl_moe": {"text_config": {"rope_parameters": {**_MROPE, "mrope_section": [1, 1, 2]}}},
+    "dots3_note": {
+        "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 16, "swa_kv_lora_rank": 16,
+        "swa_head_dim": 12, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8,
+    },
+    "muse_spark": {
+        "text_config": {"moe_hidden_size": 16},
+        "audio_config": {"hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1]},
+    },
     "glm4v_moe": {"text_config": {"rope_parameters": {**_MROPE, "partial_rotary_factor": 1.0}}},
     "glm5_next": {"text_config": {"qk_rope_head_dim": 0, "qk_head_dim": 8}},
     "longcat_flash": {"head_dim": 4, "zero_expert_num": 4},

@@ -166,7 +166,7 @@ def _nemotron_h(**more: object) -> hf.PretrainedConfig:
     )
 
 
-# Families with one peculiarity each; those after the blank line can't be edited.
+# Families with one peculiarity each.
 PECULIAR: dict[str, Callable[[], hf.PretrainedConfig]] = {
     "nemotron_h": _nemotron_h,  # experts without a gate projection
     "laguna": lambda: hf.LagunaConfig(  # the block scales the experts' sum

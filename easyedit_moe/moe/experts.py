@@ -28,7 +28,7 @@ _QUANTIZED_ADVICE = (
 
 NORM_BEHIND = (
     "{} normalises after each down-projection, so its output is not linear in the down-projections and no solver can "
-    "edit it."
+    "edit it. MoE-FT, MoE-LoRA and MEMoE, which train, need no such thing."
 )
 
 

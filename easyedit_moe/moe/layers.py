@@ -117,7 +117,7 @@ def _refuse_unknown_experts(stack_name: str, layers: nn.ModuleList) -> None:
             raise LayoutError(
                 f"{name} ({type(module).__name__}) keeps each expert as one row of an embedding and mixes the "
                 "routing of all tokens of a forward, so a fact's experts depend on what else is in the batch: no edit "
-                "of them would be exact."
+                "of them would be exact. MEMoE, whose adapter lies beside the FFN, does not need them."
             )
         if "expert" in name.rpartition(".")[2] or "expert" in type(module).__name__.lower():
             raise LayoutError(

@@ -28,6 +28,7 @@ from easyedit_moe.moe.layers import MoELayer, MoELayerView
 from easyedit_moe.moe.tails import FactPlaces, IdentityTail, LocalTail, ScaleTail, Tail, pulled_back, recorded_tail
 
 _KEY_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+_TRAIN = "MoE-FT, MoE-LoRA and MEMoE, which train, need no such thing."
 _FARTHEST = 4
 """Tokens over which something behind the experts may spread; short convolutions are up to 5 wide."""
 
@@ -154,20 +155,22 @@ def _checked_local_tail(view: MoELayerView, index: int, places: FactPlaces) -> L
     if here <= 1e-6 * float(plain[at].norm()):
         raise LayoutError(
             f"{moe.name}: its output does not follow its experts' output (it moved by {here:.1e}), so a residual at "
-            "the layer's output can't be handed to the experts."
+            f"the layer's output can't be handed to the experts. {_TRAIN}"
         )
     reach = touched[-1] - at
     if touched[0] < at or reach > _FARTHEST:
         raise LayoutError(
             f"{moe.name}: what its experts return for token {at} of {len(sizes)} also moves the layer's output at "
-            f"tokens {touched[0]} to {touched[-1]}, so a residual at the fact token can't be handed to its experts."
+            f"tokens {touched[0]} to {touched[-1]}, so a residual at the fact token can't be handed to its experts. "
+            f"{_TRAIN}"
         )
     found = pulled_back(index, moved[at : at + 1], places).reached.to(moved.device)
     share = float((found * moved[at]).sum() / moved[at].square().sum())
     if not abs(share - 1) < 0.1:
         raise LayoutError(
             f"{moe.name}: of a change that its experts can bring about, pulling it back through the layer finds only "
-            f"a share of {share:.2f}, so a residual at the layer's output can't be handed to the experts."
+            f"a share of {share:.2f}, so a residual at the layer's output can't be handed to the experts. "
+            f"{_TRAIN}"
         )
     return LocalTail(reach)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.errors import DataError, not_finite
@@ -115,14 +115,20 @@ class Sums:
             if self._trust is not False:
                 stack.enter_context(collecting_keys(self.moe, self._rows))
             handles.append(read_routing(self.moe, self._remember))
+            handles.append(self.moe.sum_site.register_forward_hook(self._remember_sum))
             handles.append(self.moe.output_site.register_forward_hook(lambda _, __, out: self._add(out, real)))
             yield
 
     def _remember(self, routing: Routing) -> None:
         self._routing = routing
 
+    def _remember_sum(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self._sum = output
+
     def _add(self, output: Any, real: Tensor) -> None:
         hidden = layer_output(output)
+        if hidden.shape[-1] != len(self.output):  # the experts work in a latent space, and the block leaves it again
+            hidden = self.moe.experts.sum_of(self._sum)
         hidden = hidden.reshape(-1, hidden.shape[-1])
         real = real.to(hidden.device)
         y = hidden if len(real) == len(hidden) else hidden[real]
