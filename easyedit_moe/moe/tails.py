@@ -247,13 +247,18 @@ def recorded_tail(
         yield tail
 
 
+def within_reach(tail: RecordedTail, wanted: Tensor) -> Tensor:
+    """The part ``[B, D]`` of changes of the layer's output that experts can bring about; use where ``tail`` may run."""
+    return _solve(tail, wanted).reached
+
+
 def _solve(tail: RecordedTail, wanted: Tensor) -> PulledBack:
     """Damped Newton steps, each row on its own: a row keeps a step that brings it closer, else its ridge grows."""
     shift = torch.zeros(len(wanted), tail.width, device=wanted.device)
     plain = tail(shift)
     size = wanted.norm(dim=1)
     reached = torch.zeros_like(wanted)
-    ridge = torch.full_like(size, _RIDGE)
+    ridge, stalls = torch.full_like(size, _RIDGE), 0
     for _ in range(_NEWTON_STEPS):
         left = wanted - reached
         error = left.norm(dim=1)
@@ -270,6 +275,9 @@ def _solve(tail: RecordedTail, wanted: Tensor) -> PulledBack:
             if bool((better | (error <= _CLOSE * size)).all()):
                 break
         ridge = torch.where(better, ridge, 100 * ridge)
+        stalls = 0 if bool(better.any()) else stalls + 1
+        if stalls > 1:  # what is left is out of reach
+            break
     return PulledBack(shift, reached)
 
 

@@ -26,6 +26,7 @@ from easyedit_moe.hparams import SolverHyperParams, UnKEHyperParams
 from easyedit_moe.moe.capture import frozen_parameters, inference_mode_of
 from easyedit_moe.moe.config import text_config
 from easyedit_moe.moe.layers import MoELayerView
+from easyedit_moe.moe.tails import FactPlaces, RecordedTail, recorded_tail, within_reach
 from easyedit_moe.moe.upper_layers import ShiftedSequence, UpperLayers
 from easyedit_moe.progress import progress_bar
 from easyedit_moe.targets.outcomes import MORE_SEARCH, Outcome, known_warning, missed_warning
@@ -310,6 +311,7 @@ class _Problem:
         self.owner = torch.tensor([i for i, group in enumerate(groups) for _ in group])
         sequences = [ShiftedSequence(row.ids, row.fact, row.predict) for row in self.rows]
         self.upper = UpperLayers(view, layer, pad, sequences)
+        self.tail = self._narrow_tail(view, layer, pad)
 
     def solve(self, on_step: Callable[[int], object]) -> tuple[Tensor, ...]:
         """delta, initial NLL, final NLL, reached, steps, already known: one row per request."""
@@ -342,9 +344,25 @@ class _Problem:
                 scoring = self._scoring(kept, active)
             steps[active] += 1
             self._adam(delta, first, second, active, grad, step + 1)
+            if self.tail is not None:
+                delta[active.to(device)] = within_reach(self.tail, delta)[active.to(device)]
             self._clamp(delta, active, norms)
             on_step(len(active))
         return delta.cpu(), nll0, nll, reached, steps, reached0
+
+    def _narrow_tail(self, view: MoELayerView, layer: int, pad: int) -> RecordedTail | None:
+        """The layer's tail at the bare prompts where its experts write fewer numbers than its output has.
+
+        Most shifts of such an output (the streams of hyper-connections, what a latent space is projected to) are none
+        that experts can bring about, so the search stays among those that are.
+        """
+        moe = view.layers.get(layer)
+        if moe is None or moe.experts.layout.d_model >= self.upper.states.shape[1]:
+            return None
+        bare = [row for row in self.rows if row.bare]
+        places = FactPlaces(view, [row.ids for row in bare], [row.fact for row in bare], pad)
+        with recorded_tail(view, layer, places) as tail:
+            return tail
 
     def _scoring(self, kept: Tensor, active: Tensor) -> _Scoring:
         return _Scoring([self.rows[i] for i in kept.tolist()], self.owner[kept], active)
