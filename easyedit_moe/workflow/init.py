@@ -26,8 +26,8 @@ from easyedit_moe.workflow.locate_report import tried, verdict
 from easyedit_moe.workflow.locate_settings import LocateSettings
 from easyedit_moe.workflow.settings import DEFAULT_METHOD
 
-STAGES = ("reachability", "statistics", "trial")
-"""What is measured of `locate`: the trial, and before it what it needs and what says which windows come first."""
+STAGES = ("statistics", "trial")
+"""What is measured of `locate`: the rest would spend the budget, and the trial alone decides."""
 
 
 def init(
@@ -82,7 +82,9 @@ def init(
         location = locating.locate(where, model, "", trial, None, settings, on_cost=on_cost, progress=progress)
         layers = _layers_of(location, found, budget, files[-1].name if files else "")
         found = propose(model, found.method, facts, trust_remote_code, layers=layers)
-        found = replace(found, measured=_measured(location), notes=(*found.notes, *verdict(location)))
+        if tried(location.measured.rows["trial"]):
+            found = replace(found, notes=(*found.notes, *verdict(location)))
+        found = replace(found, measured=_measured(location))
         found.hparams()
         texts = [json_text(location.to_dict())]
     _write(files, [found.yaml(), *texts])

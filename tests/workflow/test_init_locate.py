@@ -108,7 +108,7 @@ def test_the_best_window_of_a_trial(
     assert widths == {1} if method == "MEMoE" else max(widths) == 3
     assert {path.name for path in file.parent.iterdir()} == {"my.yaml", "my.locate.json"}
     (given,) = quick
-    assert given[2].stages == ("reachability", "statistics", "trial")
+    assert given[2].stages == ("statistics", "trial")
     assert given[1].batch_size == 3, "trials use what the YAML says"
 
 
@@ -144,8 +144,8 @@ def test_layers_by_depth_where_the_budget_allows_no_trial(
     text = file.read_text(encoding="utf-8")
     assert "no edit was tried on it" in text
     assert "nothing was measured" not in text
+    assert "No window was tried" not in text
     measured = Measured.read(tmp_path / "my.locate.json")
-    assert len(measured.rows["reachability"]) == 4
     assert measured.left["trial"] == 5
     assert quick[0][2].budget == 0.5
 
