@@ -7,23 +7,41 @@ from typing import Annotated
 import typer
 
 from easyedit_moe.commands import options
+from easyedit_moe.commands.reporting import shows_progress
 from easyedit_moe.commands.tables import note, say
 
 
 def init(
-    model: Annotated[str, typer.Option(help="Hub name or folder; only its config is read.")],
+    model: Annotated[str, typer.Option(help="Hub name or folder; without --locate only its config is read.")],
     method: Annotated[str, typer.Option(help="Method of ours; default: Global.")] = "",
     data: Annotated[
         str, typer.Option(metavar="FACTS", help="Facts that will be edited; they decide on fact token and batch size.")
     ] = "",
     out: Annotated[str, typer.Option("--out", "-o", help="YAML file to write; without it the YAML is printed.")] = "",
     force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
+    locate: Annotated[
+        bool,
+        typer.Option(
+            "--locate", help="Edit facts at windows of layers and take the best window; its rows go beside the YAML."
+        ),
+    ] = False,
+    budget: Annotated[
+        float | None, typer.Option(help="Minutes for --locate; layers are by depth where no window could be tried.")
+    ] = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """Choose hyper-parameters for a model that has none, from its config alone, and write why each is what it is."""
-    from easyedit_moe.workflow.init import init as run
+    """Choose hyper-parameters for a model that has none, and write why each is what it is.
 
-    found = run(model, method, data or None, out or None, trust_remote_code, force)
+    They are chosen from its config alone, in a second, or with --locate the layers by measuring.
+    """
+    from easyedit_moe.workflow.init import init as run
+    from easyedit_moe.workflow.init import rows_file
+    from easyedit_moe.workflow.locate_report import cost_line
+
+    found = run(
+        model, method, data or None, out or None, trust_remote_code, force, locate, budget,
+        lambda costs: note(cost_line(costs, budget)), shows_progress(),
+    )  # fmt: skip
     if not out:
         say(found.yaml().rstrip("\n"))
         return
@@ -32,4 +50,4 @@ def init(
     say(found.about)
     for line in found.notes:
         note(line)
-    note(f"Written: {out}")
+    note(f"Written: {out}" + (f", {rows_file(out)}" if locate else ""))

@@ -32,6 +32,7 @@ class Proposal:
         about: what was read of the model, in one line.
         memory: the plan of one batch.
         notes: what the user should know besides.
+        measured: what was measured on the model, with an edit or a command; empty: nothing.
     """
 
     method: str
@@ -40,6 +41,7 @@ class Proposal:
     about: str
     memory: MemoryPlan
     notes: tuple[str, ...] = ()
+    measured: str = ""
 
     def hparams(self, overrides: Mapping[str, Any] | None = None) -> MoEHyperParams:
         """The hyper-parameters; ``overrides`` count more.
@@ -57,8 +59,8 @@ class Proposal:
         )
         peak += f"of which the model {_gigabytes(self.memory.shapes.parameters)} GB."
         head = [
-            f"{self.method} on {self.model}: chosen from its config; nothing was measured on it. `easyedit-moe compare "
-            "--hparams` with this file shows what it does to your facts.",
+            f"{self.method} on {self.model}: chosen from its config; {self.measured or 'nothing was measured on it'}. "
+            "`easyedit-moe compare --hparams` with this file shows what it does to your facts.",
             self.about,
             peak,
             *self.notes,

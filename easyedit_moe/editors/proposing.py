@@ -93,6 +93,7 @@ def propose(
     trust_remote_code: bool = False,
     loaded: nn.Module | None = None,
     memory: Memory | None = None,
+    layers: Chosen | None = None,
 ) -> Proposal:
     """Hyper-parameters of a method of ours for a model, each with its reason.
 
@@ -103,6 +104,7 @@ def propose(
         trust_remote_code: let code that comes with the checkpoint run.
         loaded: the model where it is in memory already; then no config is read.
         memory: of the device; by default this machine's.
+        layers: that are edited, where they were measured; by default those by depth.
 
     Raises:
         DataError: no config by this name. LayoutError, DenseModelError: no experts, or none that can be edited.
@@ -119,8 +121,14 @@ def propose(
         dtype, said = str(next(loaded.parameters()).dtype).removeprefix("torch."), "of the model in memory"
         empty = loaded
     return _Proposing(model, method, empty, facts, memory or Memory.here()).proposal(
-        Chosen("dtype", dtype, said), trust_remote_code
+        Chosen("dtype", dtype, said), trust_remote_code, layers
     )
+
+
+def edits_one_layer(method: str) -> bool:
+    """Whether a method of ours takes a single layer; raises MethodError for a name that is none."""
+    cls, fixed = hyperparams_class(method), presets.find_method(method).fixed
+    return issubclass(cls, (MEMoEHyperParams, UnKEHyperParams)) or fixed.get("max_layers") == 1
 
 
 def critical_layers(num_layers: int, moe_layers: Sequence[int]) -> list[int]:
@@ -151,10 +159,11 @@ class _Proposing:
         self.found: dict[str, Chosen] = {}
         self.notes: list[str] = []
 
-    def proposal(self, dtype: Chosen, trust_remote_code: bool) -> Proposal:
+    def proposal(self, dtype: Chosen, trust_remote_code: bool, layers: Chosen | None) -> Proposal:
         """All of it, in the order of the hyper-parameters."""
         self._take([*self._nearest(), *self._defaults()])
-        self._take([Chosen("model_name", self.model, ""), dtype, self._layers(), *self._texts(), *self._sizes()])
+        where = layers or self._layers()
+        self._take([Chosen("model_name", self.model, ""), dtype, where, *self._texts(), *self._sizes()])
         self._take(self._of_facts())
         if trust_remote_code:
             self._take([Chosen("trust_remote_code", True, "asked for")])
@@ -206,7 +215,7 @@ class _Proposing:
         where = f"of {self.depth} layers; the depth at which the papers edit (3-7 of 48, 3-5 of 24, 3-6 of 40)"
         if len(self.moe_layers) < self.depth:
             where += f"; MoE layers are {_runs(self.moe_layers)}"
-        if issubclass(self.cls, UnKEHyperParams) or self.row.fixed.get("max_layers") == 1:
+        if edits_one_layer(self.method):
             return Chosen("layers", window[-1:], f"the last of {_runs(window)}, {where}")
         return Chosen("layers", window, where)
 

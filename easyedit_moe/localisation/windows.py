@@ -42,6 +42,15 @@ def by_promise(windows: Sequence[Window], nll: Mapping[int, float]) -> list[Wind
     return sorted(windows, key=lambda window: nll.get(window[-1], float("inf")))
 
 
+def near(windows: Sequence[Window], own: Sequence[int]) -> list[Window]:
+    """The window ``own`` first, then those whose last layer, where targets sit, is near its last; else the order stays.
+
+    Windows with the same last layer, which share their targets, follow each other.
+    """
+    last = own[-1]
+    return sorted(windows, key=lambda window: (window != tuple(own), abs(window[-1] - last), window[-1]))
+
+
 def window_name(window: Window) -> str:
     """``3-7``, ``3`` for one layer, or, where layers between are no MoE layers, all of them: ``1,3,5``."""
     if len(window) == 1:

@@ -1,15 +1,33 @@
-"""``init``: hyper-parameters for a model that has none, chosen from its config, each with its reason."""
+"""``init``: hyper-parameters for a model that has none, chosen from its config, each with its reason.
+
+Its layers can be those that edit best in trials, see `easyedit_moe.workflow.locate`.
+"""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
-from easyedit_moe.editors.proposal import Proposal
-from easyedit_moe.editors.proposing import propose
+from easyedit_moe.comparison.compare import PRE_EDIT
+from easyedit_moe.editors.proposal import Chosen, Proposal
+from easyedit_moe.editors.proposing import edits_one_layer, propose
 from easyedit_moe.errors import DataError
 from easyedit_moe.facts.records import FactSet, load_facts
+from easyedit_moe.hparams import SolverHyperParams
 from easyedit_moe.storage.files import replacing
+from easyedit_moe.storage.strict_json import json_text
+from easyedit_moe.workflow import locate as locating
+from easyedit_moe.workflow.locate_cost import Cost
+from easyedit_moe.workflow.locate_report import tried, verdict
+from easyedit_moe.workflow.locate_settings import LocateSettings
 from easyedit_moe.workflow.settings import DEFAULT_METHOD
+
+STAGES = ("statistics", "trial")
+"""What is measured of `locate`: the rest would spend the budget, and the trial alone decides."""
 
 
 def init(
@@ -19,34 +37,120 @@ def init(
     out: str | Path | None = None,
     trust_remote_code: bool = False,
     force: bool = False,
+    locate: bool = False,
+    budget: float | None = None,
+    on_cost: Callable[[Sequence[Cost]], Any] | None = None,
+    progress: bool = True,
 ) -> Proposal:
-    """Choose hyper-parameters and write them as a commented YAML; no weight is read.
+    """Choose hyper-parameters and write them as a commented YAML; no weight is read unless layers are located.
 
     Args:
         model: hub name, folder or "factworld".
         method: of ours; by default Global.
-        data: facts that will be edited: a file (see `load_facts`), or facts that were read.
+        data: facts that will be edited: a file (see `load_facts`), or facts that were read. Layers are located on them,
+            by default on those that `locate` takes.
         out: the YAML file; None writes none.
         trust_remote_code: let code that comes with the checkpoint run.
-        force: write over a file that is there.
+        force: write over files that are there.
+        locate: edit at windows of layers, and take the window of the best utility instead of layers by depth; a method
+            that does not solve for experts takes Global's. The rows are written beside ``out``, see `rows_file`.
+            Statistics that were gathered stay in the cache whatever happens.
+        budget: minutes for that, loading left out; layers are by depth where no window could be tried.
+        on_cost: is told the expected cost before anything is measured.
+        progress: show progress bars of what is measured.
 
     Raises:
-        DataError: no config by this name, unusable facts, or a file that is there or can't be written. MethodError: an
-            unknown method, or EasyEdit's own. LayoutError, DenseModelError: no experts that can be edited.
+        DataError: no config by this name, unusable facts, a budget that is none, or a file that is there or can't be
+            written. MethodError: an unknown method, or EasyEdit's own. LayoutError, DenseModelError: no experts that
+            can be edited. Further what `locate` raises. Then nothing is written.
     """
-    path = None if out is None else Path(out)
-    if path is not None and path.exists() and not (force and path.is_file()):
-        raise DataError(
-            f"{path} exists already; choose another name" + ("." if path.is_dir() else ", or pass --force.")
-        )
+    if budget is not None and not locate:
+        raise DataError(f"A budget of {budget:g} minutes bounds what is measured; pass --locate with it.")
+    settings = LocateSettings(stages=STAGES, budget=budget)
+    files = [] if out is None else [Path(out), *([rows_file(out)] if locate else [])]
+    for file in files:
+        _check_free(file, force)
     facts = load_facts(data) if isinstance(data, (str, Path)) else data
     found = propose(model, method or DEFAULT_METHOD, facts, trust_remote_code)
     found.hparams()
-    if path is not None:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as partial:
-                partial.write_text(found.yaml(), encoding="utf-8")
-        except OSError as error:
-            raise DataError(f"{path} can't be written: {error}") from error
+    texts: list[str] = []
+    if locate:
+        trial = _trial_hparams(found, facts, trust_remote_code)
+        if edits_one_layer(found.method):
+            settings = replace(settings, widths=(1,))
+        where = str(data) if isinstance(data, Path) else data
+        location = locating.locate(where, model, "", trial, None, settings, on_cost=on_cost, progress=progress)
+        layers = _layers_of(location, found, budget, files[-1].name if files else "")
+        found = propose(model, found.method, facts, trust_remote_code, layers=layers)
+        if tried(location.measured.rows["trial"]):
+            found = replace(found, notes=(*found.notes, *verdict(location)))
+        found = replace(found, measured=_measured(location))
+        found.hparams()
+        texts = [json_text(location.to_dict())]
+    _write(files, [found.yaml(), *texts])
     return found
+
+
+def rows_file(out: str | Path) -> Path:
+    """Where the rows of what was measured are written: ``my.locate.json`` beside ``my.yaml``, as a results.json."""
+    path = Path(out)
+    stem = path.stem if path.suffix in (".yaml", ".yml") else path.name
+    return path.with_name(f"{stem}.locate.json")
+
+
+def _check_free(path: Path, force: bool) -> None:
+    """Before anything is measured: DataError for a path that is taken or has no folder to lie in."""
+    if path.exists() and not (force and path.is_file()):
+        raise DataError(
+            f"{path} exists already; choose another name" + ("." if path.is_dir() else ", or pass --force.")
+        )
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise DataError(f"{path} can't be written: {folder} is no folder that is writable; choose another name.")
+
+
+def _write(files: Sequence[Path], texts: Sequence[str]) -> None:
+    """All of them or none."""
+    try:
+        with ExitStack() as stack:
+            partial = [stack.enter_context(replacing(file)) for file in files]
+            for file, text in zip(partial, texts, strict=False):
+                file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{files[0]} can't be written: {error}") from error
+
+
+def _trial_hparams(found: Proposal, facts: FactSet | None, trust_remote_code: bool) -> SolverHyperParams:
+    """What trials edit with: the proposal itself, or Global's at its layers where a method has no target vectors."""
+    own = found.hparams()
+    if isinstance(own, SolverHyperParams):
+        return own
+    instead = propose(found.model, DEFAULT_METHOD, facts, trust_remote_code).hparams({"layers": own.layers})
+    return cast(SolverHyperParams, instead)
+
+
+def _layers_of(location: locating.Location, found: Proposal, budget: float | None, rows: str) -> Chosen:
+    """The best window that was tried, or the layers by depth; the reason says what was measured."""
+    measured = location.measured
+    kept = f"; rows: {rows}" if rows else "; the rows were not kept, as there is no --out"
+    ranked = tried(measured.rows["trial"])
+    if not ranked:
+        default = next(one for one in found.values if one.name == "layers")
+        limit = "" if budget is None else f" within the budget of {budget:g} min"
+        return Chosen("layers", default.value, f"{default.reason}; by depth, as no window could be tried{limit}{kept}")
+    best, before = ranked[0], measured.rows["trial"][PRE_EDIT]
+    score, about = best["utility"], measured.provenance
+    facts = f"fact{'' if score['count'] == 1 else 's'}"
+    facts = f"given {facts}" if about["data"] == "given" else f"{facts} of {about['data']}"
+    reason = (
+        f"measured: window {best['name']} has utility {score['mean']:.1f} ± {score['stderr']:.1f} in a trial with "
+        f"{score['count']} {facts} by {about['hparams']['alg_name']}, the best of {len(ranked)} "
+        f"windows tried (of {len(location.windows)}); unedited {before['utility']['mean']:.1f}{kept}"
+    )
+    return Chosen("layers", list(best["layers"]), reason)
+
+
+def _measured(location: locating.Location) -> str:
+    if not tried(location.measured.rows["trial"]):
+        return "no edit was tried on it"
+    return "its layers by trials on it, so report no score on the facts that they used"

@@ -27,7 +27,7 @@ from easyedit_moe.localisation.prompts import traced_facts
 from easyedit_moe.localisation.reachability import reachability
 from easyedit_moe.localisation.routing import routing_alikeness
 from easyedit_moe.localisation.tracing import CausalTracing
-from easyedit_moe.localisation.windows import Window, by_promise, window_name
+from easyedit_moe.localisation.windows import Window, by_promise, near, window_name
 from easyedit_moe.measure import synchronise
 from easyedit_moe.moe.fingerprint import model_fingerprint
 from easyedit_moe.moe.layers import MoELayerView
@@ -313,7 +313,7 @@ def _measure(job: _Job, measured: Measured) -> None:
     with progress_bar(total, "locate", "step", job.progress) as bar:
         for stage, units in todo.items():
             took: list[float] = []
-            for unit in _ordered(stage, units, measured):
+            for unit in _ordered(stage, units, measured, job.hparams.layers):
                 begun = time.perf_counter()
                 expected = sum(took) / len(took) if took else _expected(job, stage, unit)
                 if budget is not None and begun - start + expected > 60 * budget:
@@ -332,10 +332,15 @@ def _expected(job: _Job, stage: str, unit: Unit) -> float:
     return seconds_of(job.load, job.settings, job.hparams, stage, unit)
 
 
-def _ordered(stage: str, units: Sequence[Any], measured: Measured) -> Sequence[Any]:
-    """The windows that reachability promises most of first, so that a budget is spent on them."""
+def _ordered(stage: str, units: Sequence[Any], measured: Measured, own: Sequence[int]) -> Sequence[Any]:
+    """The windows that reachability promises most of first, so that a budget is spent on them.
+
+    Where it was not measured, that of the hparams, ``own``, is first, then those whose last layer is near its last.
+    """
     if stage != "trial":
         return units
     reach = measured.rows["reachability"].values()
+    if not reach:
+        return near(units, own)
     nll = {row["layer"]: (row["paraphrase_nll"]["mean"], row["final_nll"]["mean"]) for row in reach}
-    return by_promise(units, {layer: own if other is None else other for layer, (other, own) in nll.items()})
+    return by_promise(units, {layer: final if other is None else other for layer, (other, final) in nll.items()})

@@ -159,12 +159,19 @@ def costs(
     hparams: SolverHyperParams,
     todo: Mapping[str, Sequence[int | Window]],
 ) -> list[Cost]:
-    """The expected cost of what is left to do, stage by stage; see `seconds_of` for one unit."""
-    return [
-        Cost(stage, len(units), sum(seconds_of(load, settings, hparams, stage, unit) for unit in units))
-        for stage, units in todo.items()
-        if units
-    ]
+    """The expected cost of what is left to do, stage by stage; see `seconds_of` for one unit.
+
+    Windows with the same last layer share a search.
+    """
+    found = []
+    for stage, units in todo.items():
+        seconds = sum(seconds_of(load, settings, hparams, stage, unit) for unit in units)
+        if stage == "trial" and "reachability" not in settings.stages:
+            last = [unit[-1] for unit in units if isinstance(unit, tuple)]
+            seconds -= sum(load.search(hparams, layer) * (last.count(layer) - 1) for layer in set(last))
+        if units:
+            found.append(Cost(stage, len(units), seconds))
+    return found
 
 
 def seconds_of(

@@ -26,6 +26,7 @@ from easyedit_moe.hparams import GlobalHyperParams
 from easyedit_moe.localisation.tracing import TraceSettings
 from easyedit_moe.workflow import locate as module
 from easyedit_moe.workflow.locate import Location, locate
+from easyedit_moe.workflow.locate_cost import costs
 from easyedit_moe.workflow.locate_report import (
     LAYER_COLUMNS,
     cost_line,
@@ -179,6 +180,29 @@ def test_most_promising_windows_come_first(tmp_path: Path) -> None:
     last = [row["layers"][-1] for name, row in rows["trial"].items() if name != "pre-edit"]
     assert last == sorted(last, key=nll.__getitem__)
     assert set(last) == {0, 1, 2, 3}
+
+
+def test_the_hparams_own_window_comes_first_where_nothing_is_known(tmp_path: Path) -> None:
+    found = located(tmp_path, stages=("trial",), edits=2)
+    names = [name for name in found.measured.rows["trial"] if name != "pre-edit"]
+    assert names == ["1-2", "2", "1", "0-1", "3", "2-3", "0"]
+
+
+def test_windows_with_one_last_layer_share_a_search_in_the_estimate() -> None:
+    class Load:
+        def search(self, hparams: Any, layer: int) -> float:
+            return 10.0 * (4 - layer)
+
+        def trial(self, hparams: Any, window: tuple[int, ...], searched: bool) -> float:
+            return len(window) + (0.0 if searched else self.search(hparams, window[-1]))
+
+    todo = {"trial": [(0,), (1,), (0, 1), (2,), (1, 2)]}
+    load: Any = Load()
+    (own,) = costs(load, settings(stages=("trial",)), load, todo)
+    assert (own.units, own.seconds) == (5, 7 + 40 + 30 + 20)
+    (after,) = costs(load, settings(stages=("reachability", "trial")), load, todo)
+    assert after.seconds == 7
+    assert costs(load, settings(stages=("trial",)), load, {"trial": []}) == []
 
 
 def test_only_an_estimate(tmp_path: Path) -> None:
