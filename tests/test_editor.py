@@ -342,7 +342,7 @@ BAD = {
     "subjects": ({"subject": SUBJECTS[:3]}, "subject has 3 entries for 4 prompts"),
     "one subject": ({"subject": "Angola"}, "subject has 1 entries for 4 prompts"),
     "targets": ({"target_new": [*TARGETS, "x"]}, "target_new has 5 entries for 4 prompts"),
-    "no targets": ({"target_new": None}, "Request 0: 'target_new' must be a string"),
+    "no targets": ({"target_new": None}, "Request 0: 'target_new' is missing or empty"),
     "truths": ({"ground_truth": ["x"]}, "ground_truth has 1 entries"),
     "rephrased": ({"rephrase_prompts": REPHRASED[:1]}, "rephrase_prompt has 1 entries"),
     "prompts": ({"prompts": None}, "found None"),
