@@ -2,20 +2,19 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from solving_editors import changed_parameters, down_projections, hparams
-from tiny import TEXTS, assert_same_state, requests, state_of, tiny_model, tiny_tokenizer
+from tiny import assert_same_state, requests, state_of, tiny_model, tiny_tokenizer
 from torch import nn
 
 from easyedit_moe import editor as editor_module
 from easyedit_moe.editor import MoEEditor
 from easyedit_moe.editors import editor_class
-from easyedit_moe.errors import DataError, EditingWarning, HyperParamsError, KeywordError, PatchError, RequestError
+from easyedit_moe.errors import DataError, HyperParamsError, KeywordError, PatchError, RequestError
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.patches.files import load_patch
@@ -30,18 +29,7 @@ REPHRASED = [f"We know that {p}" for p in PROMPTS]
 LISTS = {"prompts": PROMPTS, "target_new": TARGETS, "ground_truth": TRUTHS, "subject": SUBJECTS}
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", EditingWarning)
-        yield
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "corpus.txt").write_text("\n".join(TEXTS), encoding="utf-8")
-    return folder
+pytestmark = pytest.mark.usefixtures("no_editing_warnings")
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from easyedit_moe.checkpoints.staging import BACKUP, check_free, copy_files, new
 from easyedit_moe.checkpoints.targets import Patch, Target, check_applied, check_dtypes, state, targets_of
 from easyedit_moe.checkpoints.writing import turn
 from easyedit_moe.errors import PatchError
+from easyedit_moe.moe.loading import quant_method
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,8 @@ def _check_before(
 
 def _check_same_form(patch: Patch, folder: Path, stored: StoredParameters, targets: Sequence[Target]) -> None:
     """PatchError where the patch's own originals would give the original's values, but not its bytes."""
-    settings = read_json(folder / "config.json").get("quantization_config") or {}
     dense = [target.parameter for target in targets if not stored.is_mxfp4(target.parameter)]
-    if settings.get("quant_method") == "mxfp4" and dense:
+    if dense and quant_method(read_json(folder / "config.json")) == "mxfp4":
         raise PatchError(
             f"{dense[0]} is dense in an MXFP4 checkpoint since it was edited. The originals in the patch {patch.id} "
             "are of dense weights, so they do not give back the quantised files: pass base (--base), the checkpoint "

@@ -161,7 +161,8 @@ class _Proposing:
 
     def proposal(self, dtype: Chosen, trust_remote_code: bool, layers: Chosen | None) -> Proposal:
         """All of it, in the order of the hyper-parameters."""
-        self._take([*self._nearest(), *self._defaults()])
+        nearest = self._nearest()
+        self._take([*nearest, *self._defaults({one.name for one in nearest})])
         where = layers or self._layers()
         self._take([Chosen("model_name", self.model, ""), dtype, where, *self._texts(), *self._sizes()])
         self._take(self._of_facts())
@@ -194,11 +195,10 @@ class _Proposing:
             if name not in _OF_THE_MODEL and not (nearest == MODEL_NAME and name in _OF_FACTWORLD)
         ]
 
-    def _defaults(self) -> list[Chosen]:
-        """Fields that are shown whatever they are, where the nearest YAML is silent."""
+    def _defaults(self, known: set[str]) -> list[Chosen]:
+        """Fields that are shown whatever they are, where the nearest YAML, whose names are ``known``, is silent."""
         told = descriptions(self.cls)
         own = {item.name: item for item in fields(self.cls)}
-        known = {one.name for one in self._nearest()}
         chosen = []
         for name in _SHOWN:
             if name in own and name not in known:

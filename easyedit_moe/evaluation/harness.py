@@ -71,13 +71,8 @@ class Harness:
             raise DataError(f"limit must be at least 1 example per task; found {limit}.")
         if batch_size < 1:
             raise DataError(f"batch_size must be at least 1; found {batch_size}.")
-        self.tasks, self.limit, self.batch_size, self.progress, self.chat = (
-            list(tasks),
-            limit,
-            batch_size,
-            progress,
-            chat,
-        )
+        self.tasks, self.limit, self.batch_size = list(tasks), limit, batch_size
+        self.progress, self.chat = progress, chat
         self._manager = _manager(self.tasks, tasks_dir)
         self._ready: Any = self._load()
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from math import sqrt
 from typing import Any, cast
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.errors import DataError
+from easyedit_moe.evaluation.means import Mean
 from easyedit_moe.evaluation.scoring import TargetScore, score_targets
 from easyedit_moe.facts.records import PROTOCOLS, EvaluationRecord
 from easyedit_moe.facts.requests import EditRequest
@@ -35,12 +35,8 @@ class Score:
     @staticmethod
     def of(values: Sequence[float]) -> Score:
         """From values in [0, 1]."""
-        n = len(values)
-        if n == 0:
-            return Score(float("nan"), float("nan"), 0)
-        mean = sum(values) / n
-        variance = sum((v - mean) ** 2 for v in values) / (n - 1) if n > 1 else 0.0
-        return Score(100 * mean, 100 * sqrt(variance / n), n)
+        found = Mean.of(values)
+        return Score(100 * found.mean, 100 * found.stderr, found.count)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ _OPENS = frozenset("\"'\uff02\uff07”’“‘„‚»«›‹‟‛")
 _GUILLEMETS = frozenset("«»‹›")
 _CLOSING = frozenset(".,;:!?%…‰‱°،؛؟۔।॥·׃։።፣")
 """Signs before which no space stands, besides those that Unicode calls closing."""
+_INFIXES = frozenset("/\\=+_~-\u2010\u2011\u2012")
+"""Marks that join what stands before and behind them, where nothing divides them from the first."""
 _APOSTROPHES = "'’\uff07"
 _CLITIC = re.compile(
     rf"(?:[{_APOSTROPHES}](?:s|re|ve|ll|d|m|em)|n[{_APOSTROPHES}]t)(?![\w{_APOSTROPHES}-])", re.IGNORECASE
@@ -56,10 +58,6 @@ def bare_target(target: str) -> str:
     text = target.rstrip()
     led = text[: len(text) - len(text.lstrip())]
     return text if any(unicodedata.category(char) != "Zs" for char in led) else text[len(led) :]
-
-
-_INFIXES = frozenset("/\\=+_~-\u2010\u2011\u2012")
-"""Marks that join what stands before and behind them, where nothing divides them from the first."""
 
 
 def join(prompt: str, target: str) -> str:

@@ -21,10 +21,14 @@ FACT_TOKENS = ("subject_last", "subject_first", "last", "subject_first_after_las
 
 @dataclass(frozen=True)
 class Prompt:
-    """A tokenised prompt without trailing special tokens; ``fact`` indexes into ``ids``."""
+    """A tokenised prompt without trailing special tokens; ``fact`` indexes into ``ids``.
+
+    ``answer`` are the ids of the target that continues it, where one was given.
+    """
 
     ids: tuple[int, ...]
     fact: int
+    answer: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,14 +83,15 @@ def encode_prompt(
     if fact_token not in FACT_TOKENS:
         raise HyperParamsError(f"fact_token must be one of {', '.join(FACT_TOKENS)}; found {fact_token!r}.")
     turn = _turn(tok, chat)
+    answer: list[int] = []
     if target is None:
         ids, spans = _encode_with_spans(tok, _context(prompt, turn))
     else:
-        ids, spans, _ = _encode_joined(tok, prompt, target, None if fact_token == "last" else subject, turn)
+        ids, spans, answer = _encode_joined(tok, prompt, target, None if fact_token == "last" else subject, turn)
     if not ids:
         raise RequestError(f"The prompt {prompt!r} has no tokens.")
     if fact_token == "last":
-        return Prompt(tuple(ids), len(ids) - 1)
+        return Prompt(tuple(ids), len(ids) - 1, tuple(answer))
     if subject is None:
         raise RequestError(f"fact_token {fact_token!r} needs a subject; the prompt {prompt!r} came without one.")
     inside = _tokens_of(tok, ids, spans, _within(turn, subject_span(prompt, subject)))
@@ -97,7 +102,7 @@ def encode_prompt(
         "subject_last": inside[-1],
         "subject_first_after_last": min(inside[-1] + 1, len(ids) - 1),
     }
-    return Prompt(tuple(ids), positions[fact_token])
+    return Prompt(tuple(ids), positions[fact_token], tuple(answer))
 
 
 def encode_target(tok: PreTrainedTokenizerBase, target: str) -> list[int]:

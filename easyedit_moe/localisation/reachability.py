@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from easyedit_moe.evaluation.means import Mean
 from easyedit_moe.facts.records import EvaluationRecord
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.facts.tokens import pad_id
-from easyedit_moe.localisation.means import Mean
 from easyedit_moe.localisation.prompts import paraphrased
 from easyedit_moe.moe.capture import capture_facts, inference_mode_of
 from easyedit_moe.moe.upper_layers import ShiftedSequence, UpperLayers

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from easyedit_moe.evaluation.means import Mean
 from easyedit_moe.facts.records import EvaluationRecord
 from easyedit_moe.facts.tokens import Prompt, collate, pad_id
-from easyedit_moe.localisation.means import Mean
 from easyedit_moe.localisation.prompts import neighbours_alike, phrasings
 from easyedit_moe.moe.capture import Routing, hooks, inference_mode_of, read_routing, run, stop_after
 from easyedit_moe.moe.layers import MoELayer, MoELayerView

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.errors import DataError, LayoutError, not_finite
+from easyedit_moe.evaluation.means import Mean
 from easyedit_moe.evaluation.scoring import answer_logits
 from easyedit_moe.facts.tokens import pad_id
-from easyedit_moe.localisation.means import Mean
 from easyedit_moe.localisation.prompts import TracedFact
 from easyedit_moe.moe.capture import (
     Routing,

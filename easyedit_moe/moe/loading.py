@@ -250,8 +250,12 @@ def _cast_dequantised(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def quant_method(config: Any) -> str | None:
-    """How a checkpoint is quantised, such as "mxfp4" or "fp8"; None where it is not."""
-    settings = getattr(config, "quantization_config", None)
+    """How a checkpoint is quantised, such as "mxfp4" or "fp8"; None where it is not.
+
+    ``config`` is its configuration, or the content of its config.json.
+    """
+    name = "quantization_config"
+    settings = config.get(name) if isinstance(config, dict) else getattr(config, name, None)
     if settings is None:
         return None
     method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from easyedit_moe.errors import PatchError
+from easyedit_moe.storage.strict_json import write_json
 
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -52,7 +52,7 @@ def adapter_config(
 def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], notes: str) -> None:
     """Write tensors, configuration and notes into an existing folder."""
     save_file(dict(tensors), folder / TENSORS, metadata={"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / CONFIG, config, indent=2)
     (folder / NOTES).write_text(notes, encoding="utf-8")
 
 

@@ -88,7 +88,7 @@ def layer_basis(moe: MoELayer, hparams: MoTEHyperParams, moments: LayerMoments |
     key = basis_key(moe, hp, used, fingerprint)
     path = statistics_folder(hp.stats_dir, hp.model_name, fingerprint) / key.file_name()
     device = next(iter(moe.experts.parameters()))[1].device
-    found = read_or_warn(lambda: load_basis(path, key, device)) if path.exists() else None
+    found = read_or_warn(path, lambda file: load_basis(file, key, device))
     if found is not None:
         return found
     basis = tucker_basis(

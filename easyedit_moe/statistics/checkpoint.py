@@ -47,7 +47,7 @@ class MomentsCheckpoint:
         if least_over_processes(int(number in found)) == 0:
             return 0, []
         path = found[number]
-        read = read_or_warn(lambda: read_safetensors(path, DamagedCacheError, _ADVICE))
+        read = read_or_warn(path, lambda file: read_safetensors(file, DamagedCacheError, _ADVICE))
         if least_over_processes(int(read is not None)) == 0 or read is None:
             return 0, []
         tensors, metadata = read

@@ -9,6 +9,7 @@ import logging
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -58,7 +59,9 @@ def layer_statistics(
         n: StatisticsKey(fingerprint, n, corpus.name, corpus.tokens, corpus.n_samples, cut, dtype, target)
         for n in layers
     }
-    found = {layer: _stored(folder / key.file_name(), key) for layer, key in keys.items()}
+    found = {
+        layer: read_or_warn(folder / key.file_name(), partial(load_moments, key=key)) for layer, key in keys.items()
+    }
     # What is missing on one process is collected by all.
     there = {layer: bool(least_over_processes(int(one is not None))) for layer, one in found.items()}
     moments = {
@@ -126,11 +129,6 @@ def _up_to(n_tokens: int, texts: Iterable[str], tok: PreTrainedTokenizerBase, cu
         n_tokens -= len(encode_cut(tok, text, cut))
         if n_tokens <= 0:
             return
-
-
-def _stored(path: Path, key: StatisticsKey) -> LayerMoments | None:
-    """What lies on the disk; None where nothing does, or where it is damaged."""
-    return read_or_warn(lambda: load_moments(path, key)) if path.exists() else None
 
 
 def _on_device_of(moe: MoELayer, value: LayerMoments) -> LayerMoments:

@@ -74,10 +74,14 @@ def read_safetensors(path: Path, error: type[Exception], advice: str) -> tuple[d
         return tensors, metadata
 
 
-def read_or_warn(read: Callable[[], _Read]) -> _Read | None:
-    """What ``read`` gives; None, and an EditingWarning, where a file is damaged, whose content is then made anew."""
+def read_or_warn(path: Path, read: Callable[[Path], _Read]) -> _Read | None:
+    """What ``read`` gives of a file; None where there is none, and, with an EditingWarning, where it is damaged: its
+    content is then made anew.
+    """
+    if not path.exists():
+        return None
     try:
-        return read()
+        return read(path)
     except DamagedCacheError as error:
         warnings.warn(f"{error} It is made anew now.", EditingWarning, stacklevel=3)
         return None

@@ -53,7 +53,7 @@ def cached_targets(
     paths = [place / f"target-{digest(key)[:24]}.safetensors" for key in keys]
     rows: dict[int, dict[str, Tensor]] = {}
     for i, (path, key) in enumerate(zip(paths, keys, strict=True)):
-        read = read_or_warn(partial(_read, path, key)) if path.exists() else None
+        read = read_or_warn(path, partial(_read, key=key))
         if read is not None:
             rows[i] = read
     missing = [i for i in range(len(requests)) if i not in rows]

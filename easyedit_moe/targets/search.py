@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from easyedit_moe.errors import RequestError, not_finite
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.facts.subjects import mentions
-from easyedit_moe.facts.tokens import encode_pair, encode_prompt, pad_id
+from easyedit_moe.facts.tokens import encode_prompt, pad_id
 from easyedit_moe.hparams import SolverHyperParams, UnKEHyperParams
 from easyedit_moe.moe.capture import frozen_parameters, inference_mode_of
 from easyedit_moe.moe.config import text_config
@@ -116,10 +116,8 @@ def fact_contexts(
             raise RequestError(
                 f"The context prefix {prefix!r} mentions the subject {request.subject!r}; choose another."
             )
-        text, target = prefix + request.prompt, request.target_new
-        prompt = encode_prompt(tok, text, request.subject, fact_token, target, chat)
-        answer = encode_pair(tok, text, target, None if fact_token == "last" else request.subject, chat)[1]
-        contexts.append(FactContext(prompt.ids, prompt.fact, tuple(answer)))
+        prompt = encode_prompt(tok, prefix + request.prompt, request.subject, fact_token, request.target_new, chat)
+        contexts.append(FactContext(prompt.ids, prompt.fact, prompt.answer))
     return contexts
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 from easyedit_moe import factworld
 from easyedit_moe.checkpoints.history import read_history
@@ -63,7 +62,7 @@ class ExportBase:
         if name == factworld.MODEL_NAME:
             name = str(folder)
         architecture = str(next(iter(settings.get("architectures") or []), type(names.model).__name__))
-        return ExportBase(name, names, architecture, quant_method(SimpleNamespace(**settings)), compared)
+        return ExportBase(name, names, architecture, quant_method(settings), compared)
 
     def needed(self, why: str) -> CheckpointNames:
         """The names, or a DataError that says why they are needed."""

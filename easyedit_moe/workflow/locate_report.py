@@ -184,12 +184,9 @@ def chart(found: Location, path: Path) -> None:
 
 def _draw_reachability(axis: Any, found: Location) -> None:
     rows = layer_rows(found.measured.rows["reachability"], found.layers)
-    for name, label, colour in (
-        ("initial_nll", "now", "#999999"),
-        ("final_nll", "shifted", "#1b6ca8"),
-        ("paraphrase_nll", "shifted, other phrasings", "#e08e45"),
-    ):
-        _line(axis, rows, name, label, colour)
+    _line(axis, rows, "initial_nll", "now", "#999999")
+    _line(axis, rows, "final_nll", "shifted", "#1b6ca8")
+    _line(axis, rows, "paraphrase_nll", "shifted, other phrasings", "#e08e45")
     axis.set(title="Reachability", xlabel="layer", ylabel="NLL of the new target, nats per token")
     _legend(axis, rows)
 
@@ -210,12 +207,9 @@ def _draw_tracing(axis: Any, found: Location) -> None:
 
 def _draw_routing(axis: Any, found: Location) -> None:
     rows = layer_rows(found.measured.rows["routing"], found.layers)
-    for name, label, colour in (
-        ("phrasings", "phrasings of one fact", "#1b6ca8"),
-        ("neighbours", "fact and neighbours", "#e08e45"),
-        ("others", "different facts", "#999999"),
-    ):
-        _line(axis, rows, name, label, colour)
+    _line(axis, rows, "phrasings", "phrasings of one fact", "#1b6ca8")
+    _line(axis, rows, "neighbours", "fact and neighbours", "#e08e45")
+    _line(axis, rows, "others", "different facts", "#999999")
     axis.set(title="Routed experts of the fact token", xlabel="layer", ylabel="Jaccard similarity, %", ylim=(0, 104))
     _legend(axis, rows)
 

@@ -112,12 +112,13 @@ def _matcher(facts: FactSet, editor: Editor, tok: PreTrainedTokenizerBase) -> Su
 def _check(request: EditRequest, editor: Editor, tok: PreTrainedTokenizerBase, matcher: SubjectMatcher | None) -> None:
     """RequestError where an editor would refuse this fact."""
     editor.check_subjects([request])
-    encode_pair(tok, request.prompt, request.target_new, chat=editor.hparams.chat)
-    place = getattr(editor.hparams, "fact_token", None)
+    place, chat = getattr(editor.hparams, "fact_token", None), editor.hparams.chat
     if place is not None and (request.subject is not None or editor.needs_subject()):
-        encode_prompt(tok, request.prompt, request.subject, place, request.target_new, editor.hparams.chat)
+        encode_prompt(tok, request.prompt, request.subject, place, request.target_new, chat)
+    else:
+        encode_pair(tok, request.prompt, request.target_new, chat=chat)
     if matcher is not None:
-        last = matcher.anchors(encode_context(tok, request.prompt, editor.hparams.chat))[-1]
+        last = matcher.anchors(encode_context(tok, request.prompt, chat))[-1]
         found = None if last == NO_ANCHOR else matcher.subjects[last]
         if found != request.subject:
             seen = "no subject" if found is None else f"the subject of another fact, {found!r}, as the last one"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from tiny import TEXTS, assert_same_state, chat_tokenizer, requests, state_of, t
 from easyedit_moe.adapters.attachment import find_adapter
 from easyedit_moe.editor import MoEEditor
 from easyedit_moe.editors import make_editor
-from easyedit_moe.errors import EditingWarning, HyperParamsError, RequestError
+from easyedit_moe.errors import HyperParamsError, RequestError
 from easyedit_moe.evaluation.metrics import evaluate, routing_snapshot
 from easyedit_moe.evaluation.neighbours import answered
 from easyedit_moe.evaluation.portability import portability
@@ -34,11 +33,7 @@ TOK = chat_tokenizer(template="<user>{{ messages[0]['content'] }}\n<assistant>\n
 TRAINED = ("MoE-FT", "MoE-FT-L", "MoE-LoRA", "AdaLoRA", "UnKE")
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", EditingWarning)
-        yield
+pytestmark = pytest.mark.usefixtures("no_editing_warnings")
 
 
 def framed(text: str) -> str:

@@ -3,37 +3,24 @@
 from __future__ import annotations
 
 import gc
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from solving_editors import hparams
-from tiny import TEXTS, assert_same_state, requests, state_of, tiny_model, tiny_tokenizer
+from tiny import assert_same_state, requests, state_of, tiny_model, tiny_tokenizer
 from torch import nn
 
 from easyedit_moe.editor import MoEEditor
 from easyedit_moe.editors import editor_class, remembering
-from easyedit_moe.errors import EditingWarning
 
 TOK, FACTS = tiny_tokenizer(), requests(6)
 Apply = Callable[..., Any]
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", EditingWarning)
-        yield
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "corpus.txt").write_text("\n".join(TEXTS), encoding="utf-8")
-    return folder
+pytestmark = pytest.mark.usefixtures("no_editing_warnings")
 
 
 def settings(data: Path, method: str, **changes: Any) -> Any:

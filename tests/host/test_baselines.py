@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import random
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +21,6 @@ from torch import Tensor, nn
 from easyedit_moe.comparison.compare import compare
 from easyedit_moe.comparison.task import Task
 from easyedit_moe.errors import (
-    EditingWarning,
     HostError,
     HyperParamsError,
     LayerError,
@@ -44,19 +42,7 @@ O_PROJ = "model.layers.{}.self_attn.o_proj"
 SITES = {"qwen3_moe": O_PROJ, "gpt_oss": O_PROJ, "qwen3_5_moe": "model.layers.{}.linear_attn.out_proj"}
 
 
-@pytest.fixture(autouse=True)
-def _quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(tmp_path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", EditingWarning)
-        yield
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "corpus.txt").write_text("\n".join(TEXTS), encoding="utf-8")
-    return folder
+pytestmark = pytest.mark.usefixtures("own_folder", "no_editing_warnings")
 
 
 def moved(before: dict[str, Any], model: nn.Module) -> set[str]:

@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -21,7 +21,6 @@ from torch import nn
 from easyedit_moe import factworld
 from easyedit_moe.editor import MoEEditor
 from easyedit_moe.errors import (
-    EditingWarning,
     HostError,
     HyperParamsError,
     KeywordError,
@@ -77,19 +76,7 @@ def request_dicts() -> list[dict[str, Any]]:
     ]
 
 
-@pytest.fixture(autouse=True)
-def _quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(tmp_path)  # EasyEdit writes ./logs
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", EditingWarning)
-        yield
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "corpus.txt").write_text("\n".join(TEXTS), encoding="utf-8")
-    return folder
+pytestmark = pytest.mark.usefixtures("own_folder", "no_editing_warnings")
 
 
 class Pair:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,7 +19,6 @@ from easyedit_moe.comparison import report
 from easyedit_moe.comparison.compare import compare
 from easyedit_moe.comparison.task import Task
 from easyedit_moe.editors import make_editor
-from easyedit_moe.errors import EditingWarning
 from easyedit_moe.evaluation.metrics import Score
 from easyedit_moe.evaluation.scoring import score_targets
 from easyedit_moe.facts.records import EvaluationRecord, Probe, ProbeGroup, load_records, parse_records
@@ -32,12 +30,7 @@ from easyedit_moe.moe.loading import load_model
 NAMES = ("rewrite_acc", "rephrase_acc", "locality_acc", "portability_acc")
 
 
-@pytest.fixture(autouse=True)
-def _quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(tmp_path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", EditingWarning)
-        yield
+pytestmark = pytest.mark.usefixtures("own_folder", "no_editing_warnings")
 
 
 def _mean(values: Sequence[float]) -> float:

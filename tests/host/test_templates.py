@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from easyedit_methods import settings
-from tiny import TEXTS, state_of, tiny_model, tiny_tokenizer
+from tiny import state_of, tiny_model, tiny_tokenizer
 
-from easyedit_moe.errors import EditingWarning, RequestError
+from easyedit_moe.errors import RequestError
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.facts.tokens import encode_prompt
 from easyedit_moe.host.baseline_hparams import HOST_METHODS
@@ -36,19 +34,7 @@ FACTS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(tmp_path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", EditingWarning)
-        yield
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "corpus.txt").write_text("\n".join(TEXTS), encoding="utf-8")
-    return folder
+pytestmark = pytest.mark.usefixtures("own_folder", "no_editing_warnings")
 
 
 def lookups(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], int]]:

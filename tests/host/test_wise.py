@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import random
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,7 +18,7 @@ from typer.testing import CliRunner
 
 from easyedit_moe.commands.app import app
 from easyedit_moe.editors.planner import Workload
-from easyedit_moe.errors import EditingWarning, HyperParamsError, LayerError, MethodError
+from easyedit_moe.errors import HyperParamsError, LayerError, MethodError
 from easyedit_moe.evaluation.scoring import score_targets
 from easyedit_moe.facts.requests import parse_requests
 from easyedit_moe.host.baseline_hparams import BaselineHyperParams
@@ -34,12 +32,7 @@ FACTS = parse_requests(requests(4))
 SITE = "model.layers.{}.self_attn.o_proj"
 
 
-@pytest.fixture(autouse=True)
-def _quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(tmp_path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", EditingWarning)
-        yield
+pytestmark = pytest.mark.usefixtures("own_folder", "no_editing_warnings")
 
 
 def wise(layer: int = 1, **changes: Any) -> BaselineHyperParams:

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 
 from easyedit_moe.errors import LayerError
-from easyedit_moe.localisation.means import Mean
+from easyedit_moe.evaluation.means import Mean
 from easyedit_moe.localisation.windows import by_promise, candidate_windows, window_name
 
 
