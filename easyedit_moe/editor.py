@@ -22,8 +22,14 @@ from easyedit_moe.editors.proposing import named_proposal
 from easyedit_moe.errors import HyperParamsError, KeywordError, PatchError, RequestError
 from easyedit_moe.evaluation.answers import AnswerScorer
 from easyedit_moe.evaluation.scoring import TargetScore, score_targets
-from easyedit_moe.facts.easyedit_requests import HostRequest, checked_batches, prompts_of, requests_from_columns
-from easyedit_moe.facts.requests import EditRequest
+from easyedit_moe.facts.easyedit_requests import (
+    HostRequest,
+    checked_batches,
+    is_nothing,
+    prompts_of,
+    requests_from_columns,
+)
+from easyedit_moe.facts.requests import EditRequest, listed_requests
 from easyedit_moe.hparams import MoEHyperParams, load_hyperparams
 from easyedit_moe.hparams.files import is_yaml
 from easyedit_moe.moe.loading import load_model
@@ -82,9 +88,7 @@ def _with_columns(run: Callable[..., Any]) -> Callable[..., Any]:
         if requests is None:
             return run(self, requests_from_columns(**columns), sequential_edit, verbose, **options)
         ignored = [
-            name
-            for name, value in columns.items()
-            if value is not None and (not hasattr(value, "__len__") or len(value))
+            name for name, value in columns.items() if not is_nothing(value) and not (isinstance(value, str) and not value)
         ]
         if ignored:
             raise KeywordError(
@@ -162,7 +166,8 @@ class EditCalls(ABC):
         options["test_generation"] = test_generation
         self._check_keywords("edit_requests", options)
         scorer = self.scorer(**options)
-        return self._run([[request] for request in requests], sequential_edit, verbose, scorer, measure_first=True)
+        single = [[request] for request in listed_requests(requests)]
+        return self._run(single, sequential_edit, verbose, scorer, measure_first=True)
 
     @_with_columns
     def batch_edit(
@@ -170,7 +175,8 @@ class EditCalls(ABC):
     ) -> Results:
         """As `edit`, ``hparams.batch_size`` requests at a time."""
         size = replace(self.hparams).batch_size  # checked anew, since fields can be set after reading
-        batches = [requests[start : start + size] for start in range(0, len(requests), size)]
+        listed = listed_requests(requests)
+        batches = [listed[start : start + size] for start in range(0, len(listed), size)]
         return self._run(batches, sequential, verbose, self.scorer(**options))
 
     @_with_columns
@@ -179,7 +185,8 @@ class EditCalls(ABC):
     ) -> Results:
         """As `edit`, but "pre" and "post" hold answers by free generation instead of scores."""
         scorer = AnswerScorer(self.model, self.tok)
-        return self._run([[request] for request in requests], sequential, verbose, scorer, measure_first=True)
+        single = [[request] for request in listed_requests(requests)]
+        return self._run(single, sequential, verbose, scorer, measure_first=True)
 
     def normal_edit(
         self, prompts: Texts, target_new: Texts, sequential_edit: bool = False, subject: Texts | None = None
