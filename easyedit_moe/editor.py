@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from easyedit_moe.editors import Editor, EditResult, Patch, make_editor
 from easyedit_moe.editors.keywords import check_keywords
 from easyedit_moe.editors.proposing import named_proposal
-from easyedit_moe.errors import HyperParamsError, KeywordError, PatchError, RequestError
+from easyedit_moe.errors import HyperParamsError, KeywordError, PatchError, RequestError, shown
 from easyedit_moe.evaluation.answers import AnswerScorer
 from easyedit_moe.evaluation.scoring import TargetScore, score_targets
 from easyedit_moe.facts.easyedit_requests import (
@@ -88,7 +88,9 @@ def _with_columns(run: Callable[..., Any]) -> Callable[..., Any]:
         if requests is None:
             return run(self, requests_from_columns(**columns), sequential_edit, verbose, **options)
         ignored = [
-            name for name, value in columns.items() if not is_nothing(value) and not (isinstance(value, str) and not value)
+            name
+            for name, value in columns.items()
+            if not is_nothing(value) and not (isinstance(value, str) and not value)
         ]
         if ignored:
             raise KeywordError(
@@ -307,7 +309,7 @@ class MoEEditor(EditCalls):
     """
 
     def __init__(self, hparams: MoEHyperParams, model: nn.Module, tok: PreTrainedTokenizerBase) -> None:
-        self.hparams, self.model, self.tok = hparams, model, tok
+        self.hparams, self.model, self.tok = _checked_parts(hparams, model, tok)
         self.editor = make_editor(replace(hparams))
         self.memory = None
         self.patches: list[Patch] = []
@@ -332,6 +334,7 @@ class MoEEditor(EditCalls):
         """
         if isinstance(hparams, (str, Path)):
             hparams = _read_or_chosen(hparams)
+        _check_hparams(hparams)
         if model is None and tok is None:
             model, tok = load_model(
                 hparams.model_name,
@@ -422,6 +425,24 @@ def _unchanged(before: Sequence[TargetScore], after: Sequence[TargetScore]) -> l
         sum(a == b for a, b in zip(x.predicted, y.predicted, strict=True)) / len(x.predicted)
         for x, y in zip(before, after, strict=True)
     ]
+
+
+def _check_hparams(hparams: Any) -> None:
+    if not isinstance(hparams, MoEHyperParams):
+        raise HyperParamsError(
+            f"hparams must be hyper-parameters of ours or the path of a YAML file; found {shown(hparams)} "
+            f"({type(hparams).__name__})."
+        )
+
+
+def _checked_parts(hparams: Any, model: Any, tok: Any) -> tuple[MoEHyperParams, nn.Module, PreTrainedTokenizerBase]:
+    _check_hparams(hparams)
+    if not isinstance(model, nn.Module) or not callable(tok) or isinstance(tok, nn.Module):
+        raise RequestError(
+            f"An editor needs a model and its tokenizer; found {type(model).__name__} and {type(tok).__name__}. "
+            "MoEEditor.from_hparams(hparams) loads both."
+        )
+    return hparams, model, tok
 
 
 def _read_or_chosen(path: str | Path) -> MoEHyperParams:

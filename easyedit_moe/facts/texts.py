@@ -24,19 +24,19 @@ def checked_text(name: str, value: Any) -> str:
     return value
 
 
-def check_encodable(name: str, text: str) -> None:
+def check_encodable(name: str, text: str, error: type[Exception] = RequestError) -> None:
     """Refuse halves of a character (lone surrogates), which no tokenizer and no file takes.
 
     Raises:
-        RequestError: there is one.
+        ``error``: there is one.
     """
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise RequestError(
-            f"'{name}' holds half a character (U+{ord(text[error.start]):04X}, a lone surrogate, at {error.start}), "
+    except UnicodeEncodeError as cause:
+        raise error(
+            f"'{name}' holds half a character (U+{ord(text[cause.start]):04X}, a lone surrogate, at {cause.start}), "
             f"which can't be written as UTF-8; found {shown(text)}. Decode the text anew, as what it was written in."
-        ) from error
+        ) from cause
 
 
 def same_text(text: str) -> str:

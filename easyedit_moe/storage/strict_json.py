@@ -35,7 +35,7 @@ def write_json(path: str | Path, value: Any, indent: int | None = 1) -> Path:
     return path
 
 
-def parse_json(text: str, **options: Any) -> Any:
+def parse_json(text: str | bytes, **options: Any) -> Any:
     """What a text of JSON says; ``options`` are those of `json.loads`.
 
     Raises:
