@@ -90,7 +90,7 @@ def _with_columns(run: Callable[..., Any]) -> Callable[..., Any]:
         ignored = [
             name
             for name, value in columns.items()
-            if not is_nothing(value) and not (isinstance(value, str) and not value)
+            if not (is_nothing(value) or (isinstance(value, str) and not value))
         ]
         if ignored:
             raise KeywordError(

@@ -147,7 +147,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`` Did you mean 'x'?`` for the nearest known name, or an empty string."""
     known = list(known)
     folded = {candidate.lower(): candidate for candidate in known}
-    close = difflib.get_close_matches(name.lower(), list(folded), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name[:200].lower(), list(folded), n=1, cutoff=0.5)
     return f" Did you mean '{folded[close[0]]}'?" if close else ""
 
 

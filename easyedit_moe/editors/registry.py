@@ -23,14 +23,14 @@ def make_editor(hparams: Any, progress: bool = True) -> Editor:
     """The editor that ``hparams.alg_name`` asks for.
 
     Raises:
-        MethodError: unknown method. HyperParamsError: hyper-parameters of another method, or something else. HostError: one of EasyEdit's
-            own methods, and EasyEdit is not there.
+        MethodError: unknown method. HyperParamsError: hyper-parameters of another method, or something else.
+        HostError: one of EasyEdit's own methods, and EasyEdit is not there.
     """
     name = getattr(hparams, "alg_name", None)
     if not isinstance(name, str):
         raise HyperParamsError(
-            f"An editor needs hyper-parameters of a method; found {shown(hparams)} ({type(hparams).__name__}). Read them "
-            "by load_hyperparams, or make the method's class from a dict by its from_dict."
+            f"An editor needs hyper-parameters of a method; found {shown(hparams)} ({type(hparams).__name__}). Read "
+            "them by load_hyperparams, or make the method's class from a dict by its from_dict."
         )
     return editor_class(name)(hparams, progress=progress)
 

@@ -27,7 +27,7 @@ def path_of(value: Any, name: str, error: type[Exception]) -> Path:
 
 
 def is_file(path: str | os.PathLike[str]) -> bool:
-    """Whether there is such a file; no error for a name that no file can have, or a folder that can't be looked into."""
+    """Whether there is such a file; no error for a name that no file can have, or a folder that is closed."""
     return os.path.isfile(path)
 
 

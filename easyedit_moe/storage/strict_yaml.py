@@ -60,8 +60,8 @@ def parse_yaml(text: str) -> Any:
     """What a text of YAML says: scalars, lists and dicts whose keys are scalars.
 
     Raises:
-        ValueError: it is no YAML, gives a key twice, has a tag that is not of the standard or a value that its tag can't
-            mean, is nested too deeply, or holds more than `MOST_VALUES` values. The message says where.
+        ValueError: it is no YAML, gives a key twice, has a tag that is not of the standard or a value that its tag
+            can't mean, is nested too deeply, or holds more than `MOST_VALUES` values. The message says where.
     """
     try:
         loader = _StrictLoader(text)
