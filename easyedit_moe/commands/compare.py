@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from easyedit_moe.commands import options
+from easyedit_moe.commands.printing import note, show_table
 from easyedit_moe.commands.reporting import shows_progress
-from easyedit_moe.commands.tables import note, show_table
 
 if TYPE_CHECKING:
     from easyedit_moe.comparison.compare import Comparison, Row
