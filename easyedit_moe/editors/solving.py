@@ -81,6 +81,10 @@ class SolvingEditor(Editor):
         """The Tucker basis of a layer, for methods that have one."""
         return None
 
+    def combined(self, layers: dict[int, PreparedLayer]) -> dict[int, PreparedLayer]:
+        """The layers as they are used together: as each was prepared, unless a method relates them to each other."""
+        return layers
+
     @classmethod
     def plan_for(cls, hparams: SolverHyperParams, model: nn.Module, workload: Workload) -> MemoryPlan:
         """See `Editor.plan_for` and `easyedit_moe.editors.planner.plan`."""
@@ -112,6 +116,7 @@ class SolvingEditor(Editor):
                 moments = layer_statistics(view, tok, self.hparams, layers, fingerprint, self.progress)
             # The moments of a layer are let go as soon as its metric and basis are made.
             made = {n: self._prepared_layer(view, n, tails[n], moments.pop(n, None), fingerprint) for n in layers}
+            made = self.combined(made)
         self.prepared = Prepared(fingerprint, made, resumable, watch.seconds["statistics"])
         return self.prepared
 
