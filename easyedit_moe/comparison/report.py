@@ -82,15 +82,16 @@ def _table(title: str, columns: Sequence[str], texts: int) -> Table:
 
 def markdown(comparison: Comparison) -> str:
     """The same tables for a README."""
-    text = _markdown(COLUMNS, 3, [cells(row) for row in comparison.rows])
+    text = markdown_rows(COLUMNS, 3, [cells(row) for row in comparison.rows])
     measured = [row for row in comparison.rows if row.easyedit is not None]
     if measured:
         text += f"\nThe same edits by the protocol of {PROTOCOL}:\n\n"
-        text += _markdown(EASYEDIT_COLUMNS, 2, [easyedit_cells(row) for row in measured])
+        text += markdown_rows(EASYEDIT_COLUMNS, 2, [easyedit_cells(row) for row in measured])
     return text
 
 
-def _markdown(columns: Sequence[str], texts: int, rows: Sequence[Sequence[str]]) -> str:
+def markdown_rows(columns: Sequence[str], texts: int, rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose first ``texts`` columns hold texts, the others numbers."""
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * texts + "---:|" * (len(columns) - texts)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join(lines) + "\n"
