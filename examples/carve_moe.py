@@ -58,10 +58,10 @@ class Recipe:
     shared: int = 512
     experts: int = 8
     top_k: int = 4
-    steps: int = 600
+    steps: int = 300
     batch_tokens: int = 768
     learning_rate: float = 1e-3
-    texts: int = 256
+    texts: int = 192
     length: int = 160
     held_out: int = 8
     seed: int = 0
