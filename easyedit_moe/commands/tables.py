@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from easyedit_moe.commands import options
+from easyedit_moe.commands import compare_options, options
 from easyedit_moe.commands.compare import brief, split_names
 from easyedit_moe.commands.printing import note, say, show_rows
 from easyedit_moe.commands.reporting import shows_progress
@@ -19,26 +19,21 @@ Folder = Annotated[
     str | None, typer.Option(help="Folder of <METHOD>/<model>.yaml; methods that it lacks have those that ship.")
 ]
 Out = Annotated[str, typer.Option(help="Folder: tables.md, and results.json, table.md and a chart for each table.")]
-Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on after an interruption: rows that would come out again are kept.")
-]
 
 
 def tables(
     names: Names,
     model: options.Model = "factworld",
-    data: Annotated[str, typer.Option(help="File of records, such as CounterFact; factworld ships.")] = "factworld",
+    data: compare_options.Data = "factworld",
     zsre: ZsRE = None,
-    edits: Annotated[int, typer.Option(help="Number of records to edit.")] = 100,
-    batch_size: Annotated[int, typer.Option(help="Edits per batch; batches follow each other.")] = 50,
+    edits: compare_options.Edits = 100,
+    batch_size: compare_options.BatchSize = 50,
     hparams: Folder = None,
     out: Out = "results/tables",
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on after an interruption: rows that are done stay.")
-    ] = False,
+    resume: compare_options.Resume = False,
     settings: options.Settings = None,
     stats_dir: options.StatsDir = "",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; default: that of the hparams.")] = "",
+    dtype: compare_options.DType = "",
     device: options.Device = "",
 ) -> None:
     """Make tables of the MoTE paper on any model and data, with published figures beside ours where all is the same."""

@@ -62,6 +62,7 @@ class Row:
             "method": self.method,
             "edits": self.edits,
             "code": self.code,
+            "protocol": self.scores.protocol,
             **{name: scores[name] for name in SCORES},
             "routing_similarity": self.routing,
             "seconds": self.seconds,

@@ -39,13 +39,14 @@ class Task:
 def load_task(
     model_name: str, data: str, edits: int, skip: int, batch_size: int, dtype: str, device: int | str,
     model_parallel: bool = False, trust_remote_code: bool = False, progress: bool = True, chat: bool = False,
+    protocol: str | None = None,
 ) -> Task:  # fmt: skip
-    """Load model and records; record ``skip`` is the first to be edited.
+    """Load model and records; record ``skip`` is the first to be edited, ``protocol`` that of `load_records`.
 
     Raises:
         DataError: unusable data or model, or fewer records than asked for. HyperParamsError: bad dtype or device.
     """
-    found, records = _chosen(data, edits, skip, batch_size)
+    found, records = _chosen(data, edits, skip, batch_size, protocol)
     with library_bars(progress):
         model, tok = load_model(model_name, dtype, device, model_parallel, trust_remote_code=trust_remote_code)
     provenance = {
@@ -73,9 +74,11 @@ def with_data(task: Task, data: str, edits: int, skip: int = 0) -> Task:
     return replace(task, records=judged, protocol=found.protocol, provenance=provenance)
 
 
-def _chosen(data: str, edits: int, skip: int, batch_size: int) -> tuple[RecordSet, tuple[EvaluationRecord, ...]]:
+def _chosen(
+    data: str, edits: int, skip: int, batch_size: int, protocol: str | None = None
+) -> tuple[RecordSet, tuple[EvaluationRecord, ...]]:
     """All that was read, and the records to edit; what is unusable is told."""
-    found = load_records(data)
+    found = load_records(data, protocol)
     if edits < 1 or skip < 0 or batch_size < 1:
         raise DataError(f"edits and batch-size must be >= 1 and skip >= 0; found {edits}, {batch_size}, {skip}.")
     records = found.records[skip : skip + edits]
