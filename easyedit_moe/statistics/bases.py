@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from easyedit_moe.algebra.tucker import TuckerBasis, resolve_rank, tucker_basis
+from easyedit_moe.algebra.ranks import resolve_rank
+from easyedit_moe.algebra.tucker import TuckerBasis, tucker_basis
 from easyedit_moe.errors import DamagedCacheError
 from easyedit_moe.hparams import MoTEHyperParams
 from easyedit_moe.moe.layers import MoELayer
