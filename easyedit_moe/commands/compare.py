@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from easyedit_moe.commands import compare_options as given
 from easyedit_moe.commands import options
+from easyedit_moe.commands.printing import note, say, show_table
 from easyedit_moe.commands.reporting import shows_progress
-from easyedit_moe.commands.tables import note, say, show_table
 
 if TYPE_CHECKING:
     from easyedit_moe.comparison.compare import Comparison
@@ -98,7 +98,7 @@ def _run(
     if earlier:
         note(f"Going on after {len(earlier)} rows of {folder}: {', '.join(done)}.")
     try:
-        return run(task, settings, told, (), easyedit_metrics, earlier, keep, shows_progress(), seeds)
+        return run(task, settings, told, (), easyedit_metrics, earlier, keep, shows_progress(), seeds=seeds)
     except BaseException:
         if done:
             note(f"Rows that are done are in {folder}; the same command with --resume goes on after them.")

@@ -8,8 +8,8 @@ import typer
 
 from easyedit_moe.commands import options
 from easyedit_moe.commands.compare import split_names
+from easyedit_moe.commands.printing import note, say, show_table
 from easyedit_moe.commands.reporting import shows_progress
-from easyedit_moe.commands.tables import note, say, show_table
 
 
 def evaluate(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +23,8 @@ from easyedit_moe.facts.records.knowedit import (
 from easyedit_moe.facts.records.record import EvaluationRecord, FactSet, Parsed, RecordSet, absent
 from easyedit_moe.facts.records.wikibigedit import parse_wikibigedit
 from easyedit_moe.facts.records.zsre import parse_zsre, parse_zsre_alternative
+from easyedit_moe.facts.texts import same_text
+from easyedit_moe.storage.files import is_file, path_of
 
 Reasons = tuple[tuple[int, str], ...]
 SHOWN = 5  # problems that an error lists
@@ -147,8 +148,8 @@ def _content(source: str | Path) -> tuple[Content, str]:
         f"{factworld.MODEL_NAME}-easyedit": factworld.data_path("easyedit.json"),
         NEUTRAL: Path(__file__).with_name("neutral.json"),
     }
-    path = bundled.get(str(source), Path(source))
-    if not path.is_file():
+    path = bundled.get(str(source)) or path_of(source, "facts", DataError)
+    if not is_file(path):
         raise DataError(f"The data file {path} does not exist. Bundled data: {', '.join(bundled)}.")
     return read_file(path), str(path)
 
@@ -311,7 +312,7 @@ def _without_conflicts(
     kept, refused = [], []
     seen: dict[str, tuple[int, str]] = {}
     for number, record in records:
-        prompt, target = _plain(record.request.prompt), _plain(record.request.target_new)
+        prompt, target = same_text(record.request.prompt), same_text(record.request.target_new)
         if prompt not in seen:
             seen[prompt] = (number, target)
             kept.append((number, record))
@@ -324,10 +325,6 @@ def _without_conflicts(
                 (number, f"conflicts with {unit} {other}: {prompt!r} -> {target!r} here, {earlier!r} there. Keep one.")
             )
     return kept, refused
-
-
-def _plain(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def _none_usable(found: _Found, skipped: Reasons, where: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from easyedit_moe.errors import RequestError
+from easyedit_moe.errors import RequestError, shown
 from easyedit_moe.facts.records.record import (
     EvaluationRecord,
     Parsed,
@@ -64,7 +64,7 @@ def one_hop(item: Mapping[str, Any]) -> tuple[tuple[ProbeGroup, ...], tuple[str,
     if absent(found) or found == {}:
         return (), ()
     if not isinstance(found, Mapping):
-        return (), (f"portability: must be a dict; found {found!r}.",)
+        return (), (f"portability: must be a dict; found {shown(found)}.",)
     reasons: list[str] = []
     probe = {"prompt": found.get("New Question"), "ground_truth": found.get("New Answer")}
     return probe_groups({"one_hop": probe}, reasons), tuple(reasons)
