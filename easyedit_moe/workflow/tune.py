@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from easyedit_moe.checkpoints.staging import check_free, new_folder
-from easyedit_moe.comparison.compare import PRE_EDIT, Row, compare
+from easyedit_moe.comparison.compare import compare
+from easyedit_moe.comparison.rows import PRE_EDIT, Row
 from easyedit_moe.comparison.task import Task, load_task
 from easyedit_moe.comparison.tuned import TUNING, record_hash
 from easyedit_moe.editors.proposal import yaml_line

@@ -86,10 +86,10 @@ def test_command_writes_table_json_and_chart(folder: Path) -> None:
     done = run_compare(folder, "--methods", "MoTE,MoEEdit", "--methods", "Global+speedup")
     assert done.exit_code == 0, done.output
     saved = json.loads((folder / "out" / "results.json").read_text())
-    assert saved["schema"] == 1
+    assert saved["schema"] == 2
     assert [row["method"] for row in saved["rows"]] == ["pre-edit", *METHODS]
     for row in saved["rows"]:
-        assert set(row["efficacy"]) >= {"mean", "stderr"}
+        assert set(row["efficacy"]) >= {"mean", "stderr", "low", "high", "interval", "values"}
         assert set(row["seconds"]) == {"statistics", "targets", "solve", "write", "diagnose", "evaluate"}
         assert {"generalisation", "specificity", "utility", "routing_similarity", "peak_memory_bytes"} <= set(row)
     assert {row["edits"] for row in saved["rows"][1:]} == {"experts"}
