@@ -255,6 +255,8 @@ def _edit_batch(
 ) -> EditResult:
     settings = editor.target_settings()
     shared = first and settings is not None and getattr(editor.hparams, "edits_per_solve", None) is None
+    # What experts can bring about, among which targets are searched, depends on the site.
+    settings = (settings, getattr(editor.hparams, "site", None))
     targets, seconds = ready.get(settings, (None, 0.0)) if shared else (None, 0.0)
     result = editor.edit(task.model, task.tok, batch, memory, targets)
     if targets is not None:
