@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+<<<<<<< HEAD
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+=======
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+>>>>>>> whole
 from typing import Any
 
 from torch import nn
@@ -29,7 +35,9 @@ from easyedit_moe.facts.records import PROTOCOLS
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.host.baseline_hparams import PROTOCOL, BaselineHyperParams
 from easyedit_moe.hparams import MoEHyperParams
+from easyedit_moe.interrupts import do_all
 from easyedit_moe.measure import Stopwatch, peak_memory_bytes, reset_peak_memory
+from easyedit_moe.moe.holding import intact
 from easyedit_moe.storage.strict_json import json_text
 
 
@@ -252,9 +260,8 @@ def _edit_batch(
 @contextmanager
 def _restored(model: nn.Module, patches: list[Patch]) -> Iterator[None]:
     """Whatever happens inside, the originals of all patches are back afterwards."""
-    try:
-        yield
-    finally:
-        with ExitStack() as stack:  # the newest first, and each whatever another raises
-            for patch in patches:
-                stack.callback(patch.restore, model)
+    with intact(model):
+        try:
+            yield
+        finally:
+            do_all(partial(patch.restore, model) for patch in reversed(patches))
