@@ -336,6 +336,8 @@ class _Problem:
                 if step == self.settings.steps or not going.any():
                     break
                 (grad,) = torch.autograd.grad(loss.sum(), shift)
+                if not torch.isfinite(grad).all():
+                    raise not_finite("The gradient of a target vector is NaN or infinite")
             if not going.all():
                 grad = grad[going.to(device)]
                 active, kept = active[going], self._keep(kept, active[going], going)
