@@ -18,6 +18,7 @@ from easyedit_moe.comparison.seeds import pooled, seeded
 from easyedit_moe.comparison.task import Task
 from easyedit_moe.editors import Editor, EditResult, Patch, make_editor
 from easyedit_moe.errors import EditingWarning, HyperParamsError
+from easyedit_moe.evaluation.context import check_fit
 from easyedit_moe.evaluation.metrics import (
     EvaluationResult,
     RoutingSnapshot,
@@ -159,6 +160,7 @@ class _Judge:
         edited = [record.request.prompt for record in task.records]
         kept = sorted({prompt for record in task.records for prompt, _ in record.neighbours})
         self._prompts = {"edit": edited, "preservation": kept or edited}
+        check_fit(task.model, task.tok, [(prompt, "") for prompt in (*edited, *kept)], task.chat)
         self._before = {name: self._snapshot(name) for name in self._prompts}
 
     def _snapshot(self, name: str) -> RoutingSnapshot:
@@ -219,6 +221,7 @@ def _run_method(
     memory, reached = None, None
     patches: list[Patch] = []
     told: list[str] = []
+    editor.check_requests(model, task.tok, [record.request for record in task.records])
     targets.before(editor)
     with _restored(model, patches):
         for start in range(0, len(task.records), task.batch_size):
