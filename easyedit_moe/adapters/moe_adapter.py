@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from easyedit_moe.errors import AdapterError
 from easyedit_moe.facts.anchors import SubjectMatcher
 from easyedit_moe.hparams.memoe import WITHOUT_ANCHOR
-from easyedit_moe.storage.files import replacing
+from easyedit_moe.storage.files import write_text
 from easyedit_moe.storage.tensors import digest, read_metadata, read_safetensors, write_safetensors
 
 SCHEMA = 1
@@ -216,7 +217,8 @@ class MoEAdapter(nn.Module):
         ``adapter.safetensors`` and ``adapter.json``.
 
         Raises:
-            AdapterError: an adapter of another model is there; nothing is written then.
+            AdapterError: an adapter of another model is there; nothing is written then. WriteError: the place can't be
+                written to.
         """
         path = Path(path)
         self.check_place(path)
@@ -226,8 +228,7 @@ class MoEAdapter(nn.Module):
             return
         # Of two files, the second may be missing after a crash: the tensors name the configuration they belong to.
         write_safetensors(path / WEIGHTS_FILE, tensors, {"kind": KIND, "belongs_to": digest(content)})
-        with replacing(path / CONFIG_FILE) as partial:
-            partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(path / CONFIG_FILE, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
     def check_place(self, path: Path) -> None:
         """Refuse a place that can't take this adapter; see `save`.
@@ -236,12 +237,12 @@ class MoEAdapter(nn.Module):
             AdapterError: an adapter of another model is there, or a file where a folder should be.
         """
         one_file = path.suffix == SUFFIX
-        if path.exists() and path.is_dir() == one_file:
+        if os.path.exists(path) and os.path.isdir(path) == one_file:
             raise AdapterError(
                 f"{path} is a {'folder' if one_file else 'file'}; an adapter is saved as a folder, or as a file that "
                 f"ends in {SUFFIX}."
             )
-        if not (path if one_file else path / CONFIG_FILE).exists():
+        if not os.path.exists(path if one_file else path / CONFIG_FILE):
             return
         found = (_content_of_file(path) if one_file else _content_of_folder(path))["config"]["fingerprint"]
         if found != self.config.fingerprint:
@@ -258,9 +259,9 @@ class MoEAdapter(nn.Module):
             AdapterError: missing, truncated or corrupt files, or two that do not belong together.
         """
         path = Path(path)
-        if (path / ADAPTER_FILE).is_file() and not (path / CONFIG_FILE).is_file():
+        if os.path.isfile(path / ADAPTER_FILE) and not os.path.isfile(path / CONFIG_FILE):
             path = path / ADAPTER_FILE
-        if path.suffix == SUFFIX and not path.is_dir():
+        if path.suffix == SUFFIX and not os.path.isdir(path):
             content = _content_of_file(path)
             tensors, _ = read_safetensors(path, AdapterError, ADVICE)
         else:
@@ -286,7 +287,7 @@ class MoEAdapter(nn.Module):
         """Shape, facts and base of the adapter, as JSON; and the bytes of the file or folder ``path`` that holds it."""
         names = (WEIGHTS_FILE, CONFIG_FILE, ADAPTER_FILE)
         where = None if path is None else Path(path)
-        files = [] if where is None else [where] if where.is_file() else [where / name for name in names]
+        files = [] if where is None else [where] if os.path.isfile(where) else [where / name for name in names]
         settings = {key: value for key, value in asdict(self.config).items() if key != "fingerprint"}
         return {
             "kind": "adapter beside one FFN",
@@ -300,7 +301,7 @@ class MoEAdapter(nn.Module):
             "parameters": sum(parameter.numel() for parameter in self.parameters()),
             "dtype": str(self.first.dtype).removeprefix("torch."),
             "settings": [settings],
-            "bytes": sum(file.stat().st_size for file in files if file.is_file()) if files else None,
+            "bytes": sum(file.stat().st_size for file in files if os.path.isfile(file)) if files else None,
         }
 
     def _content(self) -> dict[str, Any]:
@@ -354,7 +355,7 @@ def base_fingerprint(model: nn.Module) -> str:
 
 def _content_of_folder(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise AdapterError(f"{folder} holds no adapter: {CONFIG_FILE} does not exist.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

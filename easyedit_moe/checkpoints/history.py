@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -39,7 +40,7 @@ def read_history(folder: Path) -> list[Edit]:
         CheckpointError: the file is there but unreadable.
     """
     path = folder / EDITS
-    if not path.exists():
+    if not os.path.exists(path):
         return []
     content = read_json(path)
     try:

@@ -8,6 +8,7 @@ an edited model is saved onto the checkpoint it came from: files are copied, and
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ from easyedit_moe.checkpoints.staging import copy_files, new_folder
 from easyedit_moe.errors import CheckpointError, DataError
 from easyedit_moe.moe.hub import find_source
 from easyedit_moe.moe.loading import empty_load, empty_model, quant_method, quiet_transformers
+from easyedit_moe.storage.tensors import system_errors
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +113,7 @@ def source_folder(source: str) -> Path:
         DataError: there is no such folder, and it is not in the cache.
     """
     found = find_source(source)
-    if Path(found.name).is_dir():
+    if os.path.isdir(found.name):
         return Path(found.name)
     try:
         return Path(str(cached_file(found.name, "config.json", local_files_only=True))).parent
@@ -185,7 +187,7 @@ def _save_onto(
         value = model.get_parameter(name).detach()
         value = value if row is None else value[row]
         parameters.write(name, value.to("cpu", parameters.dtype(name)), row)
-    if not any((origin / file).exists() for file in ("tokenizer.json", "tokenizer_config.json")):
+    if not any(os.path.exists(origin / file) for file in ("tokenizer.json", "tokenizer_config.json")):
         tok.save_pretrained(partial)
 
 
@@ -197,7 +199,11 @@ def _save_dense(model: PreTrainedModel, tok: PreTrainedTokenizerBase, partial: P
             f"{origin} holds more than the {type(model).__name__} in memory, and not in its dtype, so the whole can't "
             "be saved. Load the model in the checkpoint's dtype."
         )
-    with _as_float(model, quant_method(AutoConfig.from_pretrained(origin)) is not None), quiet_transformers():
+    with (
+        _as_float(model, quant_method(AutoConfig.from_pretrained(origin)) is not None),
+        quiet_transformers(),
+        system_errors(),
+    ):
         model.save_pretrained(partial)
     tok.save_pretrained(partial)
     written = {path.name for path in partial.iterdir()}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -145,9 +146,9 @@ def weight_files(folder: Path) -> list[str]:
         CheckpointError: there is none.
     """
     index = folder / INDEX
-    if (folder / SINGLE).is_file():
+    if os.path.isfile(folder / SINGLE):
         return [SINGLE]
-    if index.is_file():
+    if os.path.isfile(index):
         return sorted(set(read_json(index)["weight_map"].values()))
     raise CheckpointError(
         f"{folder} holds neither {SINGLE} nor {INDEX}. Give the folder of a checkpoint in safetensors; another format "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,8 +32,8 @@ def check_held_out(hparams: str | Path | None, records: Sequence[EvaluationRecor
     """
     if hparams is None:
         return
-    path = (Path(hparams) if Path(hparams).is_dir() else Path(hparams).parent) / TUNING
-    if not path.is_file():
+    path = (Path(hparams) if os.path.isdir(hparams) else Path(hparams).parent) / TUNING
+    if not os.path.isfile(path):
         return
     saved = read_json(path)
     used = saved.get("records") if isinstance(saved, dict) else None

@@ -9,7 +9,6 @@ import threading
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
-from pathlib import Path
 
 from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
@@ -48,7 +47,7 @@ def find_source(model_name: str) -> Source:
     """
     if model_name == factworld.MODEL_NAME:
         return Source(str(factworld.model_path()), True)
-    if Path(model_name).is_dir():
+    if os.path.isdir(model_name):
         return Source(model_name, False)
     if _is_path(model_name):
         raise DataError(f"The model {model_name!r} can't be loaded: there is no such folder.")

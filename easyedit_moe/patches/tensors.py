@@ -168,7 +168,7 @@ class TensorPatch(PatchRecord):
         then be applied, or have been loaded with it.
 
         Raises:
-            PatchError: the originals are not at hand; no file is written.
+            PatchError: the originals are not at hand; no file is written. WriteError: the file can't be written.
         """
         flips = self._flips() if keep_originals else {}
         metadata = self.described("tensor patch", self.reports, self.metadata, bool(flips))

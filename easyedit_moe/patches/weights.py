@@ -249,7 +249,7 @@ class WeightPatch(PatchRecord):
         for bit: the patch must then be applied, or have been loaded with it.
 
         Raises:
-            PatchError: the originals are not at hand; no file is written.
+            PatchError: the originals are not at hand; no file is written. WriteError: the file can't be written.
         """
         flips = self._flips() if keep_originals else {}
         tensors: dict[str, Tensor] = {}

@@ -16,6 +16,7 @@ from easyedit_moe.hparams import MoTEHyperParams
 from easyedit_moe.moe.layers import MoELayer
 from easyedit_moe.statistics.cache import statistics_folder
 from easyedit_moe.statistics.moments import LayerMoments
+from easyedit_moe.storage.files import check_writable
 from easyedit_moe.storage.tensors import SCHEMA, check_key, digest, read_or_warn, read_safetensors, write_safetensors
 
 _ADVICE = "delete it, and it is computed anew"
@@ -79,7 +80,8 @@ def layer_basis(moe: MoELayer, hparams: MoTEHyperParams, moments: LayerMoments |
 
     Raises:
         CacheError: a cached file is of another model; one that is damaged is made anew, with a warning.
-        HyperParamsError, NumericalError: see `easyedit_moe.algebra.tucker.tucker_basis`.
+        WriteError: nothing can be written there. HyperParamsError, NumericalError: see
+            `easyedit_moe.algebra.tucker.tucker_basis`.
     """
     hp = hparams
     sigma_in = moments.pooled() if moments and hp.whitening in ("in", "both") else None
@@ -91,6 +93,7 @@ def layer_basis(moe: MoELayer, hparams: MoTEHyperParams, moments: LayerMoments |
     found = read_or_warn(path, lambda file: load_basis(file, key, device))
     if found is not None:
         return found
+    check_writable(path)
     basis = tucker_basis(
         moe.experts.matrices(), hp.rank_expert, hp.rank_out, hp.rank_in, hp.hooi_sweeps, hp.whitening, sigma_in,
         sigma_out, hp.whitening_eps,

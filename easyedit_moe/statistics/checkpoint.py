@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from easyedit_moe.errors import CacheError, DamagedCacheError
 from easyedit_moe.statistics.cache import StatisticsKey
 from easyedit_moe.statistics.distributed import from_first_process, least_over_processes, rank_and_size
+from easyedit_moe.storage.files import discard
 from easyedit_moe.storage.tensors import SCHEMA, digest, read_or_warn, read_safetensors, write_safetensors
 
 if TYPE_CHECKING:
@@ -73,13 +74,13 @@ class MomentsCheckpoint:
         write_safetensors(self.folder / f"{self.stem}{round_number}.safetensors", tensors, metadata)
         least_over_processes(0)  # all have written
         for path in older.values():
-            path.unlink(missing_ok=True)
+            discard(path)
         self._written = time.monotonic()
 
     def remove(self) -> None:
         """Delete this process's files; what they led to is stored."""
         for path in self._rounds().values():
-            path.unlink(missing_ok=True)
+            discard(path)
 
     def _rounds(self) -> dict[int, Path]:
         files = self.folder.glob(f"{self.stem}*.safetensors")

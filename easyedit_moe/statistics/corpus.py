@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -75,9 +76,9 @@ def _named(name: str) -> Iterable[Any]:
             f"name of a dataset (a file of that name is ./{GENERATED})."
         )
     path = factworld.data_path("corpus.txt") if name == factworld.MODEL_NAME else Path(name)
-    if path.is_file():
+    if os.path.isfile(path):
         return _file(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         return _folder(path)
     if path.suffix or path.is_absolute() or name.startswith("."):
         raise DataError(f"The corpus {name} does not exist, neither as a file nor as a folder.")
@@ -85,7 +86,7 @@ def _named(name: str) -> Iterable[Any]:
 
 
 def _folder(folder: Path) -> Iterable[Any]:
-    inside = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    inside = (path for path in sorted(folder.rglob("*")) if os.path.isfile(path))
     shown = [path for path in inside if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     files = [path for path in shown if path.suffix.lower() in FOLDER_SUFFIXES]
     if not files:

@@ -26,6 +26,7 @@ from easyedit_moe.statistics.corpus import GENERATED, corpus_hash, iterate_texts
 from easyedit_moe.statistics.distributed import least_over_processes, rank_and_size
 from easyedit_moe.statistics.generated import GeneratedTexts, GenerationKey, opening_ids
 from easyedit_moe.statistics.moments import LayerMoments, Shards, collect_moments, encode_cut
+from easyedit_moe.storage.files import check_writable
 from easyedit_moe.storage.tensors import digest, read_or_warn
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,8 @@ def layer_statistics(
 
     Raises:
         DataError: the corpus can't be read. HyperParamsError: no room for generated texts. CacheError: a cached
-            file is corrupt or of another model.
+            file is of another model; one that is damaged is made anew, with a warning. WriteError: nothing can be
+            written under ``hparams.stats_dir``.
     """
     folder = statistics_folder(hparams.stats_dir, hparams.model_name, fingerprint)
     corpus = _corpus(view, tok, hparams, fingerprint, folder)
@@ -71,6 +73,7 @@ def layer_statistics(
     }
     missing = [layer for layer in layers if not there[layer]]
     if missing:
+        check_writable(folder / keys[missing[0]].file_name())
         checkpoint = MomentsCheckpoint(folder, {layer: keys[layer] for layer in missing}, CHECKPOINT_SECONDS)
         collected = collect_moments(
             view,

@@ -6,6 +6,7 @@ They are sampled a part at a time, when statistics come to it, and kept on disk 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -99,11 +100,10 @@ class GeneratedTexts:
         """
         count = min(self.key.part_texts, self.n_samples - number * self.key.part_texts)
         path = None if self.folder is None else self.folder / f"part-{number:05d}.json"
-        if path is not None and path.is_file():
+        if path is not None and os.path.isfile(path):
             return self._read(path, number)[:count]
         ids = self._sample(number)
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
             texts = [decode(self.tok, row) for row in ids]
             content = {"schema": SCHEMA, "kind": "generated texts", "key": self._part_key(number)}
             write_json(path, {**content, "ids": ids, "texts": texts}, indent=None)

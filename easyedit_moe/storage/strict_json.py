@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from easyedit_moe.errors import DataError
-from easyedit_moe.storage.files import replacing
+from easyedit_moe.storage.files import check_readable, write_text
 
 
 def finite(value: Any) -> Any:
@@ -28,11 +28,12 @@ def json_text(value: Any, indent: int | None = 1) -> str:
 
 
 def write_json(path: str | Path, value: Any, indent: int | None = 1) -> Path:
-    """Write strict JSON in UTF-8, in full or not at all; the path."""
-    path, text = Path(path), json_text(value, indent)
-    with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
-    return path
+    """Write strict JSON in UTF-8, in full or not at all; the path.
+
+    Raises:
+        WriteError: it can't be written; what was there is as it was.
+    """
+    return write_text(path, json_text(value, indent))
 
 
 def read_json(path: str | Path, error: type[Exception] = DataError) -> Any:
@@ -41,6 +42,7 @@ def read_json(path: str | Path, error: type[Exception] = DataError) -> Any:
     Raises:
         ``error``: it is missing, unreadable, or not JSON.
     """
+    check_readable(path, error)
     try:
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as cause:

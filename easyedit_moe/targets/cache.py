@@ -17,6 +17,7 @@ from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.statistics.cache import statistics_folder
 from easyedit_moe.storage.checksums import checksum
+from easyedit_moe.storage.files import check_writable
 from easyedit_moe.storage.tensors import digest, read_or_warn, read_safetensors, write_safetensors
 from easyedit_moe.targets.search import TargetSearch, TargetVectors, fact_contexts, warn_of_targets
 
@@ -46,7 +47,7 @@ def cached_targets(
 
     Raises:
         CacheError: a file of something else (one that is damaged is made anew, with a warning); what
-            `TargetSearch.targets` raises.
+            `TargetSearch.targets` raises. WriteError: nothing can be written to ``folder``.
     """
     place = statistics_folder(folder, model_name, fingerprint) / weights_hash(search.view)[:16]
     keys = [_key(fingerprint, place.name, search, request) for request in requests]
@@ -65,6 +66,7 @@ def cached_targets(
             write_safetensors(paths[i], rows[i], {"schema": SCHEMA, "kind": "target", "key": keys[i]})
 
     if missing:
+        check_writable(paths[missing[0]])
         search.find([requests[i] for i in missing], keep)
     targets = TargetVectors(*(torch.stack([rows[i][name] for i in range(len(requests))]) for name in _FIELDS))
     if search.warn:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from easyedit_moe.comparison.report import check_folder
-from easyedit_moe.storage.files import replacing
+from easyedit_moe.storage.files import write_text
 from easyedit_moe.workflow.evaluate import RECORDS, Evaluation, Measure, Value
 
 COLUMNS = ("measured", "score", "before", "after", "change", "n")
@@ -37,12 +37,11 @@ def write_evaluation(result: Evaluation, out: str | Path) -> list[Path]:
     """Write ``results.json`` and ``table.md`` into a folder, which is made if need be; each in full or not at all.
 
     Raises:
-        DataError: the folder can't be made or written to.
+        WriteError: the folder can't be made or written to.
     """
     folder = check_folder(out)
     text = json.dumps(result.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     paths = [folder / "results.json", folder / "table.md"]
     for path, content in zip(paths, (text, markdown(result)), strict=True):
-        with replacing(path) as partial:
-            partial.write_text(content, encoding="utf-8")
+        write_text(path, content)
     return paths
