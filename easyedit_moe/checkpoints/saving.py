@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from easyedit_moe.checkpoints.history import EDITS, Edit, history_text, read_history
+from easyedit_moe.checkpoints.history import Edit, read_history, write_history
 from easyedit_moe.checkpoints.naming import CheckpointNames
 from easyedit_moe.checkpoints.parameters import StoredParameters
 from easyedit_moe.checkpoints.rewriting import Rewriting
@@ -70,7 +70,7 @@ def save_edited(
         else:
             _save_onto(model, tok, partial, origin, *changes)
         if edits:
-            (partial / EDITS).write_text(history_text([*read_history(origin), *edits]), encoding="utf-8")
+            write_history(partial, [*read_history(origin), *edits])
         check_saved(partial)
     return folder
 

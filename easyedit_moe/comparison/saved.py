@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from easyedit_moe.comparison.compare import PRE_EDIT, SCORES, Comparison, Row
 from easyedit_moe.errors import DataError
 from easyedit_moe.evaluation.metrics import EvaluationResult, Score
-from easyedit_moe.storage.strict_json import json_text, read_json, write_json
+from easyedit_moe.storage.schema import content_of, read_record, read_value
+from easyedit_moe.storage.strict_json import finite, json_text, read_checked_json, write_checked_json
 
 RESULTS = "results.json"
 
 
 def save_rows(comparison: Comparison, folder: Path) -> Path:
     """Write ``results.json``, in full or not at all; its ``state`` says whether all rows are there."""
-    return write_json(folder / RESULTS, comparison.to_dict())
+    return write_checked_json(folder / RESULTS, comparison.to_dict())
 
 
 def earlier_rows(folder: Path, provenance: Mapping[str, Any], wanted: Sequence[str]) -> list[Row]:
@@ -35,12 +36,13 @@ def earlier_rows(folder: Path, provenance: Mapping[str, Any], wanted: Sequence[s
     path = folder / RESULTS
     if not path.is_file():
         return []
-    saved = read_json(path)
-    try:
-        found, rows = saved["provenance"], saved["rows"]
-        read = [row_of(values, found["protocol"]) for values in rows]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is no result of compare ({error!r}); choose another --out.") from error
+    advice = "it is no result of compare; choose another --out, or leave --resume out to write it anew"
+    content = read_checked_json(path, DataError, advice)
+    with content_of(path, DataError, advice):
+        saved = read_record(content, _Saved)
+        found = saved.provenance
+        protocol = read_value(found.get("protocol"), str, "its provenance.protocol")
+        read = [_row(row, protocol) for row in saved.rows]
     differing = [
         f"{name}: {found.get(name)!r} there, {value!r} now"
         for name, value in provenance.items()
@@ -61,20 +63,70 @@ def earlier_rows(folder: Path, provenance: Mapping[str, Any], wanted: Sequence[s
 
 
 def row_of(values: Mapping[str, Any], protocol: str) -> Row:
-    """The row that ``Row.to_dict`` made ``values`` of, read back from JSON."""
-    own = {item.name for item in fields(Row)}
-    read: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name in own}
-    read["scores"] = EvaluationResult(protocol, **{name: _score(values[name]) for name in SCORES})
-    read["routing"] = {name: _routing(found) for name, found in values["routing_similarity"].items()}
-    if values["easyedit"] is not None:
-        read["easyedit"] = {name: _score(found) for name, found in values["easyedit"].items()}
-    return Row(**read)
+    """The row that ``Row.to_dict`` made ``values`` of, read back from JSON.
+
+    Raises:
+        ValueError: values that a row has not, or lacks.
+    """
+    return _row(read_record(finite(values), _SavedRow, "a row"), protocol)
 
 
-def _score(values: Mapping[str, Any]) -> Score:
-    mean, stderr = (math.nan if values[name] is None else values[name] for name in ("mean", "stderr"))
-    return Score(mean, stderr, values["count"])
+@dataclass(frozen=True)
+class _SavedScore:
+    mean: float | None
+    stderr: float | None
+    count: int
+
+    def score(self) -> Score:
+        mean, stderr = (math.nan if value is None else value for value in (self.mean, self.stderr))
+        return Score(mean, stderr, self.count)
 
 
-def _routing(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {**values, "per_layer": {int(layer): value for layer, value in values["per_layer"].items()}}
+@dataclass(frozen=True)
+class _SavedRouting:
+    mean: float | None
+    per_layer: dict[int, float | None]
+
+
+@dataclass(frozen=True)
+class _SavedRow:
+    """As `Row.to_dict` has it."""
+
+    method: str
+    edits: str
+    code: str
+    efficacy: _SavedScore
+    generalisation: _SavedScore
+    specificity: _SavedScore
+    utility: _SavedScore
+    exact_match: _SavedScore
+    routing_similarity: dict[str, _SavedRouting]
+    seconds: dict[str, float]
+    peak_memory_bytes: int
+    targets_reached: int | None
+    rounding_loss: float | None
+    easyedit: dict[str, _SavedScore] | None
+    hparams: dict[str, Any]
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """Content of ``results.json``."""
+
+    schema: Literal[1]
+    state: Literal["complete", "interrupted"]
+    rows: list[_SavedRow]
+    provenance: dict[str, Any]
+
+
+def _row(saved: _SavedRow, protocol: str) -> Row:
+    own = {item.name for item in fields(Row)} - {"easyedit", "warnings"}
+    easyedit = saved.easyedit
+    return Row(
+        **{name: value for name, value in vars(saved).items() if name in own},
+        scores=EvaluationResult(protocol, **{name: getattr(saved, name).score() for name in SCORES}),
+        routing={name: dict(vars(found)) for name, found in saved.routing_similarity.items()},
+        easyedit=None if easyedit is None else {name: found.score() for name, found in easyedit.items()},
+        warnings=tuple(saved.warnings),
+    )

@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor
 
 from easyedit_moe.errors import CacheError, DamagedCacheError
 from easyedit_moe.statistics.cache import StatisticsKey
 from easyedit_moe.statistics.distributed import from_first_process, least_over_processes, rank_and_size
 from easyedit_moe.storage.files import discard
-from easyedit_moe.storage.tensors import SCHEMA, digest, read_or_warn, read_safetensors, write_safetensors
+from easyedit_moe.storage.schema import Expected, check_tensors, content_of, read_record
+from easyedit_moe.storage.strict_json import digest
+from easyedit_moe.storage.tensors import SCHEMA, read_or_warn, read_safetensors, write_safetensors
 
 if TYPE_CHECKING:
     from easyedit_moe.statistics.moments import Sums
 
 _ADVICE = "delete it, and collecting starts anew"
+
+
+@dataclass(frozen=True)
+class _Described:
+    schema: Literal[1]
+    kind: Literal["partial moments"]
+    key: dict[str, Any]
+    done: list[int]
 
 
 class MomentsCheckpoint:
@@ -47,21 +59,23 @@ class MomentsCheckpoint:
         number = least_over_processes(max(found, default=0))
         if least_over_processes(int(number in found)) == 0:
             return 0, []
-        path = found[number]
-        read = read_or_warn(path, lambda file: read_safetensors(file, DamagedCacheError, _ADVICE))
+        own = {f"{layer}.{name}": value for layer, one in sums.items() for name, value in one.tensors().items()}
+        read = read_or_warn(found[number], lambda file: self._read(file, own))
         if least_over_processes(int(read is not None)) == 0 or read is None:
             return 0, []
-        tensors, metadata = read
-        own = {f"{layer}.{name}": value for layer, one in sums.items() for name, value in one.tensors().items()}
-        fits = metadata.get("kind") == "partial moments" and metadata.get("key") == self.key
-        same = fits and {n: (t.shape, t.dtype) for n, t in tensors.items()} == {
-            n: (t.shape, t.dtype) for n, t in own.items()
-        }
-        if not same:
-            raise CacheError(f"{path} holds sums of another run; {_ADVICE}.")
+        tensors, done = read
         for name, value in own.items():
             value.copy_(tensors[name])
-        return number, list(metadata["done"])
+        return number, [layer for layer in sums if layer in done]
+
+    def _read(self, path: Path, own: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[int]]:
+        tensors, metadata = read_safetensors(path, DamagedCacheError, _ADVICE)
+        with content_of(path, DamagedCacheError, _ADVICE):
+            described = read_record(metadata, _Described)
+            if described.key != self.key:
+                raise CacheError(f"{path} holds sums of another run; {_ADVICE}.")
+            check_tensors(tensors, {name: Expected(tuple(t.shape), (t.dtype,)) for name, t in own.items()})
+        return tensors, described.done
 
     def keep(self, sums: dict[int, Sums], round_number: int, done: Sequence[int]) -> None:
         """Write the sums before ``round_number``, unless the last write was less than ``seconds`` ago."""

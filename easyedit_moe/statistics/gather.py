@@ -27,7 +27,8 @@ from easyedit_moe.statistics.distributed import least_over_processes, rank_and_s
 from easyedit_moe.statistics.generated import GeneratedTexts, GenerationKey, opening_ids
 from easyedit_moe.statistics.moments import LayerMoments, Shards, collect_moments, encode_cut
 from easyedit_moe.storage.files import check_writable
-from easyedit_moe.storage.tensors import digest, read_or_warn
+from easyedit_moe.storage.strict_json import digest
+from easyedit_moe.storage.tensors import read_or_warn
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,10 @@ def layer_statistics(
         for n in layers
     }
     found = {
-        layer: read_or_warn(folder / key.file_name(), partial(load_moments, key=key)) for layer, key in keys.items()
+        layer: read_or_warn(
+            folder / key.file_name(), partial(load_moments, key=key, layout=view.layers[layer].experts.layout)
+        )
+        for layer, key in keys.items()
     }
     # What is missing on one process is collected by all.
     there = {layer: bool(least_over_processes(int(one is not None))) for layer, one in found.items()}

@@ -20,7 +20,7 @@ from torch import Tensor
 from easyedit_moe.errors import CacheError, DamagedCacheError, EditingWarning
 from easyedit_moe.storage.checksums import checksum
 from easyedit_moe.storage.files import check_readable, replacing
-from easyedit_moe.storage.strict_json import finite
+from easyedit_moe.storage.strict_json import digest, finite
 
 SCHEMA = 1
 _Read = TypeVar("_Read")
@@ -33,13 +33,18 @@ def check_key(
     """Refuse a file of another kind, or one whose key is not ``key``; ``name`` is what people call the kind.
 
     Raises:
-        CacheError: it is not a file of this kind and schema, or was made for another model or setting.
+        DamagedCacheError: it is not a file of this kind and schema. CacheError: it was made for another model or
+            setting.
     """
-    found = metadata.get("key")
-    if metadata.get("kind") != kind or metadata.get("schema") != SCHEMA or not isinstance(found, dict):
-        raise CacheError(f"{path} is not a {name} of schema {SCHEMA}; {advice}.")
+    found, schema = metadata.get("key"), metadata.get("schema")
+    if metadata.get("kind") != kind or type(schema) is not int or schema != SCHEMA or not isinstance(found, dict):
+        raise DamagedCacheError(f"{path} is not a {name} of schema {SCHEMA}; {advice}.")
     wanted = json.loads(json.dumps(key))  # as the file has it: lists for tuples
-    differing = [f"{k}: expected {v!r}, found {found.get(k)!r}" for k, v in wanted.items() if found.get(k) != v]
+    differing = [
+        f"{k}: expected {wanted.get(k)!r}, found {found.get(k)!r}"
+        for k in {**wanted, **found}
+        if k not in found or k not in wanted or json.dumps(found[k]) != json.dumps(wanted[k])
+    ]
     if differing:
         raise CacheError(
             f"{path} was made for another model or setting ({'; '.join(differing)}). Delete it, or use another "
@@ -139,7 +144,7 @@ def _opened(path: Path, error: type[Exception], advice: str) -> Iterator[Any]:
     try:
         with safe_open(path, "pt") as file:
             yield file
-    except (SafetensorError, ValueError, KeyError, OSError) as cause:
+    except (SafetensorError, ValueError, KeyError, OSError, RecursionError) as cause:
         raise error(f"{path} is truncated, corrupt or not of this package ({cause}); {advice}.") from cause
 
 
@@ -168,8 +173,3 @@ def _bits(tensor: Tensor) -> Tensor:
 
 def _text_digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def digest(value: Any) -> str:
-    """SHA-256 of a value as JSON, in hexadecimal."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -18,7 +18,7 @@ from easyedit_moe.errors import DataError, EditingError, HyperParamsError
 from easyedit_moe.hparams import MoEHyperParams, presets
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.storage.files import temporary_folder, write_text
-from easyedit_moe.storage.strict_json import write_json
+from easyedit_moe.storage.strict_json import write_checked_json
 from easyedit_moe.workflow.settings import choose_hparams
 
 Change = Mapping[str, Any]
@@ -270,4 +270,4 @@ def _write(found: Tuned, start: MoEHyperParams, task: Task, data: str, folder: P
         "start": start.to_dict(),
         "provenance": task.provenance,
     }
-    write_json(folder / TUNING, content)
+    write_checked_json(folder / TUNING, content)

@@ -118,7 +118,7 @@ def test_other_weights_statistics_and_models_do_not_share_a_file(
 def stored(view: MoELayerView, folder: Path) -> tuple[Path, BasisKey]:
     key = basis_key(view.layers[1], hparams(folder, whitening="none"), [], FINGERPRINT)
     path = folder / key.file_name()
-    save_basis(path, key, tucker_basis(view.layers[1].experts.matrices(), 3, 4, 5))
+    save_basis(path, key, tucker_basis(view.layers[1].experts.matrices(), 3, 16, 5))
     return path, key
 
 
