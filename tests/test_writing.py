@@ -24,7 +24,6 @@ OWN = {
 }
 """Methods of ours by these names."""
 INSIDE = {
-    "checkpoints/apply.py": "within new_folder or replacing_in_place",
     "checkpoints/revert.py": "within new_folder",
     "checkpoints/rewriting.py": "within new_folder or replacing_in_place",
     "checkpoints/saving.py": "within new_folder",

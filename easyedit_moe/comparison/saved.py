@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from easyedit_moe.comparison.compare import PRE_EDIT, SCORES, Comparison, Row
+from easyedit_moe.comparison.ready import READY
 from easyedit_moe.errors import DataError
 from easyedit_moe.evaluation.metrics import EvaluationResult, Score
 from easyedit_moe.storage.schema import content_of, read_record, read_value
@@ -45,7 +46,7 @@ def earlier_rows(folder: Path, provenance: Mapping[str, Any], wanted: Sequence[s
         read = [_row(row, protocol) for row in saved.rows]
     differing = [
         f"{name}: {found.get(name)!r} there, {value!r} now"
-        for name, value in provenance.items()
+        for name, value in {READY: None, **provenance}.items()
         if json_text(found.get(name)) != json_text(value)
     ]
     if differing:

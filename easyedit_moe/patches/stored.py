@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from easyedit_moe.algebra.routed_keys import FactoredUpdate
+from easyedit_moe.hparams.sites import EXPERTS
 from easyedit_moe.moe.layers import MoELayer
 from easyedit_moe.moe.wrappers import plain_name
 from easyedit_moe.patches.flips import check_flips
@@ -70,9 +71,14 @@ class StoredExperts:
         )
 
     @property
+    def single(self) -> bool:
+        """The one expert is a linear layer, whose weight is its down-projection."""
+        return self.experts == 1 and self.parameter.endswith(".weight")
+
+    @property
     def packed(self) -> bool:
         """One parameter holds all experts, along its first dimension."""
-        return "{expert}" not in self.parameter
+        return "{expert}" not in self.parameter and not self.single
 
     def parameter_of(self, expert: int) -> str:
         """Full name of the parameter that holds an expert's down-projection."""
@@ -96,6 +102,7 @@ class SavedWeights(SavedRecord):
     before: Checksums
     after: Checksums
     reports: list[WriteReport]
+    site: str = EXPERTS
 
 
 FLIPS = "flips."

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from easyedit_moe.algebra.routed_keys import FactoredUpdate
 from easyedit_moe.errors import EditingWarning, NumericalError, PatchError, offloaded
+from easyedit_moe.hparams.sites import EXPERTS, site_entry
 from easyedit_moe.moe.experts import expert_matrix
 from easyedit_moe.moe.fingerprint import down_checksums, joined_fingerprint
 from easyedit_moe.moe.layers import MoELayer, MoELayerView
@@ -63,6 +64,7 @@ class WeightPatch(PatchRecord):
             this machine rounds otherwise than the one that made the patch.
         before, after: layer -> expert -> checksum of every down-projection that is written, at both ends.
         stored: layer -> where its down-projections lie in the model.
+        site: which down-projections these are, one of `easyedit_moe.hparams.sites.SITES`.
         flips: layer -> expert -> compressed xor of the bits before and after (`easyedit_moe.patches.flips`); empty
             unless the patch was saved with originals.
     """
@@ -77,6 +79,7 @@ class WeightPatch(PatchRecord):
     after: Checksums = field(default_factory=dict)
     stored: dict[int, StoredExperts] = field(default_factory=dict)
     flips: dict[int, dict[int, Tensor]] = field(default_factory=dict)
+    site: str = EXPERTS
     _model: weakref.ref[nn.Module] | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -102,6 +105,7 @@ class WeightPatch(PatchRecord):
             "stored": {str(layer): vars(stored) for layer, stored in sorted(self.stored.items())},
             "before": _as_json(self.before),
             "after": _as_json(self.after),
+            **site_entry(self.site),
         }
 
     def apply(self, model: nn.Module) -> list[WriteReport]:
@@ -116,7 +120,7 @@ class WeightPatch(PatchRecord):
                 has them offloaded.
         """
         check_not_applied(self.originals)
-        view = MoELayerView(model)
+        view = self._view(model)
         check_model(view, self.fingerprint, parent=self.parent)
         for layer, update in self.steps:
             self.check_fits(view, layer, update)
@@ -152,7 +156,7 @@ class WeightPatch(PatchRecord):
             PatchError: not applied, or the weights were changed since (revert later patches first), or the originals
                 are not at hand. Nothing is changed then.
         """
-        view = MoELayerView(model)
+        view = self._view(model)
         if self.originals:
             check_edited(self._compared(view, self.written))
             restore(view, self.originals)
@@ -165,12 +169,12 @@ class WeightPatch(PatchRecord):
 
     def restore(self, model: nn.Module) -> None:
         """Put the originals back, whatever happened to the weights since; nothing where the patch is not applied."""
-        restore(MoELayerView(model), self.originals)
+        restore(self._view(model), self.originals)
         self.originals, self.written = {}, {}
 
     def weights_copy(self, model: nn.Module) -> dict[str, Tensor]:
         """Full original tensors by full parameter name, as EasyEdit restores them."""
-        view, full = MoELayerView(model), {}
+        view, full = self._view(model), {}
         for layer, experts in self.originals.items():
             moe = view.layers[layer]
             for expert, original in experts.items():
@@ -214,6 +218,7 @@ class WeightPatch(PatchRecord):
                 after=saved.after,
                 stored=saved.stored,
                 flips=flips_of(tensors, saved),
+                site=saved.site,
                 **saved.fields(),
             )
             check_id(patch, saved)
@@ -236,6 +241,9 @@ class WeightPatch(PatchRecord):
             for expert in experts:
                 yield layer, expert
 
+    def _view(self, model: nn.Module) -> MoELayerView:
+        return MoELayerView(model, site=self.site)
+
     def _compared(self, view: MoELayerView, after: Checksums | None = None) -> list[Compared]:
         """All matrices of the patch on a model, ``after`` being those of the application that is asked about."""
         after = self.after if after is None else after
@@ -254,7 +262,7 @@ class WeightPatch(PatchRecord):
         if not self.flips and base is None:
             raise no_originals()
         read = None if base is None or isinstance(base, nn.Module) else reader_of(base)
-        source = MoELayerView(base) if isinstance(base, nn.Module) else None
+        source = self._view(base) if isinstance(base, nn.Module) else None
         found: dict[int, dict[int, Tensor]] = {}
         for layer, expert in self.matrices():
             stored = self.stored[layer]
@@ -288,7 +296,7 @@ class WeightPatch(PatchRecord):
                 "keep_originals needs a patch that is applied, or one that was loaded with its originals. Apply it "
                 "to the base first."
             )
-        view = MoELayerView(model)
+        view = self._view(model)
         check_edited(self._compared(view, self.written))
         if self.written != self.after:
             raise PatchError(
@@ -387,6 +395,7 @@ class PatchWriter:
             after=after,
             stored={layer: StoredExperts.of(self.view.layers[layer]) for layer in self.originals},
             base=joined_fingerprint(fingerprint, self._state(before)),
+            site=self.view.site,
             _model=weakref.ref(self.view.model),
         )
 

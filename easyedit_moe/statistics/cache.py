@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from easyedit_moe.errors import DamagedCacheError
+from easyedit_moe.hparams.sites import EXPERTS, site_entry
 from easyedit_moe.moe.experts import ExpertLayout
 from easyedit_moe.statistics.moments import LayerMoments
 from easyedit_moe.storage.schema import Expected, check_tensors, content_of, read_record
@@ -23,6 +24,7 @@ class StatisticsKey:
     """All that a file of statistics depends on; ``tokens`` stands for how the tokenizer cuts the corpus.
 
     ``coverage`` is the number of tokens per expert, in multiples of h, at which collecting stopped; None took all.
+    ``site`` is where the keys come to.
     """
 
     fingerprint: str
@@ -33,10 +35,16 @@ class StatisticsKey:
     max_length: int
     dtype: str
     coverage: float | None
+    site: str = EXPERTS
+
+    def content(self) -> dict[str, Any]:
+        """As JSON; of routed experts as it was before there were other sites, so that what is cached stays."""
+        content = {name: value for name, value in asdict(self).items() if name != "site"}
+        return {**content, **site_entry(self.site)}
 
     def file_name(self) -> str:
         """``layer3-<hash of the key>.safetensors``."""
-        return f"layer{self.layer}-{digest(asdict(self))[:16]}.safetensors"
+        return f"layer{self.layer}-{digest(self.content())[:16]}.safetensors"
 
 
 def statistics_folder(stats_dir: str | Path, model_name: str, fingerprint: str) -> Path:
@@ -48,7 +56,7 @@ def statistics_folder(stats_dir: str | Path, model_name: str, fingerprint: str) 
 def save_moments(path: Path, key: StatisticsKey, moments: LayerMoments) -> None:
     """Write one layer's statistics atomically."""
     tensors = {"keys": moments.keys, "counts": moments.counts, "output": moments.output}
-    metadata = {"schema": SCHEMA, "kind": "moments", "key": asdict(key), "num_tokens": moments.num_tokens}
+    metadata = {"schema": SCHEMA, "kind": "moments", "key": key.content(), "num_tokens": moments.num_tokens}
     write_safetensors(path, tensors, metadata)
 
 
@@ -73,7 +81,7 @@ def load_moments(path: Path, key: StatisticsKey, layout: ExpertLayout | None = N
             CacheError: one whose key is not ``key`` (another model, corpus or setting).
     """
     tensors, metadata = read_safetensors(path, DamagedCacheError, _ADVICE)
-    check_key(path, metadata, "moments", "file of statistics", asdict(key), _ADVICE)
+    check_key(path, metadata, "moments", "file of statistics", key.content(), _ADVICE)
     dtype = (getattr(torch, key.dtype),)
     count, d, h = ("E", "d", "h") if layout is None else (layout.num_experts, layout.d_model, layout.d_hidden)
     with content_of(path, DamagedCacheError, _ADVICE):

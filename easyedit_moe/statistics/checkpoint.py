@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -45,7 +45,7 @@ class MomentsCheckpoint:
     def __init__(self, folder: Path, keys: Mapping[int, StatisticsKey], seconds: float = 60.0) -> None:
         self.folder, self.seconds = folder, seconds
         self.rank, self.size = rank_and_size()
-        self.key: dict[str, Any] = {"layers": [asdict(keys[layer]) for layer in sorted(keys)], "processes": self.size}
+        self.key: dict[str, Any] = {"layers": [keys[layer].content() for layer in sorted(keys)], "processes": self.size}
         self.stem = f"partial-{digest(self.key)[:16]}-{self.rank}of{self.size}-round"
         self._written = time.monotonic()
 

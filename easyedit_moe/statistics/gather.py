@@ -59,15 +59,10 @@ def layer_statistics(
     corpus = _corpus(view, tok, hparams, fingerprint, folder)
     cut, dtype, target = hparams.max_length, hparams.mom2_dtype, hparams.coverage_target
     keys = {
-        n: StatisticsKey(fingerprint, n, corpus.name, corpus.tokens, corpus.n_samples, cut, dtype, target)
+        n: StatisticsKey(fingerprint, n, corpus.name, corpus.tokens, corpus.n_samples, cut, dtype, target, view.site)
         for n in layers
     }
-    found = {
-        layer: read_or_warn(
-            folder / key.file_name(), partial(load_moments, key=key, layout=view.layers[layer].experts.layout)
-        )
-        for layer, key in keys.items()
-    }
+    found = {n: _cached(folder / key.file_name(), key, view.layers[n]) for n, key in keys.items()}
     # What is missing on one process is collected by all.
     there = {layer: bool(least_over_processes(int(one is not None))) for layer, one in found.items()}
     moments = {
@@ -98,6 +93,10 @@ def layer_statistics(
         moments.update(collected)
     _report_coverage(moments, hparams)
     return {layer: moments[layer] for layer in layers}
+
+
+def _cached(path: Path, key: StatisticsKey, moe: MoELayer) -> LayerMoments | None:
+    return read_or_warn(path, partial(load_moments, key=key, layout=moe.experts.layout))
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,18 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def parse_json(text: str | bytes, **options: Any) -> Any:
+    """What a text of JSON says; ``options`` are those of `json.loads`.
+
+    Raises:
+        ValueError: it is no JSON, or nested too deeply to be read.
+    """
+    try:
+        return json.loads(text, **options)
+    except RecursionError as cause:
+        raise ValueError("it is nested too deeply") from cause
+
+
 def read_json(path: str | Path, error: type[Exception] = DataError) -> Any:
     """What a JSON file holds, with or without a byte order mark.
 
@@ -82,6 +94,6 @@ def read_json(path: str | Path, error: type[Exception] = DataError) -> Any:
     """
     check_readable(path, error)
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        return parse_json(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as cause:
         raise error(f"{path} can't be read as JSON: {cause}") from cause

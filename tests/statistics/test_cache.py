@@ -65,6 +65,7 @@ OTHER = {
     "max_length": 65,
     "dtype": "float64",
     "coverage": None,
+    "site": "dense",
 }
 
 
@@ -124,9 +125,7 @@ def test_files_of_another_kind(tmp_path: Path) -> None:
     write_safetensors(other, {"x": torch.zeros(2)}, {"kind": "patch", "schema": 1})
     with pytest.raises(CacheError, match="is not a file of statistics"):
         load_moments(other, KEY)
-    write_safetensors(
-        other, {"keys": torch.zeros(1, 2, 2)}, {"kind": "moments", "schema": 1, "key": dataclasses.asdict(KEY)}
-    )
+    write_safetensors(other, {"keys": torch.zeros(1, 2, 2)}, {"kind": "moments", "schema": 1, "key": KEY.content()})
     with pytest.raises(CacheError, match="lacks num_tokens"):
         load_moments(other, KEY)
     with pytest.raises(CacheError, match="does not exist"):
@@ -136,7 +135,7 @@ def test_files_of_another_kind(tmp_path: Path) -> None:
 def test_files_explain_themselves(stored: Path) -> None:
     tensors, metadata = read_safetensors(stored, CacheError, "")
     assert set(tensors) == set(load_file(stored)) == {"keys", "counts", "output"}
-    assert metadata == {"schema": 1, "kind": "moments", "key": dataclasses.asdict(KEY), "num_tokens": 12}
+    assert metadata == {"schema": 1, "kind": "moments", "key": KEY.content(), "num_tokens": 12}
     assert json.dumps(metadata)
 
 

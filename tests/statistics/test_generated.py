@@ -98,7 +98,7 @@ def test_parts_are_kept_read_and_checked(tmp_path: Path, monkeypatch: pytest.Mon
         b"{",
     ):
         file.write_bytes(damaged)
-        with pytest.warns(EditingWarning, match="delete it, and it is sampled anew"):
+        with pytest.warns(EditingWarning, match="made anew now"):
             assert again.part(1) == first
         assert file.read_bytes() == whole
     write_checked_json(file, {**saved, "key": {**saved["key"], "seed": 3}})
