@@ -8,14 +8,17 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from easyedit_moe.comparison.compare import PRE_EDIT, SCORES, Comparison, Row
+from easyedit_moe.comparison.compare import Comparison
 from easyedit_moe.comparison.ready import READY
+from easyedit_moe.comparison.rows import PRE_EDIT, SCORES, Row
 from easyedit_moe.errors import DataError
-from easyedit_moe.evaluation.metrics import EvaluationResult, Score
+from easyedit_moe.evaluation.metrics import EvaluationResult
+from easyedit_moe.evaluation.summary import Score
 from easyedit_moe.storage.schema import content_of, read_record, read_value
 from easyedit_moe.storage.strict_json import finite, json_text, read_checked_json, write_checked_json
 
 RESULTS = "results.json"
+_ADVICE = "it is no result of compare; choose another --out, or leave --resume out to write it anew"
 
 
 def save_rows(comparison: Comparison, folder: Path) -> Path:
@@ -37,13 +40,8 @@ def earlier_rows(folder: Path, provenance: Mapping[str, Any], wanted: Sequence[s
     path = folder / RESULTS
     if not path.is_file():
         return []
-    advice = "it is no result of compare; choose another --out, or leave --resume out to write it anew"
-    content = read_checked_json(path, DataError, advice)
-    with content_of(path, DataError, advice):
-        saved = read_record(content, _Saved)
-        found = saved.provenance
-        protocol = read_value(found.get("protocol"), str, "its provenance.protocol")
-        read = [_row(row, protocol) for row in saved.rows]
+    saved = read_results(path)
+    found, read = saved.provenance, list(saved.rows)
     differing = [
         f"{name}: {found.get(name)!r} there, {value!r} now"
         for name, value in {READY: None, **provenance}.items()
@@ -63,8 +61,22 @@ def earlier_rows(folder: Path, provenance: Mapping[str, Any], wanted: Sequence[s
     return read
 
 
+def read_results(path: Path) -> Comparison:
+    """What a ``results.json`` holds, of schema 1 or 2.
+
+    Raises:
+        DataError: it can't be read, is not what was written, or is something else.
+    """
+    content = read_checked_json(path, DataError, _ADVICE)
+    with content_of(path, DataError, _ADVICE):
+        saved = read_record(content, _Saved)
+        protocol = read_value(saved.provenance.get("protocol"), str, "its provenance.protocol")
+        rows = tuple(_row(row, protocol) for row in saved.rows)
+    return Comparison(rows, saved.provenance, complete=saved.state == "complete")
+
+
 def row_of(values: Mapping[str, Any], protocol: str) -> Row:
-    """The row that ``Row.to_dict`` made ``values`` of, read back from JSON.
+    """The row that ``Row.to_dict`` made ``values`` of, read back from JSON of schema 1 or 2.
 
     Raises:
         ValueError: values that a row has not, or lacks.
@@ -74,24 +86,24 @@ def row_of(values: Mapping[str, Any], protocol: str) -> Row:
 
 @dataclass(frozen=True)
 class _SavedScore:
+    """Of either schema: in the first there were neither intervals nor values."""
+
     mean: float | None
     stderr: float | None
     count: int
+    low: float | None = None
+    high: float | None = None
+    interval: str = ""
+    values: tuple[float | None, ...] = ()
 
     def score(self) -> Score:
         mean, stderr = (math.nan if value is None else value for value in (self.mean, self.stderr))
-        return Score(mean, stderr, self.count)
-
-
-@dataclass(frozen=True)
-class _SavedRouting:
-    mean: float | None
-    per_layer: dict[int, float | None]
+        return Score(mean, stderr, self.count, self.low, self.high, self.interval, self.values)
 
 
 @dataclass(frozen=True)
 class _SavedRow:
-    """As `Row.to_dict` has it."""
+    """As `Row.to_dict` has it, with what `Comparison.to_dict` adds."""
 
     method: str
     edits: str
@@ -101,33 +113,43 @@ class _SavedRow:
     specificity: _SavedScore
     utility: _SavedScore
     exact_match: _SavedScore
-    routing_similarity: dict[str, _SavedRouting]
+    routing_similarity: dict[str, dict[str, Any]]
     seconds: dict[str, float]
     peak_memory_bytes: int
     targets_reached: int | None
     rounding_loss: float | None
     easyedit: dict[str, _SavedScore] | None
     hparams: dict[str, Any]
-    warnings: list[str] = field(default_factory=list)
+    warnings: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()
+    per_seed: tuple[dict[str, float | None], ...] = ()
+    protocol: str = ""
+    differs_from_best: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class _Saved:
     """Content of ``results.json``."""
 
-    schema: Literal[1]
+    schema: Literal[1, 2]
     state: Literal["complete", "interrupted"]
     rows: list[_SavedRow]
     provenance: dict[str, Any]
 
 
 def _row(saved: _SavedRow, protocol: str) -> Row:
-    own = {item.name for item in fields(Row)} - {"easyedit", "warnings"}
+    own = {item.name for item in fields(Row)} - {"easyedit"}
     easyedit = saved.easyedit
     return Row(
         **{name: value for name, value in vars(saved).items() if name in own},
         scores=EvaluationResult(protocol, **{name: getattr(saved, name).score() for name in SCORES}),
-        routing={name: dict(vars(found)) for name, found in saved.routing_similarity.items()},
+        routing={name: _routing(name, found) for name, found in saved.routing_similarity.items()},
         easyedit=None if easyedit is None else {name: found.score() for name, found in easyedit.items()},
-        warnings=tuple(saved.warnings),
     )
+
+
+def _routing(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    where = f"routing_similarity.{name}"
+    mean = read_value(values.get("mean"), float | None, f"{where}.mean")
+    per_layer = read_value(values.get("per_layer"), dict[int, float | None], f"{where}.per_layer")
+    return {**values, "mean": mean, "per_layer": per_layer}

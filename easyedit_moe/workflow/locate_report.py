@@ -7,7 +7,7 @@ from math import hypot
 from pathlib import Path
 from typing import Any
 
-from easyedit_moe.comparison.compare import PRE_EDIT
+from easyedit_moe.comparison.rows import PRE_EDIT
 from easyedit_moe.storage.figures import save_figure
 from easyedit_moe.storage.files import write_text
 from easyedit_moe.workflow.locate import Location
