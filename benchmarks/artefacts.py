@@ -19,16 +19,19 @@ from easyedit_moe.adapters.attachment import add_subjects, attach, detach
 from easyedit_moe.adapters.moe_adapter import AdapterConfig, MoEAdapter, base_fingerprint
 from easyedit_moe.algebra.routed_keys import FactoredUpdate
 from easyedit_moe.checkpoints.history import EDITS, Edit, read_history, write_history
-from easyedit_moe.comparison.compare import Comparison, Row
+from easyedit_moe.comparison.compare import Comparison
+from easyedit_moe.comparison.rows import Row
 from easyedit_moe.comparison.saved import RESULTS, earlier_rows, save_rows
 from easyedit_moe.comparison.tuned import TUNING, check_held_out
-from easyedit_moe.evaluation.metrics import EvaluationResult, Score
+from easyedit_moe.evaluation.metrics import EvaluationResult
+from easyedit_moe.evaluation.summary import Score
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.hparams import GlobalHyperParams, MoTEHyperParams
 from easyedit_moe.moe.fingerprint import model_fingerprint
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.moe.loading import load_tokenizer
 from easyedit_moe.patches.files import load_patch
+from easyedit_moe.patches.inspection import describe
 from easyedit_moe.patches.tensors import writing_tensors
 from easyedit_moe.patches.weights import writing
 from easyedit_moe.statistics.bases import layer_basis
@@ -189,16 +192,19 @@ def _patches(model: nn.Module, folder: Path) -> Iterator[Artefact]:
 
 
 def _applied(model: nn.Module, path: Path) -> str:
+    """Puts a patch on and takes it off; where it holds originals, as another process would."""
     patch = load_patch(path)
     patch.apply(model)
     found = state(model)
-    patch.revert(model)
-    return digest([found, asdict_of(patch)])
-
-
-def asdict_of(patch: Any) -> Any:
-    """What a patch says of itself beside its weights."""
-    return [patch.id, patch.base, patch.parent, patch.warnings, patch.metadata]
+    try:
+        describe(patch)
+        if patch.flips:
+            load_patch(path).revert(model)
+        else:
+            patch.revert(model)
+    finally:
+        patch.restore(model)
+    return digest([found, patch.id, patch.base, patch.parent, patch.warnings])
 
 
 def _adapter(model: nn.Module, folder: Path) -> Artefact:

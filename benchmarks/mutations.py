@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import Any
 
 import torch
@@ -71,7 +71,7 @@ def _changed(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield "a negative number", -tensor.abs() - 1
 
 
-def of_json(content: dict[str, Any], nullable: set[str] = frozenset()) -> Iterator[tuple[str, dict[str, Any]]]:  # type: ignore[assignment]
+def of_json(content: dict[str, Any], nullable: Set[str] = frozenset()) -> Iterator[tuple[str, dict[str, Any]]]:
     """Name of a mutation, and the object after it: every entry, down to the third level, missing or of another kind.
 
     ``nullable`` are names of entries that may be null.
@@ -86,6 +86,8 @@ def of_json(content: dict[str, Any], nullable: set[str] = frozenset()) -> Iterat
             if _kind(value) == _kind(original) or (value is None and name in nullable):
                 continue
             if kind == "a number" and isinstance(original, float):
+                continue
+            if kind == "a text" and original is None and name in nullable:
                 continue
             yield f"{kind} in its place", _with(content, path, value)
 

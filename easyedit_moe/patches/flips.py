@@ -84,8 +84,8 @@ def _unpacked(flips: Tensor, most: int = 0) -> Tensor:
     try:
         coder = zlib.decompressobj()
         content = bytearray(coder.decompress(flips.numpy().tobytes(), most))
-        if not coder.eof and not most:
-            raise zlib.error("cut off")
+        if not coder.eof or coder.unused_data:
+            raise zlib.error("cut off, or too long")
     except zlib.error as error:
         raise PatchError(f"The originals in this patch are damaged ({error}); save the patch anew.") from error
     return torch.frombuffer(content, dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)

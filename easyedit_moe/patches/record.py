@@ -75,7 +75,7 @@ class SavedRecord:
     fingerprint: str
     warnings: list[str]
     provenance: dict[str, Any]
-    originals: str = CODEC
+    originals: str | None = None
 
     def fields(self) -> dict[str, Any]:
         """The attributes of a patch that both kinds have, reports left out."""
@@ -101,7 +101,7 @@ def read_patch(path: str | Path, kind: str, called: str, record: type[_Saved]) -
         raise PatchError(f"{path} is not a {called} of schema {SCHEMA}.")
     with content_of(Path(path), PatchError, ADVICE):
         found = read_record(metadata, record)
-    if found.originals != CODEC:
+    if found.originals not in (CODEC, None):
         raise PatchError(f"{path} holds originals as {found.originals!r}; this version reads {CODEC!r}.")
     return tensors, found
 

@@ -179,7 +179,7 @@ def flips_of(tensors: Mapping[str, Tensor], saved: SavedWeights) -> dict[int, di
     flips = {name: bits for name, bits in tensors.items() if name.startswith(FLIPS)}
     check_flips(flips)
     wanted = {f"{FLIPS}{layer}.{expert}": (layer, expert) for layer, expert in _places(saved.before)}
-    if flips and flips.keys() != wanted.keys():
+    if bool(flips) != bool(saved.originals) or (flips and flips.keys() != wanted.keys()):
         raise ValueError("it holds originals of other experts than it changes")
     for name, bits in flips.items():
         layer, expert = wanted[name]

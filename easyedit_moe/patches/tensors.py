@@ -270,7 +270,7 @@ def _check_values(values: Mapping[str, Tensor], flips: Mapping[str, Tensor], sav
     """ValueError unless these are the tensors that the metadata of a file speak of."""
     if not values.keys() == saved.before.keys() == saved.after.keys():
         raise ValueError("its tensors are not those that its checksums are of")
-    if flips and flips.keys() != values.keys():
+    if bool(flips) != bool(saved.originals) or (flips and flips.keys() != values.keys()):
         raise ValueError("it holds originals of other tensors than it changes")
     kinds = {f"{name}": Expected(tuple(value.shape), FLOATS) for name, value in values.items()}
     check_tensors(values, kinds)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor
 
 from easyedit_moe.errors import CacheError, DamagedCacheError
@@ -72,9 +74,11 @@ class MomentsCheckpoint:
         tensors, metadata = read_safetensors(path, DamagedCacheError, _ADVICE)
         with content_of(path, DamagedCacheError, _ADVICE):
             described = read_record(metadata, _Described)
-            if described.key != self.key:
+            if json.dumps(described.key, sort_keys=True) != json.dumps(self.key, sort_keys=True):
                 raise CacheError(f"{path} holds sums of another run; {_ADVICE}.")
             check_tensors(tensors, {name: Expected(tuple(t.shape), (t.dtype,)) for name, t in own.items()})
+            if any(int(t.min()) < 0 for t in tensors.values() if t.dtype == torch.int64):
+                raise ValueError("it counts fewer tokens than none")
         return tensors, described.done
 
     def keep(self, sums: dict[int, Sums], round_number: int, done: Sequence[int]) -> None:
