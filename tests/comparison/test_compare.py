@@ -156,7 +156,7 @@ def test_command_refuses_an_unusable_output_folder(folder: Path) -> None:
     (folder / "file").write_text("x")
     done = run_compare(folder, "--methods", "MoTE", "--out", str(folder / "file" / "out"))
     assert done.exit_code == 2
-    assert "can't be made" in " ".join(done.output.split())
+    assert "can't be written" in " ".join(done.output.split())
 
 
 def test_methods_command_lists_every_method() -> None:
