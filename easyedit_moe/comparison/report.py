@@ -96,15 +96,16 @@ def notes(comparison: Comparison) -> list[str]:
 
 def markdown(comparison: Comparison) -> str:
     """The same tables for a README."""
-    text = _markdown(COLUMNS, 4, _lines(comparison))
+    text = markdown_rows(COLUMNS, 4, _lines(comparison))
     measured = [row for row in comparison.rows if row.easyedit is not None]
     if measured:
         text += f"\nThe same edits by the protocol of {PROTOCOL}:\n\n"
-        text += _markdown(EASYEDIT_COLUMNS, 2, [easyedit_cells(row) for row in measured])
+        text += markdown_rows(EASYEDIT_COLUMNS, 2, [easyedit_cells(row) for row in measured])
     return "\n".join([text, *(f"{line}\n" for line in notes(comparison))])
 
 
-def _markdown(columns: Sequence[str], texts: int, rows: Sequence[Sequence[str]]) -> str:
+def markdown_rows(columns: Sequence[str], texts: int, rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose first ``texts`` columns hold texts, the others numbers."""
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * texts + "---:|" * (len(columns) - texts)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join(lines) + "\n"

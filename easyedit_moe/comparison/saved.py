@@ -38,12 +38,8 @@ def earlier_rows(folder: Path, provenance: Mapping[str, Any], wanted: Sequence[s
     path = folder / RESULTS
     if not path.is_file():
         return []
-    saved = read_json(path)
-    try:
-        found, rows = saved["provenance"], saved["rows"]
-        read = [row_of(values, found["protocol"]) for values in rows]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is no result of compare ({error!r}); choose another --out.") from error
+    saved = read_results(path)
+    found, read = saved.provenance, list(saved.rows)
     differing = [
         f"{name}: {found.get(name)!r} there, {value!r} now"
         for name, value in {READY: None, **provenance}.items()
@@ -61,6 +57,21 @@ def earlier_rows(folder: Path, provenance: Mapping[str, Any], wanted: Sequence[s
             "choose another --out."
         )
     return read
+
+
+def read_results(path: Path) -> Comparison:
+    """What a ``results.json`` holds.
+
+    Raises:
+        DataError: it can't be read, or is something else.
+    """
+    saved = read_json(path)
+    try:
+        about = saved["provenance"]
+        rows = tuple(row_of(values, about["protocol"]) for values in saved["rows"])
+        return Comparison(rows, about, complete=saved["state"] == "complete")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is no result of compare ({error!r}); choose another --out.") from error
 
 
 def row_of(values: Mapping[str, Any], protocol: str) -> Row:

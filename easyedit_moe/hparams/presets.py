@@ -70,8 +70,8 @@ def _theirs(name: str, hparams: str, source: str, edits: str = "dense site", sta
 _MOTE, _MOEEDIT, _MEMIT = "arXiv 2605.16686", "arXiv 2602.10965", "arXiv 2210.07229"
 _ALPHAEDIT, _ROME, _FT, _LORA = "arXiv 2410.02355", "arXiv 2202.05262", "arXiv 2012.00363", "arXiv 2106.09685"
 _WISE = "arXiv 2405.14768"
-_MEMIT_FIXED = {"metric": "covariance", "spread": "residual"}
-_ALPHAEDIT_FIXED = {"metric": "nullspace", "spread": "residual", "remember_edits": True}
+_MEMIT_FIXED = {"metric": "covariance"}
+_ALPHAEDIT_FIXED = {"metric": "nullspace", "remember_edits": True}
 _ROME_FIXED = {"metric": "covariance", "spread": "residual", "edits_per_solve": 1, "max_layers": 1}
 
 _TABLE: dict[str, Method] = {
@@ -89,11 +89,11 @@ _TABLE: dict[str, Method] = {
         _ours("MoE-MEMIT", "moe_memit:MoEMEMITEditor", "solving:GlobalHyperParams", _MEMIT, _MEMIT_FIXED),
         _ours("MoE-AlphaEdit", "moe_alphaedit:MoEAlphaEditEditor", "solving:GlobalHyperParams", _ALPHAEDIT,
               _ALPHAEDIT_FIXED),
-        _ours("MoEEdit-BCD", "moeedit:MoEEditEditor", "solving:MoEEditHyperParams", _MOEEDIT, {"spread": "residual"}),
+        _ours("MoEEdit-BCD", "moeedit:MoEEditEditor", "solving:MoEEditHyperParams", _MOEEDIT, {}),
         _ours("BCD+speedup", "bcd_speedup:BCDSpeedupEditor", "solving:MoEEditHyperParams", _MOTE, {"spread": "update"}),
         _ours("Global+speedup", "global_speedup:GlobalSpeedupEditor", "solving:GlobalHyperParams", _MOTE,
               {"spread": "update"}),
-        _ours("Global", "global_:GlobalEditor", "solving:GlobalHyperParams", "ours", {"spread": "residual"}),
+        _ours("Global", "global_:GlobalEditor", "solving:GlobalHyperParams", "ours", {}),
         _ours("MoTE", "mote:MoTEEditor", "solving:MoTEHyperParams", _MOTE, {}),
         _theirs("ROME", "ROMEHyperParams", _ROME, statistics=True),
         _theirs("MEMIT", "MEMITHyperParams", _MEMIT, statistics=True),
