@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ def routing_windows(num_layers: int) -> tuple[tuple[int, int], ...]:
     if num_layers in WINDOWS:
         return WINDOWS[num_layers]
     edges = [num_layers * layer // _DEEP for layer in (11, 21, 31, 41)]
-    return tuple((first, max(first, after - 1)) for first, after in zip(edges, edges[1:], strict=False))
+    return tuple((first, max(first, after - 1)) for first, after in pairwise(edges))
 
 
 def routing_snapshot(
