@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from easyedit_moe.algebra.ranks import resolve_rank
 from easyedit_moe.algebra.tucker import TuckerBasis, tucker_basis
 from easyedit_moe.errors import DamagedCacheError
 from easyedit_moe.hparams import MoTEHyperParams
@@ -27,7 +26,8 @@ _PARTS = {"u_expert", "u_out", "u_in"}
 class BasisKey:
     """All that a file with a Tucker basis depends on.
 
-    ``weights`` is the hash of the layer's down-projections, which the model's fingerprint leaves out; ``statistics``
+    ``ranks`` are zeros where ``energy`` chooses them. ``weights`` is the hash of the layer's down-projections, which
+    the model's fingerprint leaves out; ``statistics``
     that of the moments that whiten, empty where nothing does.
     """
 
@@ -39,6 +39,7 @@ class BasisKey:
     whitening_eps: float
     hooi_sweeps: int
     statistics: str
+    energy: tuple[float, ...] = ()
 
     def file_name(self) -> str:
         """``basis-layer3-<hash of the key>.safetensors``."""
@@ -64,14 +65,10 @@ def basis_key(
         HyperParamsError: a rank out of range.
     """
     layout, hp = moe.experts.layout, hparams
-    ranks = (
-        resolve_rank(hp.rank_expert, layout.num_experts, "rank_expert"),
-        resolve_rank(hp.rank_out, layout.d_model, "rank_out"),
-        resolve_rank(hp.rank_in, layout.d_hidden, "rank_in"),
-    )
+    ranks = hp.ranks(layout.num_experts, layout.d_model, layout.d_hidden) or (0, 0, 0)
     return BasisKey(
         fingerprint, moe.index, content_hash(moe.experts.matrices()), ranks, hp.whitening, hp.whitening_eps,
-        hp.hooi_sweeps, content_hash(whitening_moments) if whitening_moments else "",
+        hp.hooi_sweeps, content_hash(whitening_moments) if whitening_moments else "", tuple(hp.tucker_energy),
     )  # fmt: skip
 
 
@@ -92,9 +89,10 @@ def layer_basis(moe: MoELayer, hparams: MoTEHyperParams, moments: LayerMoments |
     found = read_or_warn(path, lambda file: load_basis(file, key, device))
     if found is not None:
         return found
+    ranks = (1, 1, 1) if hp.tucker_energy else key.ranks
     basis = tucker_basis(
-        moe.experts.matrices(), hp.rank_expert, hp.rank_out, hp.rank_in, hp.hooi_sweeps, hp.whitening, sigma_in,
-        sigma_out, hp.whitening_eps,
+        moe.experts.matrices(), *ranks, hp.hooi_sweeps, hp.whitening, sigma_in,
+        sigma_out, hp.whitening_eps, energy=hp.tucker_energy or None,
     )  # fmt: skip
     save_basis(path, key, basis)
     return basis
