@@ -222,14 +222,12 @@ class _Proposing:
     def _defaults(self, known: set[str]) -> list[Chosen]:
         """Fields that are shown whatever they are, where the nearest YAML, whose names are ``known``, is silent."""
         told = descriptions(self.cls)
-        own = {item.name: item for item in fields(self.cls)}
-        chosen = []
-        for name in _SHOWN:
-            if name in own and name not in known:
-                item: Any = own[name]
-                value = item.default_factory() if callable(item.default_factory) else item.default
-                chosen.append(Chosen(name, value, f"default. {origin(told.get(name, ''))}"))
-        return chosen
+        plain = self.cls.from_dict({"alg_name": self.method, "model_name": self.model, "layers": [0]})
+        return [
+            Chosen(name, getattr(plain, name), f"default. {origin(told.get(name, ''))}")
+            for name in _SHOWN
+            if name in self.fields and name not in known
+        ]
 
     def _layers(self) -> Chosen:
         window = critical_layers(self.depth, self.moe_layers)
