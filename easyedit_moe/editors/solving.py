@@ -30,6 +30,7 @@ from easyedit_moe.errors import LayerError, LayoutError
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.facts.tokens import encode_text, pad_id
 from easyedit_moe.hparams import SolverHyperParams
+from easyedit_moe.hparams.sites import CALLED, EXPERTS
 from easyedit_moe.measure import Stopwatch
 from easyedit_moe.moe.capture import FactStates, LayerInputs, capture_facts
 from easyedit_moe.moe.fingerprint import model_fingerprint
@@ -63,6 +64,8 @@ class SolvingEditor(Editor):
     def __init__(self, hparams: SolverHyperParams, prepared: Prepared | None = None, progress: bool = True) -> None:
         super().__init__(hparams, progress)
         self.prepared = prepared
+        if hparams.site != EXPERTS:
+            vars(self)["edits"] = CALLED[hparams.site]
 
     @abstractmethod
     def solve(self, keys: RoutedKeys, residual: Tensor, prepared: PreparedLayer, lambda_reg: float) -> tuple[Any, Any]:
@@ -106,7 +109,7 @@ class SolvingEditor(Editor):
     @classmethod
     def plan_for(cls, hparams: SolverHyperParams, model: nn.Module, workload: Workload) -> MemoryPlan:
         """See `Editor.plan_for` and `easyedit_moe.editors.planner.plan`."""
-        shapes = shapes_of(model, hparams.layers)
+        shapes = shapes_of(model, hparams.layers, hparams.site)
         edits, earlier, device = workload.edits, workload.earlier_edits, workload.device_of(hparams)
         return plan(shapes, hparams, edits, earlier, budget=workload.budget, device=device)
 
@@ -118,7 +121,7 @@ class SolvingEditor(Editor):
         """
         watch = Stopwatch()
         with watch.stage("statistics"):
-            view = MoELayerView(model)
+            view = MoELayerView(model, site=self.hparams.site)
             self._check_model(view)
             self._log_plan(view)
             layers = self.hparams.edited_layers
@@ -142,7 +145,7 @@ class SolvingEditor(Editor):
         self, model: nn.Module, tok: PreTrainedTokenizerBase, facts: list[EditRequest], memory: Any, targets: Any
     ) -> EditResult:
         """Solve and write, group by group; raises what `prepare` and the solvers raise."""
-        watch, view = Stopwatch(), MoELayerView(model)
+        watch, view = Stopwatch(), MoELayerView(model, site=self.hparams.site)
         self._check_model(view)
         with watch.stage("statistics"):
             prepared = self._prepared_for(view, model, tok)
@@ -166,10 +169,10 @@ class SolvingEditor(Editor):
             with watch.stage("write"):
                 patch = writer.finish(provenance(self.hparams, facts), prepared.fingerprint)
             with watch.stage("diagnose"):
-                held = memory if self.hparams.remember_edits else EditMemory()
-                diagnosis = diagnose_solved(self.hparams, view, prepared, patch, seen, held, solved)
-        kept = memory.extended(seen if self.hparams.remember_edits else {}, len(facts))
-        return EditResult(patch, watch.seconds, kept, used, reports, diagnosis)
+                earlier = memory if self.hparams.remember_edits else EditMemory()
+                diagnosis = diagnose_solved(self.hparams, view, prepared, patch, seen, earlier, solved)
+            kept = memory.extended(seen if self.hparams.remember_edits else {}, len(facts))
+            return EditResult(patch, watch.seconds, kept, used, reports, diagnosis)
 
     def _prepared_for(self, view: MoELayerView, model: nn.Module, tok: PreTrainedTokenizerBase) -> Prepared:
         if self.prepared is None or self.prepared.fingerprint != model_fingerprint(view):
@@ -195,7 +198,7 @@ class SolvingEditor(Editor):
         if not logger.isEnabledFor(logging.INFO):
             return
         try:
-            found = plan(shapes_of(view.model, self.hparams.layers), self.hparams)
+            found = plan(shapes_of(view.model, self.hparams.layers, self.hparams.site), self.hparams)
         except LayoutError as error:  # a config that does not tell the sizes is no reason not to edit
             logger.info("No memory plan: %s", error)
         else:

@@ -55,7 +55,7 @@ def plan_statistics(hparams: Any, model: nn.Module) -> StatisticsPlan | None:
     """
     if not isinstance(hparams, SolverHyperParams) or not hparams.needs_statistics:
         return None
-    hp, shapes = hparams, shapes_of(model, hparams.layers)
+    hp, shapes = hparams, shapes_of(model, hparams.layers, hparams.site)
     e, d, h, k = shapes.experts, shapes.d_model, shapes.d_hidden, shapes.active
     item = 8 if hp.mom2_dtype == "float64" else 4
     disk = item * (e * h * h + d * d) + 8 * e

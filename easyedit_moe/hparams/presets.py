@@ -26,6 +26,7 @@ class Method:
         fixed: settings that define it; an hparams file may not contradict them.
         statistics: whether it needs second moments of keys on a corpus.
         needs_subject: whether every fact must name its subject.
+        depth: which layers the papers give it: the whole "window" of critical layers, its "last" one, or "all".
         host_name: EasyEdit's `alg_name`, for EasyEdit's own methods; None for ours.
     """
 
@@ -38,6 +39,7 @@ class Method:
     statistics: bool = False
     host_name: str | None = None
     needs_subject: bool = True
+    depth: str = "window"
 
     @property
     def code(self) -> str:
@@ -46,11 +48,17 @@ class Method:
 
 
 def _ours(
-    name: str, editor: str, hparams: str, source: str, fixed: Mapping[str, Any], edits: str = "experts"
+    name: str,
+    editor: str,
+    hparams: str,
+    source: str,
+    fixed: Mapping[str, Any],
+    edits: str = "experts",
+    depth: str = "window",
 ) -> Method:
     editor, hparams = f"easyedit_moe.editors.{editor}", f"easyedit_moe.hparams.{hparams}"
     solves, trains = (f".{kind}:" in hparams for kind in ("solving", "training"))
-    return Method(name, editor, hparams, edits, source, fixed, statistics=solves, needs_subject=not trains)
+    return Method(name, editor, hparams, edits, source, fixed, statistics=solves, needs_subject=not trains, depth=depth)
 
 
 def _theirs(name: str, hparams: str, source: str, edits: str = "dense site", statistics: bool = False) -> Method:
@@ -69,10 +77,12 @@ _ROME_FIXED = {"metric": "covariance", "spread": "residual", "edits_per_solve": 
 _TABLE: dict[str, Method] = {
     method.name: method
     for method in (
-        _ours("MoE-FT", "moe_ft:MoEFTEditor", "training:FTHyperParams", _FT, {"norm_constraint": None}),
-        _ours("MoE-FT-L", "moe_ft_l:MoEFTLEditor", "training:FTHyperParams", _FT, {}),
+        _ours("MoE-FT", "moe_ft:MoEFTEditor", "training:FTHyperParams", _FT, {"norm_constraint": None},
+              depth="last"),
+        _ours("MoE-FT-L", "moe_ft_l:MoEFTLEditor", "training:FTHyperParams", _FT, {}, depth="last"),
         _ours("MoE-LoRA", "moe_lora:MoELoRAEditor", "training:LoRAHyperParams", _LORA, {}),
-        _ours("AdaLoRA", "adalora:AdaLoRAEditor", "training:LoRAHyperParams", "arXiv 2303.10512", {}, "dense site"),
+        _ours("AdaLoRA", "adalora:AdaLoRAEditor", "training:LoRAHyperParams", "arXiv 2303.10512", {}, "dense site",
+              "all"),
         _ours("UnKE", "unke:UnKEEditor", "unke:UnKEHyperParams", "arXiv 2405.15349", {}),
         _ours("MEMoE", "memoe:MEMoEEditor", "memoe:MEMoEHyperParams", "arXiv 2405.19086", {}, "adapter"),
         _ours("MoE-ROME", "moe_rome:MoEROMEEditor", "solving:GlobalHyperParams", _ROME, _ROME_FIXED),

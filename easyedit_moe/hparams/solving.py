@@ -11,6 +11,7 @@ from easyedit_moe.algebra.tucker import WHITENING
 from easyedit_moe.errors import HyperParamsError
 from easyedit_moe.facts.tokens import FACT_TOKENS
 from easyedit_moe.hparams.base import MoEHyperParams
+from easyedit_moe.hparams.sites import EXPERTS, SITES
 
 METRICS = ("identity", "nullspace", "covariance")
 
@@ -24,6 +25,9 @@ _RANKS = {"rank_expert": 1.0, "rank_out": 1.0, "rank_in": 0.5}
 class SolverHyperParams(MoEHyperParams):
     """What all solvers for expert weights share. Paper values: MoTE (arXiv 2605.16686), MoEEdit (arXiv 2602.10965)."""
 
+    site: str = EXPERTS
+    """What is edited in each of the ``layers``: experts (the routed ones), shared_expert, or dense (a plain FFN, as in
+    the first layers of DeepSeek models); a shared expert or FFN counts as one expert. Papers: experts."""
     fact_token: str = "subject_last"
     """Where the fact sits: subject_last, subject_first, last or subject_first_after_last. As in ROME and MEMIT."""
     context_prefixes: list[str] = field(default_factory=list)
@@ -155,8 +159,8 @@ class SolverHyperParams(MoEHyperParams):
         self._require("mom2_n_tokens", self.mom2_n_tokens is None or self.mom2_n_tokens >= 1, "None or at least 1")
         self._require_one_of(
             {
-                "fact_token": FACT_TOKENS, "metric": METRICS, "spread": SPREADS, "low_coverage": LOW_COVERAGE,
-                "mom2_dtype": ("float32", "float64"),
+                "site": SITES, "fact_token": FACT_TOKENS, "metric": METRICS, "spread": SPREADS,
+                "low_coverage": LOW_COVERAGE, "mom2_dtype": ("float32", "float64"),
             }
         )  # fmt: skip
         self._check_null_space()
@@ -193,7 +197,8 @@ class MoTEHyperParams(SolverHyperParams):
     """MoTE: ridge on a Tucker core. The paper does not state its ranks; ours are explicit."""
 
     rank_expert: int | float | None = None
-    """Rank of the expert mode: an int, or a fraction of E; 1.0 without tucker_energy. Ours."""
+    """Rank of the expert mode: an int, or a fraction of E; 1.0 without tucker_energy, and 1 at another
+    ``site`` than the routed experts. Ours."""
     rank_out: int | float | None = None
     """Rank of the output mode: an int, or a fraction of d; 1.0 without tucker_energy. Ours."""
     rank_in: int | float | None = None
@@ -209,6 +214,11 @@ class MoTEHyperParams(SolverHyperParams):
     """Sweeps of higher-order orthogonal iteration after HOSVD, >= 0. Ours."""
 
     @property
+    def expert_rank(self) -> int | float | None:
+        """``rank_expert`` as it is used: a site with one expert has one slice in that mode."""
+        return self.rank_expert if self.site == EXPERTS or self.tucker_energy else 1
+
+    @property
     def needs_statistics(self) -> bool:
         """As for all solvers, and to whiten the basis."""
         return super().needs_statistics or self.whitening != "none"
@@ -220,7 +230,7 @@ class MoTEHyperParams(SolverHyperParams):
             HyperParamsError: a rank beyond the size of its mode.
         """
         sizes = {"rank_expert": experts, "rank_out": d_model, "rank_in": d_hidden}
-        given = {name: getattr(self, name) for name in sizes}
+        given = {"rank_expert": self.expert_rank, "rank_out": self.rank_out, "rank_in": self.rank_in}
         if self.tucker_energy:
             return None
         expert, out, inner = (resolve_rank(given[name], size, name) for name, size in sizes.items())

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from easyedit_moe.algebra.tucker import TuckerBasis, tucker_basis
 from easyedit_moe.errors import DamagedCacheError
 from easyedit_moe.hparams import MoTEHyperParams
+from easyedit_moe.hparams.sites import EXPERTS, site_entry
 from easyedit_moe.moe.layers import MoELayer
 from easyedit_moe.statistics.cache import statistics_folder
 from easyedit_moe.statistics.moments import LayerMoments
@@ -27,8 +29,7 @@ class BasisKey:
     """All that a file with a Tucker basis depends on.
 
     ``ranks`` are zeros where ``energy`` chooses them. ``weights`` is the hash of the layer's down-projections, which
-    the model's fingerprint leaves out; ``statistics``
-    that of the moments that whiten, empty where nothing does.
+    the model's fingerprint leaves out; ``statistics`` that of the moments that whiten, empty where nothing does.
     """
 
     fingerprint: str
@@ -39,11 +40,17 @@ class BasisKey:
     whitening_eps: float
     hooi_sweeps: int
     statistics: str
+    site: str = EXPERTS
     energy: tuple[float, ...] = ()
+
+    def content(self) -> dict[str, Any]:
+        """As JSON; see `easyedit_moe.statistics.cache.StatisticsKey.content`. No energy leaves no trace either."""
+        content = {name: value for name, value in asdict(self).items() if name not in ("site", "energy")}
+        return {**content, **site_entry(self.site), **({"energy": list(self.energy)} if self.energy else {})}
 
     def file_name(self) -> str:
         """``basis-layer3-<hash of the key>.safetensors``."""
-        return f"basis-layer{self.layer}-{digest(asdict(self))[:16]}.safetensors"
+        return f"basis-layer{self.layer}-{digest(self.content())[:16]}.safetensors"
 
 
 def content_hash(tensors: Iterable[Tensor]) -> str:
@@ -68,7 +75,8 @@ def basis_key(
     ranks = hp.ranks(layout.num_experts, layout.d_model, layout.d_hidden) or (0, 0, 0)
     return BasisKey(
         fingerprint, moe.index, content_hash(moe.experts.matrices()), ranks, hp.whitening, hp.whitening_eps,
-        hp.hooi_sweeps, content_hash(whitening_moments) if whitening_moments else "", tuple(hp.tucker_energy),
+        hp.hooi_sweeps, content_hash(whitening_moments) if whitening_moments else "", hp.site,
+        tuple(hp.tucker_energy),
     )  # fmt: skip
 
 
@@ -101,7 +109,7 @@ def layer_basis(moe: MoELayer, hparams: MoTEHyperParams, moments: LayerMoments |
 def save_basis(path: Path, key: BasisKey, basis: TuckerBasis) -> None:
     """Write one layer's basis atomically."""
     tensors = {"u_expert": basis.u_expert, "u_out": basis.u_out, "u_in": basis.u_in}
-    metadata = {"schema": SCHEMA, "kind": "basis", "key": asdict(key), "relative_error": basis.relative_error}
+    metadata = {"schema": SCHEMA, "kind": "basis", "key": key.content(), "relative_error": basis.relative_error}
     write_safetensors(path, tensors, metadata)
 
 
@@ -113,7 +121,7 @@ def load_basis(path: Path, key: BasisKey, device: torch.device | str = "cpu") ->
             statistics or setting).
     """
     tensors, metadata = read_safetensors(path, DamagedCacheError, _ADVICE)
-    check_key(path, metadata, "basis", "Tucker basis", asdict(key), _ADVICE)
+    check_key(path, metadata, "basis", "Tucker basis", key.content(), _ADVICE)
     if set(tensors) != _PARTS or not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
         raise DamagedCacheError(f"{path} holds an incomplete or non-finite basis; {_ADVICE}.")
     parts = {name: tensor.to(device) for name, tensor in tensors.items()}
