@@ -251,14 +251,7 @@ def tucker_basis(
     """
     _check_choices(whitening, hooi_sweeps, method)
     shape = (len(weights), *weights[0].shape)
-    named = {"rank_expert": rank_expert, "rank_out": rank_out, "rank_in": rank_in}
-    ranks: list[int | float]
-    if energy is None:
-        ranks = [resolve_rank(rank, size, name) for (name, rank), size in zip(named.items(), shape, strict=True)]
-    else:
-        ranks = [float(share) for share in energy]
-        if len(ranks) != 3 or not all(0 < share <= 1 for share in ranks):
-            raise HyperParamsError(f"tucker_energy must be three shares in (0, 1], one per mode; found {energy}.")
+    ranks = _resolved(shape, (rank_expert, rank_out, rank_in), energy)
     s_in = s_out = None
     if whitening in ("in", "both"):
         s_in = whitening_factor(_required(sigma_in, "sigma_in", whitening), whitening_eps)
@@ -275,6 +268,18 @@ def tucker_basis(
     if s_out is not None:
         u_out = s_out @ u_out
     return TuckerBasis(u_expert, u_out, u_in, error)
+
+
+def _resolved(
+    shape: Sequence[int], ranks: Sequence[int | float], energy: Sequence[float] | None
+) -> Sequence[int | float]:
+    """Per mode its rank, an int, or the share of energy that chooses it, a float."""
+    if energy is None:
+        named = zip(ranks, shape, ("rank_expert", "rank_out", "rank_in"), strict=True)
+        return [resolve_rank(rank, size, name) for rank, size, name in named]
+    if len(energy) != 3 or not all(0 < share <= 1 for share in energy):
+        raise HyperParamsError(f"tucker_energy must be three shares in (0, 1], one per mode; found {energy}.")
+    return [float(share) for share in energy]
 
 
 def _check_choices(whitening: str, hooi_sweeps: int, method: str) -> None:

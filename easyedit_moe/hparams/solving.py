@@ -230,11 +230,9 @@ class MoTEHyperParams(SolverHyperParams):
             HyperParamsError: a rank beyond the size of its mode.
         """
         sizes = {"rank_expert": experts, "rank_out": d_model, "rank_in": d_hidden}
-        given = {"rank_expert": self.expert_rank, "rank_out": self.rank_out, "rank_in": self.rank_in}
-        if self.tucker_energy:
-            return None
-        expert, out, inner = (resolve_rank(given[name], size, name) for name, size in sizes.items())
-        return expert, out, inner
+        given = (self.expert_rank, self.rank_out, self.rank_in)
+        ranks = [resolve_rank(r, n, name) for r, (name, n) in zip(given, sizes.items(), strict=True) if r is not None]
+        return (ranks[0], ranks[1], ranks[2]) if len(ranks) == 3 else None
 
     def __post_init__(self) -> None:
         for name, default in _RANKS.items():
