@@ -1,4 +1,4 @@
-"""Artefacts with another content than was written are refused or made anew, and the page of counts is that of its file."""
+"""Artefacts with another content are refused or made anew, and the page of counts is that of its file."""
 
 from __future__ import annotations
 
