@@ -22,7 +22,7 @@ from easyedit_moe.adapters.moe_adapter import (
     switched_off,
 )
 from easyedit_moe.errors import AdapterError, LayerError
-from easyedit_moe.evaluation.metrics import routing_snapshot
+from easyedit_moe.evaluation.routing import routing_snapshot
 from easyedit_moe.evaluation.scoring import score_targets
 from easyedit_moe.facts.anchors import NO_ANCHOR, SubjectMatcher
 from easyedit_moe.facts.tokens import encode_text
