@@ -254,7 +254,7 @@ class BaselineEditor(Editor):
         layers = "-".join(str(layer) for layer in values["layers"])
         projectors = folder / f"{corpus}_stats" / f"projectors_{layers}_{threshold}.pt"
         wanted = self.alg_name == "AlphaEdit" and not holds_projectors(projectors, len(names))
-        if wanted or not all([holds_statistics(path) for path in paths.values()]):
+        if wanted or not all(map(holds_statistics, paths.values())):
             moments = input_moments(model, tok, names, texts, CORPUS_TOKENS)
             for name, path in paths.items():
                 write_layer_statistics(path, *moments[name], len(texts))
