@@ -53,7 +53,8 @@ def test_records_come_back_as_they_are_hinted() -> None:
         ({"rows": [{"name": "a", "value": True}]}, "value is True"),
         ({"table": {"03": {}}}, "no number"), ({"table": {"x": {}}}, "no number"), ({"table": {"٣": {}}}, "no number"),
         ({"table": {"1": {"2": 2.0}}}, "expected int"), ({"pair": [1]}, "pair is"), ({"pair": [1, "2"]}, "pair"),
-        ({"flag": 0}, "flag is 0"), ({"free": []}, "free is"), ({"texts": "t"}, "texts is"), ({"free": None}, "free is"),
+        ({"flag": 0}, "flag is 0"), ({"free": []}, "free is"), ({"texts": "t"}, "texts is"),
+        ({"free": None}, "free is"),
     ],
 )  # fmt: skip
 def test_other_kinds_of_values_are_refused(change: dict[str, Any], message: str) -> None:
@@ -75,7 +76,8 @@ TENSORS = {"a": torch.ones(2, 3), "b": torch.tensor([1, 2]), "c": torch.tensor(1
     ("change", "message"),
     [
         ({"a": torch.ones(2, 4)}, r"a is \[2, 4\] of float32"), ({"b": torch.ones(2)}, "expected .* of int64"),
-        ({"b": torch.tensor([1])}, r"b is \[1\] of int64, expected \[2\]"), ({"a": torch.ones(3)}, r"expected \[n, 3\]"),
+        ({"b": torch.tensor([1])}, r"b is \[1\] of int64, expected \[2\]"),
+        ({"a": torch.ones(3)}, r"expected \[n, 3\]"),
         ({"c": torch.tensor(1.0, dtype=torch.bfloat16)}, "bfloat16"), ({"d": torch.ones(1)}, "unknown tensor d"),
         ({"c": torch.tensor(float("inf"))}, "infinity"), ({"a": torch.ones(2, 3, dtype=torch.int64)}, "int64"),
     ],
