@@ -9,8 +9,8 @@ from typing import Any
 
 from easyedit_moe.comparison import report
 from easyedit_moe.comparison.compare import PRE_EDIT, Comparison, Row
-from easyedit_moe.comparison.papers import TABLES, PaperTable
-from easyedit_moe.comparison.saved import save_rows
+from easyedit_moe.comparison.papers import COUNTERFACT, TABLES, PaperTable
+from easyedit_moe.comparison.saved import RESULTS, read_results, save_rows
 from easyedit_moe.facts.records import PROTOCOLS
 from easyedit_moe.storage.files import replacing
 
@@ -19,7 +19,7 @@ PROMPTS = ("edit", "preservation")
 """What routing is compared on: prompts that are edited, and those that are to stay as they are."""
 SIMILARITY = "mean Jaccard similarity of the routed expert sets before and after, by windows of layers"
 PUBLISHED = ("efficacy", "generalisation", "specificity")
-_LEFT = ("code", "edits")
+_LEFT = ("code", "edits", "spread")
 
 
 def about(table: PaperTable, comparison: Comparison) -> str:
@@ -63,7 +63,12 @@ def _cells(row: Row) -> dict[str, str]:
     seconds = row.seconds
     known = dict(zip(report.COLUMNS, report.cells(row), strict=True))
     total = seconds["solve"] + seconds["write"]
-    return {**known, "statistics s": f"{seconds['statistics']:.1f}", "total s": f"{total:.2f}"}
+    return {
+        **known,
+        "spread": str(row.hparams.get("spread", "-")),
+        "statistics s": f"{seconds['statistics']:.1f}",
+        "total s": f"{total:.2f}",
+    }
 
 
 def _published(figures: Mapping[str, float] | None) -> list[str]:
@@ -108,6 +113,21 @@ def markdown(comparison: Comparison) -> str:
 def _texts(names: Sequence[str]) -> int:
     """How many columns from the left hold texts."""
     return next((number for number, name in enumerate(names) if number and name not in _LEFT), len(names))
+
+
+def folder_of(table: PaperTable, data: str, out: Path) -> Path:
+    """Where a table on one data set lies under the folder of all tables."""
+    return out / "-".join(["table", table.name, *([] if data == COUNTERFACT else [data])])
+
+
+def write_overview(out: Path) -> Path:
+    """Write ``tables.md``: all tables in a folder that have all of their rows, in the paper's order."""
+    places = [folder_of(table, data, out) / RESULTS for table in TABLES.values() for data in table.data]
+    found = [read_results(place) for place in places if place.is_file()]
+    path = out / "tables.md"
+    with replacing(path) as partial:
+        partial.write_text("\n".join(markdown(one) for one in found if one.complete), encoding="utf-8")
+    return path
 
 
 def write_table(comparison: Comparison, folder: Path) -> list[Path]:

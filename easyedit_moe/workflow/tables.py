@@ -10,7 +10,7 @@ from typing import Any
 
 from easyedit_moe import host
 from easyedit_moe.comparison.compare import PRE_EDIT, Comparison, Row, compare
-from easyedit_moe.comparison.paper_report import markdown, write_table
+from easyedit_moe.comparison.paper_report import folder_of, write_overview, write_table
 from easyedit_moe.comparison.papers import (
     COUNTERFACT,
     ROUTING_WINDOWS,
@@ -29,7 +29,6 @@ from easyedit_moe.comparison.task import Task, load_task, with_data
 from easyedit_moe.comparison.tuned import check_held_out
 from easyedit_moe.errors import HyperParamsError
 from easyedit_moe.hparams import presets
-from easyedit_moe.storage.files import replacing
 from easyedit_moe.storage.strict_json import json_text
 
 logger = logging.getLogger(__name__)
@@ -64,7 +63,7 @@ def tables(
     on_row: Callable[[Row], None] | None = None,
     progress: bool = True,
 ) -> list[MadeTable]:
-    """Make tables of the paper, each in a folder of its own under ``out``, with ``tables.md`` over all of them.
+    """Make tables of the paper, each in a folder of its own under ``out``; ``tables.md`` has all that are there.
 
     EasyEdit's methods are left out where EasyEdit is not there or has no hparams for the model; the table says so. Rows
     with the same settings are made once for all tables that give methods their targets alike.
@@ -90,16 +89,17 @@ def tables(
     wanted = find_tables(names)
     given = {**(overrides or {}), "model_name": model}
     plans = [_plan(table, model, hparams, given) for table in wanted]
+    _tell_of_shipped(wanted, model, hparams)
     folder = check_folder(out)
     task = _task(plans, model, data, edits, batch_size, given, progress)
-    check_held_out(hparams, task.records)
     tasks = {COUNTERFACT: task}
     if zsre is not None and any(ZSRE in table.data for table in wanted):
         tasks[ZSRE] = with_data(task, zsre, edits)
+    for one in tasks.values():
+        check_held_out(hparams, one.records)
     run = _Run(folder, resume, on_row, progress)
     made = [run.make(plan, tasks[name], name) for plan in plans for name in plan.table.data if name in tasks]
-    with replacing(folder / "tables.md") as partial:
-        partial.write_text("\n".join(markdown(one.comparison) for one in made), encoding="utf-8")
+    write_overview(folder)
     return made
 
 
@@ -134,6 +134,14 @@ def _missing(line: Line, model: str, folder: str | Path | None) -> str:
     return ""
 
 
+def _tell_of_shipped(tables: Sequence[PaperTable], model: str, folder: str | Path | None) -> None:
+    """Say which methods the user's folder has nothing for."""
+    methods = dict.fromkeys(line.method for table in tables for line in table.lines)
+    lacking = [method for method in methods if folder is not None and not has_file(method, model, folder)]
+    if lacking:
+        logger.warning("%s has no file for %s on %s: they have what ships.", folder, ", ".join(lacking), model)
+
+
 def _place(method: str, model: str, folder: str | Path | None) -> str | Path | None:
     """The user's folder where it has this method, else None for the files that ship."""
     return folder if folder is not None and has_file(method, model, folder) else None
@@ -165,7 +173,7 @@ class _Run:
     def make(self, plan: _Plan, task: Task, data: str) -> MadeTable:
         """One table on one data set; its rows are on disk as they are done."""
         table = plan.table
-        place = self.folder / "-".join(["table", table.name, *([] if data == COUNTERFACT else [data])])
+        place = folder_of(table, data, self.folder)
         task = replace(task, provenance={**task.provenance, **_about(table, task)})
         rows = self._earlier(plan, task, data, place)
 

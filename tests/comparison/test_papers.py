@@ -12,7 +12,7 @@ from tiny_comparison import tiny_hparams
 
 from easyedit_moe.comparison import papers
 from easyedit_moe.comparison.compare import Comparison, compare
-from easyedit_moe.comparison.paper_report import header, lines, markdown, write_table
+from easyedit_moe.comparison.paper_report import folder_of, header, lines, markdown, write_overview, write_table
 from easyedit_moe.comparison.papers import TABLES, PaperTable, known_model, published_for
 from easyedit_moe.comparison.saved import read_results
 from easyedit_moe.comparison.task import Task
@@ -57,7 +57,7 @@ def test_a_model_is_known_by_its_name_and_its_sizes(real: dict[str, str], tmp_pa
     smaller = {**models.OUTLINES["qwen3-30b-a3b"], "num_hidden_layers": 8}
     (Path(real["qwen3-30b-a3b"]) / "config.json").write_text(json.dumps(smaller))
     assert known_model(real["qwen3-30b-a3b"]) is None, "a smaller model of the same name is another one"
-    assert known_model("factworld") in (None, "factworld")
+    assert known_model("factworld") is None
 
 
 @pytest.mark.parametrize(
@@ -101,6 +101,15 @@ def test_published_figures_stand_beside_ours(made: Comparison, tmp_path: Path) -
     paths = write_table(beside, tmp_path / "out")
     assert "paper: s (H200)" in paths[1].read_text()
     assert markdown(read_results(paths[0])) == paths[1].read_text(), "the file alone makes the table"
+
+
+def test_the_overview_has_every_complete_table_of_the_folder(made: Comparison, tmp_path: Path) -> None:
+    for name, data, complete in (("4", "counterfact", True), ("2", "counterfact", True), ("1", "zsre", False)):
+        one = replace(made, provenance={**made.provenance, "table": name}, complete=complete)
+        write_table(one, folder_of(TABLES[name], data, tmp_path))
+    assert (tmp_path / "table-1-zsre" / "results.json").is_file()
+    text = write_overview(tmp_path).read_text()
+    assert [line[:8] for line in text.splitlines() if line.startswith("Table")] == ["Table 2:", "Table 4:"]
 
 
 def test_seconds_are_split_and_added_up(made: Comparison) -> None:

@@ -23,7 +23,7 @@ from easyedit_moe.comparison.paper_report import markdown
 from easyedit_moe.comparison.papers import TABLES
 from easyedit_moe.comparison.saved import read_results
 from easyedit_moe.hparams import models, presets
-from easyedit_moe.workflow.tables import _plan
+from easyedit_moe.workflow.tables import _plan, _tell_of_shipped
 
 PAGE = Path(__file__).parents[2] / "docs" / "tables.md"
 FAMILIES = {"Qwen3-30B-A3B": "qwen3_moe", "gpt-oss-20b": "gpt_oss", "Qwen3.6-35B-A3B": "qwen3_5_moe"}
@@ -174,6 +174,26 @@ def test_rows_are_made_once_for_all_tables_and_kept_for_the_next_run(
     other = run(two, folder, "--resume", "--set", "kl_factor=0.5")
     assert other.exit_code == 0, other.output
     assert len(made) == 2 * len(labels) + 1, "other settings are other rows"
+
+
+def test_methods_that_a_folder_lacks_have_what_ships(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny_checkpoint(folder, "gpt-oss-20b", monkeypatch)
+    place = folder / "hparams" / "MoTE" / "gpt-oss-20b.yaml"
+    place.parent.mkdir()
+    place.write_text(yaml.safe_dump({"alg_name": "MoTE", "model_name": "any", "layers": [1, 2], "lambda_reg": 7.0}))
+    model = str(folder / "gpt-oss-20b")
+    found = _plan(TABLES["2"], model, folder / "hparams", {"lambda_reg": 9.0})
+    assert {hp.lambda_reg for hp in found.settings} == {9.0}, "overrides count more than any file"
+    found = _plan(TABLES["2"], model, folder / "hparams", {})
+    by_label = dict(zip(found.labels, found.settings, strict=True))
+    assert (by_label["MoTE (paper)"].lambda_reg, by_label["MoTE (paper)"].layers) == (7.0, [1, 2])
+    assert (by_label["MoTE (paper)"].spread, by_label["MoTE, residual"].spread) == ("update", "residual")
+    assert (by_label["Global"].lambda_reg, by_label["Global"].layers) == (1.0, [3, 4, 5])
+    _tell_of_shipped([TABLES["2"]], model, folder / "hparams")
+    (said,) = caplog.messages
+    assert "no file for MoEEdit-BCD, BCD+speedup, Global, Global+speedup on" in said
 
 
 @pytest.mark.parametrize(
