@@ -8,10 +8,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from easyedit_moe.comparison.compare import PRE_EDIT, SCORES, Comparison, Row
+from easyedit_moe.comparison.compare import Comparison
 from easyedit_moe.comparison.ready import READY
+from easyedit_moe.comparison.rows import PRE_EDIT, SCORES, Row
 from easyedit_moe.errors import DataError
-from easyedit_moe.evaluation.metrics import EvaluationResult, Score
+from easyedit_moe.evaluation.metrics import EvaluationResult
+from easyedit_moe.evaluation.summary import Score
 from easyedit_moe.storage.strict_json import json_text, read_json, write_json
 
 RESULTS = "results.json"
@@ -73,7 +75,7 @@ def read_results(path: Path) -> Comparison:
 
 
 def row_of(values: Mapping[str, Any], protocol: str) -> Row:
-    """The row that ``Row.to_dict`` made ``values`` of, read back from JSON."""
+    """The row that ``Row.to_dict`` made ``values`` of, read back from JSON of schema 1 or 2."""
     own = {item.name for item in fields(Row)}
     read: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name in own}
     read["scores"] = EvaluationResult(protocol, **{name: _score(values[name]) for name in SCORES})
@@ -84,8 +86,10 @@ def row_of(values: Mapping[str, Any], protocol: str) -> Row:
 
 
 def _score(values: Mapping[str, Any]) -> Score:
+    """Of either schema: in the first there were neither intervals nor values."""
     mean, stderr = (math.nan if values[name] is None else values[name] for name in ("mean", "stderr"))
-    return Score(mean, stderr, values["count"])
+    interval = (values.get("low"), values.get("high"), values.get("interval", ""))
+    return Score(mean, stderr, values["count"], *interval, tuple(values.get("values", ())))
 
 
 def _routing(values: Mapping[str, Any]) -> dict[str, Any]:

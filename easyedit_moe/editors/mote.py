@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from easyedit_moe.algebra.core import FactoredCore, expand_core, solve_mote
+from easyedit_moe.algebra.core import FactoredCore, core_energy, expand_core, solve_mote
 from easyedit_moe.algebra.gauge import aligned_basis
 from easyedit_moe.algebra.routed_keys import FactoredUpdate, RoutedKeys
 from easyedit_moe.algebra.tucker import TuckerBasis
@@ -30,9 +30,13 @@ class MoTEEditor(SolvingEditor):
     method = "MoTE"
     hparams: MoTEHyperParams
 
-    def solve(self, keys: RoutedKeys, residual: Tensor, prepared: PreparedLayer) -> tuple[Any, Any]:
+    def solve(self, keys: RoutedKeys, residual: Tensor, prepared: PreparedLayer, lambda_reg: float) -> tuple[Any, Any]:
         """A Tucker core, factored or dense, whichever is smaller."""
-        return solve_mote(keys, residual, self.hparams.lambda_reg, prepared.metric, prepared.tucker_basis()), None
+        return solve_mote(keys, residual, lambda_reg, prepared.metric, prepared.tucker_basis()), None
+
+    def energy(self, keys: RoutedKeys, prepared: PreparedLayer) -> float:
+        """Mean squared norm of the facts' features, on which the core acts."""
+        return core_energy(keys, prepared.tucker_basis(), prepared.metric)
 
     def place(self, solution: FactoredCore | Tensor, prepared: PreparedLayer) -> FactoredUpdate:
         """The core mapped back by the layer's own factors and projectors."""
