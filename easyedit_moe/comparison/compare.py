@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-<<<<<<< HEAD
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-=======
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
->>>>>>> whole
 from typing import Any
 
 from torch import nn

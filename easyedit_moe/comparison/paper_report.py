@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from easyedit_moe.comparison import report
-from easyedit_moe.comparison.compare import PRE_EDIT, Comparison, Row
+from easyedit_moe.comparison.compare import Comparison
 from easyedit_moe.comparison.papers import COUNTERFACT, TABLES, PaperTable
+from easyedit_moe.comparison.rows import PRE_EDIT, Row
 from easyedit_moe.comparison.saved import RESULTS, read_results, save_rows
 from easyedit_moe.facts.records import PROTOCOLS
 from easyedit_moe.storage.files import replacing
@@ -19,7 +20,7 @@ PROMPTS = ("edit", "preservation")
 """What routing is compared on: prompts that are edited, and those that are to stay as they are."""
 SIMILARITY = "mean Jaccard similarity of the routed expert sets before and after, by windows of layers"
 PUBLISHED = ("efficacy", "generalisation", "specificity")
-_LEFT = ("code", "edits", "spread")
+_LEFT = ("code", "edits", "spread", "protocol")
 
 
 def about(table: PaperTable, comparison: Comparison) -> str:
@@ -50,21 +51,20 @@ def lines(table: PaperTable, comparison: Comparison) -> list[list[str]]:
     """The cells of every row."""
     found = (comparison.provenance.get("published") or {}).get("figures")
     out = []
-    for row in comparison.rows:
-        known = _cells(row)
-        cells = [row.method]
+    for row, line in zip(comparison.rows, report.lines(comparison), strict=True):
+        known = {**dict(zip(report.COLUMNS, line, strict=True)), **_more(row)}
+        cells = [known["method"]]
         for column in table.columns:
             cells += _routing(row, comparison) if column == "routing" else [known[column]]
         out.append(cells if found is None else [*cells, *_published(found.get(row.method))])
     return out
 
 
-def _cells(row: Row) -> dict[str, str]:
+def _more(row: Row) -> dict[str, str]:
+    """Cells that other comparisons do without."""
     seconds = row.seconds
-    known = dict(zip(report.COLUMNS, report.cells(row), strict=True))
     total = seconds["solve"] + seconds["write"]
     return {
-        **known,
         "spread": str(row.hparams.get("spread", "-")),
         "statistics s": f"{seconds['statistics']:.1f}",
         "total s": f"{total:.2f}",
@@ -104,10 +104,17 @@ def markdown(comparison: Comparison) -> str:
     table = TABLES[comparison.provenance["table"]]
     names = header(table, comparison)
     text = f"{about(table, comparison)}\n\n" + report.markdown_rows(names, _texts(names), lines(table, comparison))
-    notes = [f"Left out: {line}" for line in comparison.provenance.get("left_out", [])]
+    return text + "".join(f"\n{note}\n" for note in notes(table, comparison))
+
+
+def notes(table: PaperTable, comparison: Comparison) -> list[str]:
+    """What was left out, and what numbers of the table mean, for below it."""
+    found = [f"Left out: {line}" for line in comparison.provenance.get("left_out", [])]
+    if "efficacy" in table.columns:
+        found += report.notes(comparison)
     if comparison.provenance.get("published"):
-        notes.append("Published: arXiv 2605.16686; its seconds are not of this machine.")
-    return text + "".join(f"\n{note}\n" for note in notes)
+        found.append("Published: arXiv 2605.16686; its seconds are not of this machine.")
+    return found
 
 
 def _texts(names: Sequence[str]) -> int:

@@ -58,7 +58,7 @@ class PaperTable:
         return f"Table {self.name}: {self.title}" if self.name.isdecimal() else self.title
 
 
-_SCORES = ("efficacy", "generalisation", "specificity", "utility")
+_SCORES = ("efficacy", "generalisation", "specificity", "utility", "differs from the best")
 _SECONDS = ("targets s", "statistics s", "solve s", "write s", "total s")
 
 # The paper's whole setting of MoTE. Lambda, eps, layers and null space are the model's, and in its file.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from easyedit_moe import host
-from easyedit_moe.comparison.compare import PRE_EDIT, Comparison, Row, compare
+from easyedit_moe.comparison.compare import Comparison, compare
 from easyedit_moe.comparison.paper_report import folder_of, write_overview, write_table
 from easyedit_moe.comparison.papers import (
     COUNTERFACT,
@@ -23,6 +23,7 @@ from easyedit_moe.comparison.papers import (
 )
 from easyedit_moe.comparison.ready import READY
 from easyedit_moe.comparison.report import check_folder
+from easyedit_moe.comparison.rows import PRE_EDIT, Row
 from easyedit_moe.comparison.saved import earlier_rows, save_rows
 from easyedit_moe.comparison.settings import AnyHyperParams, has_file, loading_settings, resolve_rows
 from easyedit_moe.comparison.task import Task, load_task, with_data
@@ -60,6 +61,7 @@ def tables(
     out: str | Path = "results/tables",
     resume: bool = False,
     overrides: Mapping[str, Any] | None = None,
+    seeds: Sequence[int] = (),
     on_row: Callable[[Row], None] | None = None,
     progress: bool = True,
 ) -> list[MadeTable]:
@@ -79,6 +81,7 @@ def tables(
         out: folder for all results.
         resume: go on after an interruption: rows in ``out`` that would come out again are kept.
         overrides: hyper-parameters by name, which count more than the files, but not more than what defines a row.
+        seeds: see `easyedit_moe.comparison.compare.compare`.
         on_row: called with each row when it is made.
         progress: show bars.
 
@@ -97,7 +100,7 @@ def tables(
         tasks[ZSRE] = with_data(task, zsre, edits)
     for one in tasks.values():
         check_held_out(hparams, one.records)
-    run = _Run(folder, resume, on_row, progress)
+    run = _Run(folder, resume, tuple(seeds), on_row, progress)
     made = [run.make(plan, tasks[name], name) for plan in plans for name in plan.table.data if name in tasks]
     write_overview(folder)
     return made
@@ -166,6 +169,7 @@ class _Run:
 
     folder: Path
     resume: bool
+    seeds: tuple[int, ...]
     on_row: Callable[[Row], None] | None
     progress: bool
     _rows: dict[tuple[str, bool], list[Row]] = field(default_factory=dict)
@@ -182,7 +186,7 @@ class _Run:
 
         result = compare(
             task, plan.settings, self.on_row, plan.labels, False, rows, lambda so_far: save_rows(told(so_far), place),
-            self.progress, table.ready_targets,
+            self.progress, table.ready_targets, self.seeds,
         )  # fmt: skip
         self._rows.setdefault((data, table.ready_targets), []).extend(result.rows)
         return MadeTable(table, told(result), tuple(write_table(told(result), place)))
