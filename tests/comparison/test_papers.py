@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_comparison import tiny_hparams
+from tiny import tiny_model, tiny_tokenizer
+from tiny_comparison import tiny_hparams, tiny_records
 
 from easyedit_moe.comparison import papers
 from easyedit_moe.comparison.compare import Comparison, compare
@@ -17,6 +18,7 @@ from easyedit_moe.comparison.papers import TABLES, PaperTable, known_model, publ
 from easyedit_moe.comparison.saved import read_results
 from easyedit_moe.comparison.task import Task
 from easyedit_moe.editors import method_names
+from easyedit_moe.facts.records import parse_records
 from easyedit_moe.hparams import hyperparams_class, models, presets
 
 FIRST = ("The mother tongue of Danielle Darrieux is", "English")
@@ -81,11 +83,13 @@ def test_published_figures_name_rows_of_their_table() -> None:
         assert set(found.figures) <= {line.label for line in TABLES[found.table].lines}
 
 
-@pytest.fixture
-def made(task: Task, tmp_path: Path) -> Comparison:
-    hparams = hyperparams_class("Global").from_dict(tiny_hparams(tmp_path, "Global"))
-    about = {**task.provenance, "table": "2", "published": None, "routing_windows": None, "left_out": []}
-    return compare(replace(task, provenance=about), [hparams, hparams], None, ["MoEEdit-BCD", "Global"], progress=False)
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+    found = parse_records(tiny_records())
+    about = {"model": "tiny", "edits": 4, "batch_size": 2, "protocol": "counterfact", "table": "2", "published": None}
+    task = Task(tiny_model(), tiny_tokenizer(), found.records, found.protocol, 2, about)
+    hparams = hyperparams_class("Global").from_dict(tiny_hparams(tmp_path_factory.mktemp("made"), "Global"))
+    return compare(task, [hparams, hparams], None, ["MoEEdit-BCD", "Global"], progress=False)
 
 
 def test_published_figures_stand_beside_ours(made: Comparison, tmp_path: Path) -> None:
@@ -116,6 +120,7 @@ def test_seconds_are_split_and_added_up(made: Comparison) -> None:
     names = header(TABLES["2"], made)
     row = dict(zip(names, lines(TABLES["2"], made)[1], strict=True))
     seconds = made.rows[1].seconds
+    assert row["spread"] == "residual"
     assert float(row["total s"]) == pytest.approx(seconds["solve"] + seconds["write"], abs=0.006)
     assert float(row["targets s"]) == pytest.approx(seconds["targets"], abs=0.06)
 
