@@ -29,9 +29,9 @@ from easyedit_moe.workflow.tables import _plan, _tell_of_shipped
 PAGE = Path(__file__).parents[2] / "docs" / "tables.md"
 FAMILIES = {"Qwen3-30B-A3B": "qwen3_moe", "gpt-oss-20b": "gpt_oss", "Qwen3.6-35B-A3B": "qwen3_5_moe"}
 TINY = {
-    "device": "cpu", "dtype": "float32", "v_num_grad_steps": 1, "num_steps": 3, "num_updates": 2, "optim_num_step": 1, "steps": 1,
-    "mom2_n_samples": 8, "preserve_n_samples": 2, "locality_n_samples": 2, "rank_expert": 4, "rank_out": 16,
-    "rank_in": 8,
+    "device": "cpu", "dtype": "float32", "v_num_grad_steps": 1, "num_steps": 3, "num_updates": 2, "optim_num_step": 1,
+    "steps": 1, "mom2_n_samples": 8, "preserve_n_samples": 2, "locality_n_samples": 2, "rank_expert": 4,
+    "rank_out": 16, "rank_in": 8,
 }  # fmt: skip
 """What a tiny model can't have as the real ones do: their device, sizes and time."""
 
