@@ -18,13 +18,8 @@ from easyedit_moe.comparison.seeds import pooled, seeded
 from easyedit_moe.comparison.task import Task
 from easyedit_moe.editors import Editor, EditResult, Patch, make_editor
 from easyedit_moe.errors import EditingWarning, HyperParamsError
-from easyedit_moe.evaluation.metrics import (
-    EvaluationResult,
-    RoutingSnapshot,
-    evaluate,
-    routing_similarity,
-    routing_snapshot,
-)
+from easyedit_moe.evaluation.metrics import EvaluationResult, evaluate
+from easyedit_moe.evaluation.routing import RoutingSnapshot, routing_similarity, routing_snapshot
 from easyedit_moe.evaluation.summary import Score
 from easyedit_moe.facts.records import PROTOCOLS
 from easyedit_moe.facts.requests import EditRequest
@@ -157,8 +152,8 @@ class _Judge:
         self.task, self.progress = task, progress
         self.quality = _easyedit_quality(task) if easyedit_metrics else None
         edited = [record.request.prompt for record in task.records]
-        kept = sorted({prompt for record in task.records for prompt, _ in record.neighbours})
-        self._prompts = {"edit": edited, "preservation": kept or edited}
+        near = sorted({prompt for record in task.records for prompt, _ in record.neighbours})
+        self._prompts = {"edit": edited, "preservation": list(task.preserved) or near or edited}
         self._before = {name: self._snapshot(name) for name in self._prompts}
 
     def _snapshot(self, name: str) -> RoutingSnapshot:

@@ -5,20 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from easyedit_moe.comparison import report
 from easyedit_moe.comparison.compare import Comparison
 from easyedit_moe.comparison.papers import COUNTERFACT, TABLES, PaperTable
 from easyedit_moe.comparison.rows import PRE_EDIT, Row
 from easyedit_moe.comparison.saved import RESULTS, read_results, save_rows
+from easyedit_moe.evaluation.routing import NAMES as WINDOWS
 from easyedit_moe.facts.records import PROTOCOLS
 from easyedit_moe.storage.files import replacing
 
-WINDOWS = ("early", "middle", "late")
 PROMPTS = ("edit", "preservation")
 """What routing is compared on: prompts that are edited, and those that are to stay as they are."""
-SIMILARITY = "mean Jaccard similarity of the routed expert sets before and after, by windows of layers"
+SIMILARITY = (
+    "mean Jaccard similarity of the routed expert sets before and after at the last token, by windows of layers"
+)
 PUBLISHED = ("efficacy", "generalisation", "specificity")
 _LEFT = ("code", "edits", "spread", "protocol")
 
@@ -55,7 +56,7 @@ def lines(table: PaperTable, comparison: Comparison) -> list[list[str]]:
         known = {**dict(zip(report.COLUMNS, line, strict=True)), **_more(row)}
         cells = [known["method"]]
         for column in table.columns:
-            cells += _routing(row, comparison) if column == "routing" else [known[column]]
+            cells += _routing(row) if column == "routing" else [known[column]]
         out.append(cells if found is None else [*cells, *_published(found.get(row.method))])
     return out
 
@@ -78,25 +79,15 @@ def _published(figures: Mapping[str, float] | None) -> list[str]:
 
 
 def _windows(comparison: Comparison) -> list[str]:
-    windows = comparison.provenance.get("routing_windows")
-    names = [f"{first}-{last}" for first, last in windows] if windows else WINDOWS
+    """Columns of both sets of prompts: each window with its layers, where the rows say which (schema 2), and all."""
+    found = comparison.rows[0].routing[PROMPTS[0]].get("windows") if comparison.rows else None
+    names = ["{} {}-{}".format(name, *found[name]) for name in WINDOWS] if found else WINDOWS
     return [f"{prompts}, {name}" for prompts in PROMPTS for name in (*names, "all layers")]
 
 
-def _routing(row: Row, comparison: Comparison) -> list[str]:
-    windows = comparison.provenance.get("routing_windows")
-    values = []
-    for prompts in PROMPTS:
-        found = row.routing[prompts]
-        by_window = [_mean_of(found, *window) for window in windows] if windows else [found[name] for name in WINDOWS]
-        values += [*by_window, found["mean"]]
+def _routing(row: Row) -> list[str]:
+    values = [row.routing[prompts][name] for prompts in PROMPTS for name in (*WINDOWS, "mean")]
     return ["-" if value is None or math.isnan(value) else f"{value:.1f}" for value in values]
-
-
-def _mean_of(routing: Mapping[str, Any], first: int, last: int) -> float | None:
-    """Over the layers of a window that the model has."""
-    values = [value for layer, value in routing["per_layer"].items() if first <= layer <= last]
-    return sum(values) / len(values) if values else None
 
 
 def markdown(comparison: Comparison) -> str:

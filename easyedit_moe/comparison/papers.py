@@ -139,14 +139,6 @@ def find_tables(names: Sequence[str]) -> list[PaperTable]:
     return [TABLES[name] for name in dict.fromkeys(names)]
 
 
-ROUTING_WINDOWS: Mapping[str, tuple[tuple[int, int], ...]] = {
-    "qwen3-30b-a3b": ((11, 20), (21, 30), (31, 40)),
-    "qwen3.6-35b-a3b": ((11, 20), (21, 30), (31, 40)),
-    "gpt-oss-20b": ((5, 9), (10, 14), (15, 19)),
-}
-"""Model -> first and last layer of the paper's early, middle and late windows; others have thirds of their layers."""
-
-
 @dataclass(frozen=True)
 class Figures:
     """A row as published; scores in percent."""

@@ -13,7 +13,6 @@ from easyedit_moe.comparison.compare import Comparison, compare
 from easyedit_moe.comparison.paper_report import folder_of, write_overview, write_table
 from easyedit_moe.comparison.papers import (
     COUNTERFACT,
-    ROUTING_WINDOWS,
     ZSRE,
     Line,
     PaperTable,
@@ -155,12 +154,10 @@ def _task(
 ) -> Task:
     settings = [one for plan in plans for one in plan.settings]
     first = loading_settings(settings, model)
-    task = load_task(
+    return load_task(
         model, data, edits, 0, batch_size, given.get("dtype") or first.dtype, given.get("device", first.device),
         first.model_parallel, first.trust_remote_code, progress, any(getattr(hp, "chat", False) for hp in settings),
     )  # fmt: skip
-    windows = ROUTING_WINDOWS.get(known_model(model) or "")
-    return replace(task, provenance={**task.provenance, "routing_windows": windows})
 
 
 @dataclass

@@ -354,7 +354,8 @@ def test_class_of_another_method() -> None:
     ("alg_name", "changes"),
     [
         ("BCD+speedup", {"spread": "residual"}), ("Global+speedup", {"spread": "residual"}),
-        ("MoE-ROME", {"spread": "once"}), ("Global+speedup", {"spread": "last"}), ("MoE-MEMIT", {"metric": "nullspace"}),
+        ("MoE-ROME", {"spread": "once"}), ("Global+speedup", {"spread": "last"}),
+        ("MoE-MEMIT", {"metric": "nullspace"}),
         ("MoE-AlphaEdit", {"metric": "identity"}), ("MoE-AlphaEdit", {"remember_edits": False}),
         ("MoE-ROME", {"edits_per_solve": 2}), ("MoE-ROME", {"max_layers": 2}), ("MoE-ROME", {"metric": "identity"}),
     ],

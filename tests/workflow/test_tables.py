@@ -149,7 +149,7 @@ def test_the_line_of_each_real_model(
         assert seconds["update (paper), whitening in"] == seconds["MoTE (paper)"], "one row for both tables"
         assert seconds["update (paper), whitening none"] != seconds["MoTE (paper)"]
     if "4" in run_here:
-        assert "edit, 11-20" in done.stdout
+        assert "edit, early 1-2" in done.stdout
 
 
 def test_rows_are_kept_for_the_next_run(folder: Path, no_host: None, monkeypatch: pytest.MonkeyPatch) -> None:
