@@ -62,7 +62,7 @@ def tables(comparison: Comparison) -> list[Table]:
     of = f"{provenance['edits']} {provenance['protocol']} edits in batches of {provenance['batch_size']} on "
     of += f"{provenance['model']}, scored after all of them, percent"
     out = [_table(f"{of}; by the papers' protocol: {PROTOCOLS[provenance['protocol']]}", COLUMNS, 4)]
-    for line in _lines(comparison):
+    for line in lines(comparison):
         out[0].add_row(*line)
     measured = [row for row in comparison.rows if row.easyedit is not None]
     if measured:
@@ -79,7 +79,8 @@ def _table(title: str, columns: Sequence[str], texts: int) -> Table:
     return out
 
 
-def _lines(comparison: Comparison) -> list[list[str]]:
+def lines(comparison: Comparison) -> list[list[str]]:
+    """The cells of every row, in the order of `COLUMNS`."""
     found = differences(comparison.rows)
     return [cells(row, said(one)) for row, one in zip(comparison.rows, found, strict=True)]
 
@@ -95,7 +96,7 @@ def notes(comparison: Comparison) -> list[str]:
 
 def markdown(comparison: Comparison) -> str:
     """The same tables for a README."""
-    text = markdown_rows(COLUMNS, 4, _lines(comparison))
+    text = markdown_rows(COLUMNS, 4, lines(comparison))
     measured = [row for row in comparison.rows if row.easyedit is not None]
     if measured:
         text += f"\nThe same edits by the protocol of {PROTOCOL}:\n\n"
