@@ -88,9 +88,7 @@ def _with_columns(run: Callable[..., Any]) -> Callable[..., Any]:
         if requests is None:
             return run(self, requests_from_columns(**columns), sequential_edit, verbose, **options)
         ignored = [
-            name
-            for name, value in columns.items()
-            if not (is_nothing(value) or (isinstance(value, str) and not value))
+            name for name, value in columns.items() if not (is_nothing(value) or (isinstance(value, str) and not value))
         ]
         if ignored:
             raise KeywordError(

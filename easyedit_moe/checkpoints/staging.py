@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 
 from easyedit_moe.checkpoints.shards import read_json
 from easyedit_moe.errors import CheckpointError
+from easyedit_moe.storage.files import path_of, unwritable
 
 PARTIAL = ".easyedit_moe_partial"
 BACKUP = "easyedit_moe_backup"
@@ -46,10 +47,14 @@ def new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def check_free(out: Path) -> None:
-    """Refuse a folder that holds something; CheckpointError."""
+def check_free(out: str | Path) -> Path:
+    """The path of a new folder; CheckpointError for one that holds something, or can't be made where it is to be."""
+    out = path_of(out, "the output folder", CheckpointError)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} exists and is not an empty folder. Give another one, or delete it.")
+    if reason := unwritable(out):
+        raise CheckpointError(f"{out} can't be written: {reason}. Give another folder.")
+    return out
 
 
 def copy_files(source: Path, target: Path, without: set[str]) -> None:

@@ -24,6 +24,7 @@ from easyedit_moe.commands.reporting import Commands
 from easyedit_moe.commands.revert import revert
 from easyedit_moe.commands.statistics import statistics
 from easyedit_moe.commands.tune import tune
+from easyedit_moe.commands.values import Command
 
 app = typer.Typer(
     name="easyedit-moe",
@@ -74,7 +75,7 @@ def _setup(
 
 
 for command, example in EXAMPLES.items():
-    app.command(epilog=example)(command)
+    app.command(cls=Command, epilog=example)(command)
 
 
 def main() -> None:

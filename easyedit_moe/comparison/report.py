@@ -16,7 +16,7 @@ from easyedit_moe.errors import DataError
 from easyedit_moe.evaluation.metrics import Score
 from easyedit_moe.facts.records import PROTOCOLS
 from easyedit_moe.host.baseline_hparams import PROTOCOL
-from easyedit_moe.storage.files import replacing
+from easyedit_moe.storage.files import path_of, replacing
 
 COLUMNS = (
     "method", "code", "edits", "efficacy", "generalisation", "specificity", "utility", "routing (kept)",
@@ -102,7 +102,7 @@ def check_folder(out: str | Path) -> Path:
     Raises:
         DataError: it can't be made or written to.
     """
-    folder = Path(out)
+    folder = path_of(out, "the output folder", DataError)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

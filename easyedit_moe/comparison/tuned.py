@@ -36,7 +36,7 @@ def check_held_out(hparams: str | Path | None, records: Sequence[EvaluationRecor
         return
     saved = read_json(path)
     used = saved.get("records") if isinstance(saved, dict) else None
-    if not isinstance(used, list):
+    if not isinstance(used, list) or not all(isinstance(one, str) for one in used):
         raise DataError(f"{path} does not say which records were used for tuning; delete it, or run tune again.")
     seen = [record for record in records if record_hash(record) in set(used)]
     if seen:

@@ -19,6 +19,7 @@ import yaml
 
 from easyedit_moe.errors import HyperParamsError, did_you_mean, shown
 from easyedit_moe.hparams import presets
+from easyedit_moe.hparams.devices import device_named
 from easyedit_moe.hparams.files import read_with_defaults
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -105,6 +106,7 @@ class MoEHyperParams:
         for name in ("model_name", *(name for name in ("stats_dir", "target_cache_dir") if hasattr(self, name))):
             self._require(name, getattr(self, name) is None or bool(getattr(self, name).strip()), "not blank")
         self._require_one_of({"dtype": DTYPES})
+        device_named(self.device)
         ordered = all(b > a for a, b in zip(self.layers, self.layers[1:], strict=False))
         self._require("layers", bool(self.layers) and ordered and min(self.layers) >= 0, "increasing and not empty")
 

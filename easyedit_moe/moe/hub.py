@@ -9,7 +9,6 @@ import threading
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
-from pathlib import Path
 
 from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
@@ -44,8 +43,8 @@ def find_source(model_name: str) -> Source:
         model_name: hub name, folder, or "factworld" for the bundled model.
 
     Raises:
-        DataError: no name at all, a folder that does not exist, or a model of the hub that is not in the cache while the hub does not
-            answer.
+        DataError: no name at all, a folder that does not exist, or a model of the hub that is not in the cache while
+            the hub does not answer.
     """
     path = path_of(model_name, "the model", DataError)
     model_name = model_name if isinstance(model_name, str) else str(path)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from easyedit_moe.errors import CoverageWarning
+from easyedit_moe.errors import CoverageWarning, HyperParamsError
 from easyedit_moe.facts.tokens import encode_text
 from easyedit_moe.hparams import SolverHyperParams
 from easyedit_moe.moe.layers import MoELayer, MoELayerView
@@ -26,6 +26,7 @@ from easyedit_moe.statistics.corpus import GENERATED, corpus_hash, iterate_texts
 from easyedit_moe.statistics.distributed import least_over_processes, rank_and_size
 from easyedit_moe.statistics.generated import GeneratedTexts, GenerationKey, opening_ids
 from easyedit_moe.statistics.moments import LayerMoments, Shards, collect_moments, encode_cut
+from easyedit_moe.storage.files import unwritable
 from easyedit_moe.storage.tensors import digest, read_or_warn
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,8 @@ def layer_statistics(
     Warns `CoverageWarning` about experts that too few tokens reached.
 
     Raises:
-        DataError: the corpus can't be read. HyperParamsError: no room for generated texts. CacheError: a cached
+        DataError: the corpus can't be read. HyperParamsError: no room for generated texts, or a stats_dir
+            that can't be written. CacheError: a cached
             file is corrupt or of another model.
     """
     folder = statistics_folder(hparams.stats_dir, hparams.model_name, fingerprint)
@@ -71,6 +73,8 @@ def layer_statistics(
     }
     missing = [layer for layer in layers if not there[layer]]
     if missing:
+        if reason := unwritable(folder):
+            raise HyperParamsError(f"stats_dir can't be written: {reason}. Name another folder.")
         checkpoint = MomentsCheckpoint(folder, {layer: keys[layer] for layer in missing}, CHECKPOINT_SECONDS)
         collected = collect_moments(
             view,

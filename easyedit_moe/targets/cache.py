@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from easyedit_moe.errors import CacheError, DamagedCacheError
+from easyedit_moe.errors import CacheError, DamagedCacheError, HyperParamsError
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.statistics.cache import statistics_folder
 from easyedit_moe.storage.checksums import checksum
+from easyedit_moe.storage.files import unwritable
 from easyedit_moe.storage.tensors import digest, read_or_warn, read_safetensors, write_safetensors
 from easyedit_moe.targets.search import TargetSearch, TargetVectors, fact_contexts, warn_of_targets
 
@@ -65,6 +66,8 @@ def cached_targets(
             write_safetensors(paths[i], rows[i], {"schema": SCHEMA, "kind": "target", "key": keys[i]})
 
     if missing:
+        if reason := unwritable(paths[missing[0]].parent):
+            raise HyperParamsError(f"target_cache_dir can't be written: {reason}. Name another folder.")
         search.find([requests[i] for i in missing], keep)
     targets = TargetVectors(*(torch.stack([rows[i][name] for i in range(len(requests))]) for name in _FIELDS))
     if search.warn:

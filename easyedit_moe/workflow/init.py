@@ -18,7 +18,7 @@ from easyedit_moe.editors.proposing import edits_one_layer, propose
 from easyedit_moe.errors import DataError
 from easyedit_moe.facts.records import FactSet, load_facts
 from easyedit_moe.hparams import SolverHyperParams
-from easyedit_moe.storage.files import replacing
+from easyedit_moe.storage.files import path_of, replacing
 from easyedit_moe.storage.strict_json import json_text
 from easyedit_moe.workflow import locate as locating
 from easyedit_moe.workflow.locate_cost import Cost
@@ -67,7 +67,7 @@ def init(
     if budget is not None and not locate:
         raise DataError(f"A budget of {budget:g} minutes bounds what is measured; pass --locate with it.")
     settings = LocateSettings(stages=STAGES, budget=budget)
-    files = [] if out is None else [Path(out), *([rows_file(out)] if locate else [])]
+    files = [] if out is None else [path_of(out, "the YAML file", DataError), *([rows_file(out)] if locate else [])]
     for file in files:
         _check_free(file, force)
     facts = load_facts(data) if isinstance(data, (str, Path)) else data

@@ -44,8 +44,8 @@ class Measured:
         saved = read_json(path)
         try:
             rows = {stage: {str(row["name"]): row for row in saved["rows"][stage]} for stage in STAGES}
-            return Measured(saved["provenance"], None, rows, dict(saved["left"]), dict(saved["seconds"]))
-        except (KeyError, TypeError, ValueError) as error:
+            return Measured(dict(saved["provenance"]), None, rows, dict(saved["left"]), dict(saved["seconds"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(f"{path} is no result of locate ({error!r}); choose another --out.") from error
 
     @staticmethod
