@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 import traceback
@@ -34,7 +33,7 @@ from easyedit_moe.commands.app import app
 from easyedit_moe.errors import EditingError
 from easyedit_moe.facts.records import load_facts, load_records
 from easyedit_moe.facts.records.reading import parse_records
-from easyedit_moe.hparams import HYPERPARAMS, hparams_folder, hyperparams_class, load_hyperparams
+from easyedit_moe.hparams import hparams_folder, hyperparams_class, load_hyperparams
 from easyedit_moe.hparams.presets import own_methods
 from easyedit_moe.moe.loading import load_tokenizer
 from easyedit_moe.storage.checksums import checksum
@@ -101,6 +100,7 @@ class Inputs:
         """EasyEdit's calls of an editor, on requests and on parallel lists."""
         tok = load_tokenizer(factworld.MODEL_NAME)
         model = _small_model(len(tok))
+        model.generation_config.eos_token_id = list(range(len(tok)))  # any token ends an answer
         values = {"alg_name": "MoE-FT", "model_name": "m", "layers": [1], "num_steps": 1, "dtype": "float32"}
         editor = MoEEditor(hyperparams_class("MoE-FT").from_dict(values), model, tok)
         before = _checksums(model)
@@ -133,7 +133,10 @@ class Inputs:
                 st.sampled_from(["edit", "batch_edit", "generate_edit"]),
                 changed([lists, columns], JUNK).map(_keywords(columns)),
             ),
-            st.tuples(st.just("normal_edit"), changed([lists], JUNK).map(_keywords(lists))),
+            st.tuples(
+                st.just("normal_edit"),
+                changed([lists], JUNK).map(lambda value: {**dict.fromkeys(lists), **_keywords(lists)(value)}),
+            ),
         )
         return Section(inputs, check)
 
@@ -199,8 +202,9 @@ class Inputs:
     def command_line(self) -> Section:
         """Arguments of every command: exit code 2 and a line for what is refused; nothing is written."""
         inside = sorted(path.name for path in self.folder.iterdir())
-        words = st.one_of(TEXTS, st.integers(-5, 10**40).map(str), st.floats().map(str),
-                          st.sampled_from([*inside, "factworld", "MoTE", "Global", "all", "nan", "cpu", "cuda:9", "ROME"]))  # fmt: skip
+        known = ["factworld", "MoTE", "Global", "all", "nan", "cpu", "cuda:9", "ROME", *inside]
+        numbers = st.one_of(st.integers(-5, 10**40), st.floats()).map(str)
+        words = st.one_of(TEXTS, numbers, st.sampled_from(known))
         words = words.filter(lambda word: "\0" not in word)
         needed = st.sampled_from(_COMMANDS)
 
@@ -359,8 +363,12 @@ def main(
 
     with TemporaryDirectory() as folder:
         inputs = Inputs(Path(folder))
-        sections = {"requests": inputs.requests(), "hparams": inputs.hparams(), "files": inputs.files(LAYOUTS, tables()),
-                    "command line": inputs.command_line()}  # fmt: skip
+        sections = {
+            "requests": inputs.requests(),
+            "hparams": inputs.hparams(),
+            "files": inputs.files(LAYOUTS, tables()),
+            "command line": inputs.command_line(),
+        }
         counts = {name: Counts() for name in sections}
         end, number = time.monotonic() + 60 * minutes, first
         while time.monotonic() < end:

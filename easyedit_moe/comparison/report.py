@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -16,7 +15,7 @@ from easyedit_moe.errors import DataError
 from easyedit_moe.evaluation.metrics import Score
 from easyedit_moe.facts.records import PROTOCOLS
 from easyedit_moe.host.baseline_hparams import PROTOCOL
-from easyedit_moe.storage.files import path_of, replacing
+from easyedit_moe.storage.files import path_of, replacing, unwritable
 
 COLUMNS = (
     "method", "code", "edits", "efficacy", "generalisation", "specificity", "utility", "routing (kept)",
@@ -97,18 +96,14 @@ def _markdown(columns: Sequence[str], texts: int, rows: Sequence[Sequence[str]])
 
 
 def check_folder(out: str | Path) -> Path:
-    """The folder for results, made if need be.
+    """The folder for results, which is made when the first of them is written.
 
     Raises:
         DataError: it can't be made or written to.
     """
     folder = path_of(out, "the output folder", DataError)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"The output folder {folder} can't be made: {error}") from error
-    if not os.access(folder, os.W_OK):
-        raise DataError(f"The output folder {folder} is not writable.")
+    if reason := unwritable(folder):
+        raise DataError(f"The output folder {folder} can't be written: {reason}.")
     return folder
 
 
