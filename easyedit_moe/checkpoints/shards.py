@@ -114,15 +114,15 @@ class Checkpoint:
         """
         return Checkpoint({file: folder / file for file in weight_files(folder)})
 
-    def read(self, name: str, row: int | None = None) -> Tensor:
-        """A tensor, or one entry of its first dimension, as a new tensor."""
+    def read(self, name: str, row: int | range | None = None) -> Tensor:
+        """A tensor, or one entry or neighbouring ones of its first dimension, as a new tensor."""
         entry = self.tensors[name]
         shape, start, size = _part(entry, row)
         data = np.fromfile(self.files[entry.file], dtype=np.uint8, count=size, offset=start)
         return torch.from_numpy(data).view(entry.dtype).view(shape)
 
-    def write(self, name: str, value: Tensor, row: int | None = None) -> None:
-        """Overwrite a tensor, or one entry of its first dimension, in its file; shape and dtype must be the same."""
+    def write(self, name: str, value: Tensor, row: int | range | None = None) -> None:
+        """Overwrite what `read` returns in its file; shape and dtype must be the same."""
         entry = self.tensors[name]
         shape, start, _ = _part(entry, row)
         if tuple(value.shape) != shape or value.dtype != entry.dtype:
@@ -228,10 +228,12 @@ def _copy_range(old: BinaryIO, new: BinaryIO, start: int, size: int, chunk: int 
         size -= len(data)
 
 
-def _part(entry: StoredTensor, row: int | None) -> tuple[tuple[int, ...], int, int]:
-    """Shape, first byte and bytes of a tensor, or of one entry of its first dimension."""
+def _part(entry: StoredTensor, row: int | range | None) -> tuple[tuple[int, ...], int, int]:
+    """Shape, first byte and bytes of a tensor, or of one entry or neighbouring ones of its first dimension."""
     if row is None:
         return entry.shape, entry.start, entry.size
     shape = entry.shape[1:]
     size = math.prod(shape) * entry.dtype.itemsize
+    if isinstance(row, range):
+        return (len(row), *shape), entry.start + row.start * size, len(row) * size
     return shape, entry.start + row * size, size

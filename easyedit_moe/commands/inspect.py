@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from easyedit_moe.commands import options
-from easyedit_moe.commands.tables import say, say_json, show_rows
+from easyedit_moe.commands.printing import say, say_json, show_rows
 
 
 def inspect(
@@ -28,6 +28,7 @@ def inspect(
 def _show(found: Mapping[str, Any]) -> None:
     texts = {
         "kind": found["kind"],
+        "site": found.get("site") or "-",
         "id": found["id"],
         "method": ", ".join(found["methods"]) or "unknown",
         "made on": ", ".join(found.get("models", [])) or "-",

@@ -39,6 +39,10 @@ EditsInChat = Annotated[
 Patches = Annotated[
     list[str] | None, typer.Option(metavar="PATCH", help="A patch (or MEMoE's adapter); several: laid on in order.")
 ]
+Protocol = Annotated[
+    str,
+    typer.Option(help="How records are read and judged; default: their layout's own. ZsRE: zsre or zsre-alternative."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 

@@ -65,7 +65,7 @@ def say_error(text: str) -> None:
     """One line on standard error, however long the text and whatever its line breaks."""
     from rich.text import Text
 
-    from easyedit_moe.commands.tables import output
+    from easyedit_moe.commands.printing import output
 
     plain = text.encode("utf-8", "backslashreplace").decode("utf-8")
     line = Text.assemble(("error:", "bold red"), " ", " ".join(plain.split()))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from easyedit_moe.algebra.tucker import resolve_rank
+from easyedit_moe.algebra.ranks import resolve_rank
 from easyedit_moe.editors.planner import shapes_of
 from easyedit_moe.hparams import MoTEHyperParams, SolverHyperParams
 from easyedit_moe.moe.layers import MoELayerView, decoder_stack
@@ -56,23 +56,23 @@ def plan_statistics(hparams: Any, model: nn.Module) -> StatisticsPlan | None:
     """
     if not isinstance(hparams, SolverHyperParams) or not hparams.needs_statistics:
         return None
-    hp, shapes = hparams, shapes_of(model, hparams.layers)
+    hp, shapes = hparams, shapes_of(model, hparams.layers, hparams.site)
     e, d, h, k = shapes.experts, shapes.d_model, shapes.d_hidden, shapes.active
     item = 8 if hp.mom2_dtype == "float64" else 4
     disk = item * (e * h * h + d * d) + 8 * e
     if isinstance(hp, MoTEHyperParams):
-        pairs = ((hp.rank_expert, e, "rank_expert"), (hp.rank_out, d, "rank_out"), (hp.rank_in, h, "rank_in"))
+        pairs = ((hp.expert_rank, e, "rank_expert"), (hp.rank_out, d, "rank_out"), (hp.rank_in, h, "rank_in"))
         disk += 8 * sum(size * resolve_rank(rank, size, name) for rank, size, name in pairs)
     sampled = hp.mom2_dataset == GENERATED
     most = hp.mom2_n_samples * (min(hp.max_length, hp.generated_length) if sampled else hp.max_length)
     if hp.mom2_n_tokens is not None and not sampled:
         most = min(most, hp.mom2_n_tokens)
     least = None if hp.coverage_target is None else min(most, int(hp.coverage_target * h * e / k))
-    sums = 2.0 * (k * h * h + d * d) * len(hp.layers)
+    sums = 2.0 * (k * h * h + d * d) * len(hp.edited_layers)
     flops = sums + _forward_flops(model, hp.layers[-1], k)
     if sampled:  # each token is one forward through all layers before it is read
         flops += _forward_flops(model, shapes.num_layers - 1, k)
-    return StatisticsPlan(tuple(hp.layers), disk * len(hp.layers), least, most, flops)
+    return StatisticsPlan(tuple(hp.edited_layers), disk * len(hp.edited_layers), least, most, flops)
 
 
 def matmul_speed(device: str = "cpu", dtype: torch.dtype = torch.float32, seconds: float = 0.2) -> float:

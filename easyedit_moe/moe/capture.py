@@ -8,9 +8,10 @@ and the gates are read off its output.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -19,8 +20,11 @@ from torch import Tensor, nn
 from easyedit_moe.algebra.routed_keys import RoutedKeys
 from easyedit_moe.errors import LayoutError, RequestError, not_finite
 from easyedit_moe.facts.tokens import Batch, collate
+from easyedit_moe.interrupts import do_all
 from easyedit_moe.moe.embeddings import input_embeddings
 from easyedit_moe.moe.experts import ModuleListExperts
+from easyedit_moe.moe.ffn_experts import FFNExpert
+from easyedit_moe.moe.holding import intact
 from easyedit_moe.moe.layer_outputs import LayerOutput, layer_output
 from easyedit_moe.moe.layers import MoELayer, MoELayerView
 from easyedit_moe.moe.other_experts import ParallelExperts, SortedInputExperts
@@ -61,27 +65,27 @@ class FactStates:
 @contextmanager
 def inference_mode_of(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards every submodule's training flag is as before."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    with intact(model):
+        modes = [(module, module.training) for module in model.modules()]
+        try:
+            model.eval()
+            with torch.no_grad():
+                yield
+        finally:
+            do_all(partial(setattr, module, "training", training) for module, training in modes)
 
 
 @contextmanager
 def frozen_parameters(model: nn.Module) -> Iterator[None]:
     """No parameter requires a gradient inside; afterwards each flag and each ``.grad`` is as before."""
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    for p, _ in flags:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p, flag in flags:
-            p.requires_grad_(flag)
+    with intact(model):
+        flags = [(p, p.requires_grad) for p in model.parameters()]
+        try:
+            for p, _ in flags:
+                p.requires_grad_(False)
+            yield
+        finally:
+            do_all(partial(p.requires_grad_, flag) for p, flag in flags)
 
 
 @contextmanager
@@ -91,8 +95,7 @@ def hooks() -> Iterator[list[Any]]:
     try:
         yield handles
     finally:
-        for handle in handles:
-            handle.remove()
+        do_all(handle.remove for handle in handles)
 
 
 def model_device(model: nn.Module) -> torch.device:
@@ -123,6 +126,8 @@ def read_routing(moe: MoELayer, receive: Callable[[Routing], None]) -> Any:
         return _read_modulelist_routing(moe, receive)
     if isinstance(moe.experts, ParallelExperts):
         return _read_router(moe, moe.experts, receive)
+    if isinstance(moe.experts, FFNExpert):
+        return _read_ffn_routing(moe, receive)
     if isinstance(moe.experts, SortedInputExperts):
         return moe.experts.module.register_forward_pre_hook(
             lambda _, args, kwargs: receive(_routing_by_inputs(moe, (*args, *kwargs.values())[0])), with_kwargs=True
@@ -225,11 +230,51 @@ def _read_modulelist_routing(moe: MoELayer, receive: Callable[[Routing], None]) 
     return moe.block.register_forward_hook(read, with_kwargs=True)
 
 
+def _read_ffn_routing(moe: MoELayer, receive: Callable[[Routing], None]) -> Any:
+    """Routing of an FFN, which is the one expert of every token; its gate is 1 unless a MoE block says otherwise."""
+    if not moe.experts.sum_in_block:
+        return moe.experts.module.register_forward_pre_hook(
+            lambda _, args, kwargs: receive(_one_expert((*args, *kwargs.values())[0])), with_kwargs=True
+        )
+    return moe.block.register_forward_hook(
+        lambda _, args, kwargs, output: receive(_routing_of_shared(moe, args, kwargs, output)), with_kwargs=True
+    )
+
+
+def _one_expert(hidden: Tensor, gate: Tensor | None = None) -> Routing:
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    gate = flat.new_ones(len(flat)) if gate is None else gate
+    return Routing(flat, torch.zeros(len(flat), 1, dtype=torch.long, device=flat.device), gate[:, None])
+
+
+def _routing_of_shared(moe: MoELayer, args: tuple, kwargs: dict, output: Any) -> Routing:
+    """Routing of a shared expert: what its block multiplies a first coordinate with that is far larger than its own."""
+    inputs: list[Tensor] = []
+    own: list[Tensor] = []
+
+    def read(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        inputs.append((*args, *kwargs.values())[0])
+        own.append(output.reshape(-1, output.shape[-1])[:, 0].float())  # the block may add to the output in place
+
+    whole = layer_output(output)
+    scale = _unit_scale(whole.dtype)
+    with torch.no_grad(), hooks() as handles:
+        handles.append(moe.experts.module.register_forward_hook(read, with_kwargs=True))
+        answered = block_output(moe, args, kwargs, {0: (0, scale)})[:, 0].float()
+    before = whole.reshape(-1, whole.shape[-1])[:, 0].float()
+    return _one_expert(inputs[0], (answered - before) / (scale - own[0]))
+
+
+def _unit_scale(dtype: torch.dtype) -> float:
+    """A number far larger than hidden states, exact in a dtype."""
+    return 2.0**10 if dtype == torch.float16 else 2.0**20
+
+
 def _routing_by_unit_vectors(moe: MoELayer, args: tuple, kwargs: dict) -> Routing:
     """Gates of ModuleList experts: expert j answers with a scaled unit vector, so output coordinate j is its gate."""
     hidden = args[0] if args else kwargs["hidden_states"]
     experts, flat = moe.experts.layout.num_experts, hidden.reshape(-1, hidden.shape[-1])
-    scale = 2.0**10 if hidden.dtype == torch.float16 else 2.0**20
+    scale = _unit_scale(hidden.dtype)
     gates = flat.new_zeros(len(flat), experts, dtype=torch.float32)
     width = moe.experts.layout.d_model
     with torch.no_grad():
@@ -246,8 +291,8 @@ def _routing_by_unit_vectors(moe: MoELayer, args: tuple, kwargs: dict) -> Routin
 def block_output(moe: MoELayer, args: tuple, kwargs: dict, unit: dict[int, tuple[int, float]]) -> Tensor:
     """Output ``[N, d]`` of a block called anew whose output the experts' sum is a part of, its experts replaced.
 
-    Expert j answers ``scale * e_coordinate`` where ``unit[j]`` is ``(coordinate, scale)`` (ModuleLists only), and zero
-    if it is not in ``unit``.
+    Expert j answers ``scale * e_coordinate`` where ``unit[j]`` is ``(coordinate, scale)`` (modules only), and zero if
+    it is not in ``unit``.
     """
 
     def answer(j: int) -> Callable[..., Tensor]:
@@ -264,8 +309,10 @@ def block_output(moe: MoELayer, args: tuple, kwargs: dict, unit: dict[int, tuple
         with moe.experts.silent():
             output = layer_output(moe.block.forward(*args, **kwargs))
         return output.reshape(-1, output.shape[-1])
+    single = isinstance(moe.experts, FFNExpert)
+    modules = [moe.experts.module] if single else cast(nn.ModuleList, moe.experts.module)
     with hooks() as handles:
-        for j, expert in enumerate(cast(nn.ModuleList, moe.experts.module)):
+        for j, expert in enumerate(modules):
             handles.append(expert.register_forward_hook(answer(j)))
         # Not through __call__: the extra run must stay unseen by the hooks of the block, which count its outputs.
         output = layer_output(moe.block.forward(*args, **kwargs))
@@ -282,6 +329,25 @@ def routed_keys(moe: MoELayer, routing: Routing, rows: Tensor) -> RoutedKeys:
 
 
 @contextmanager
+def replaced_methods(methods: Mapping[nn.Module, Callable[..., Any]], name: str = "forward") -> Iterator[None]:
+    """Inside, these modules compute by other functions; afterwards by their own again, or what stood in before."""
+    saved = [(module, module.__dict__.get(name)) for module in methods]
+    try:
+        for module, method in methods.items():
+            setattr(module, name, method)
+        yield
+    finally:
+        do_all(partial(_put_back_method, module, name, method) for module, method in saved)
+
+
+def _put_back_method(module: nn.Module, name: str, method: Any) -> None:
+    if method is not None:
+        setattr(module, name, method)
+    else:
+        module.__dict__.pop(name, None)
+
+
+@contextmanager
 def skipping_layers(view: MoELayerView, layer: int, answer: LayerOutput) -> Iterator[None]:
     """Inside, layers below ``layer`` pass their input on and ``layer`` answers ``answer``, without computing."""
 
@@ -291,18 +357,9 @@ def skipping_layers(view: MoELayerView, layer: int, answer: LayerOutput) -> Iter
     def answering(*args: Any, **kwargs: Any) -> Any:
         return answer.put_back(answer.hidden)
 
-    changed = view.decoder_layers[: layer + 1]
-    saved = [module.__dict__.get("forward") for module in changed]
-    try:
-        for index, module in enumerate(changed):
-            module.forward = answering if index == layer else passing
+    below = dict.fromkeys(view.decoder_layers[:layer], passing)
+    with replaced_methods({**below, view.decoder_layers[layer]: answering}):
         yield
-    finally:
-        for module, forward in zip(changed, saved, strict=True):
-            if forward is None:
-                del module.forward
-            else:
-                module.forward = forward
 
 
 class LayerInputs:
@@ -374,7 +431,7 @@ def capture_facts(
         chosen = order[first : first + batch_size]
         batch = collate([sequences[i] for i in chosen], pad)
         where = torch.tensor([positions[i] for i in chosen])
-        with hooks() as handles, ExitStack() as stack:
+        with intact(view.model), hooks() as handles, ExitStack() as stack:
             if inputs is not None and start is not None:
                 stack.enter_context(inputs.starting_at(view, start, len(parts)))
             if inputs is not None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import warnings as warning
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ from torch import Tensor, nn
 
 from easyedit_moe.algebra.routed_keys import FactoredUpdate
 from easyedit_moe.errors import EditingWarning, NumericalError, PatchError, offloaded
+from easyedit_moe.hparams.sites import EXPERTS, site_entry
+from easyedit_moe.interrupts import do_all, uninterrupted
 from easyedit_moe.moe.experts import expert_matrix
 from easyedit_moe.moe.fingerprint import down_checksums, joined_fingerprint
+from easyedit_moe.moe.holding import held, intact
 from easyedit_moe.moe.layers import MoELayer, MoELayerView
 from easyedit_moe.moe.wrappers import plain_name
 from easyedit_moe.patches.checks import (
@@ -93,9 +97,14 @@ class StoredExperts:
         )
 
     @property
+    def single(self) -> bool:
+        """The one expert is a linear layer, whose weight is its down-projection."""
+        return self.experts == 1 and self.parameter.endswith(".weight")
+
+    @property
     def packed(self) -> bool:
         """One parameter holds all experts, along its first dimension."""
-        return "{expert}" not in self.parameter
+        return "{expert}" not in self.parameter and not self.single
 
     def parameter_of(self, expert: int) -> str:
         """Full name of the parameter that holds an expert's down-projection."""
@@ -124,6 +133,7 @@ class WeightPatch(PatchRecord):
             this machine rounds otherwise than the one that made the patch.
         before, after: layer -> expert -> checksum of every down-projection that is written, at both ends.
         stored: layer -> where its down-projections lie in the model.
+        site: which down-projections these are, one of `easyedit_moe.hparams.sites.SITES`.
         flips: layer -> expert -> compressed xor of the bits before and after (`easyedit_moe.patches.flips`); empty
             unless the patch was saved with originals.
     """
@@ -138,6 +148,7 @@ class WeightPatch(PatchRecord):
     after: Checksums = field(default_factory=dict)
     stored: dict[int, StoredExperts] = field(default_factory=dict)
     flips: dict[int, dict[int, Tensor]] = field(default_factory=dict)
+    site: str = EXPERTS
     _model: weakref.ref[nn.Module] | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -163,6 +174,7 @@ class WeightPatch(PatchRecord):
             "stored": {str(layer): vars(stored) for layer, stored in sorted(self.stored.items())},
             "before": _as_json(self.before),
             "after": _as_json(self.after),
+            **site_entry(self.site),
         }
 
     def apply(self, model: nn.Module) -> list[WriteReport]:
@@ -177,28 +189,34 @@ class WeightPatch(PatchRecord):
                 has them offloaded.
         """
         check_not_applied(self.originals)
-        view = MoELayerView(model)
-        check_model(view, self.fingerprint, parent=self.parent)
-        for layer, update in self.steps:
-            self.check_fits(view, layer, update)
-        check_unedited(self._compared(view), self.parent)
-        with writing(view) as writer:
+        view = self._view(model)
+
+        def applied() -> bool:
+            return bool(self.originals)
+
+        with writing(view, applied) as writer, intact(model, applied) as hold:
+            hold.undo.append(self._forget)
+            check_model(view, self.fingerprint, parent=self.parent)
+            for layer, update in self.steps:
+                self.check_fits(view, layer, update)
+            check_unedited(self._compared(view), self.parent)
             if self.flips:
                 self._turn(writer)
             else:
                 for layer, update in self.steps:
                     writer.write(layer, update)
-                self.reports = writer.reports
-            written = writer.checksums()
-        self.originals, self.written, self._model = writer.originals, written, weakref.ref(model)
-        if written != self.after:
-            warning.warn(
-                "This machine rounds the patch otherwise than the one that made it, so some weights differ in their "
-                "last bit from the original edit. It can be reverted. A patch saved with keep_originals=True is exact "
-                "everywhere.",
-                EditingWarning,
-                stacklevel=2,
-            )
+            written, reports = writer.checksums(), self.reports if self.flips else writer.reports
+            if written != self.after:
+                warning.warn(
+                    "This machine rounds the patch otherwise than the one that made it, so some weights differ in "
+                    "their last bit from the original edit. It can be reverted. A patch saved with keep_originals=True "
+                    "is exact everywhere.",
+                    EditingWarning,
+                    stacklevel=2,
+                )
+            self.reports, self.written, self._model, self.originals = (
+                reports, written, weakref.ref(model), writer.originals,
+            )  # fmt: skip
         return self.reports
 
     def revert(self, model: nn.Module, base: Base | None = None) -> None:
@@ -213,25 +231,33 @@ class WeightPatch(PatchRecord):
             PatchError: not applied, or the weights were changed since (revert later patches first), or the originals
                 are not at hand. Nothing is changed then.
         """
-        view = MoELayerView(model)
-        if self.originals:
-            check_edited(self._compared(view, self.written))
-            restore(view, self.originals)
-        else:
-            if not self.after:
-                raise PatchError("This patch is not applied, so there is nothing to revert.")
-            check_edited(self._compared(view))
-            restore(view, self._found_originals(view, base))
-        self.originals, self.written = {}, {}
+        view = self._view(model)
+        with held(model):
+            if self.originals:
+                check_edited(self._compared(view, self.written))
+                originals = self.originals
+            else:
+                if not self.after:
+                    raise PatchError("This patch is not applied, so there is nothing to revert.")
+                check_edited(self._compared(view))
+                originals = self._found_originals(view, base)
+            with uninterrupted():
+                restore(view, originals)
+                self._forget()
 
     def restore(self, model: nn.Module) -> None:
         """Put the originals back, whatever happened to the weights since; nothing where the patch is not applied."""
-        restore(MoELayerView(model), self.originals)
+        with held(model), uninterrupted():
+            restore(self._view(model), self.originals)
+            self._forget()
+
+    def _forget(self) -> None:
+        """The patch is not applied any more."""
         self.originals, self.written = {}, {}
 
     def weights_copy(self, model: nn.Module) -> dict[str, Tensor]:
         """Full original tensors by full parameter name, as EasyEdit restores them."""
-        view, full = MoELayerView(model), {}
+        view, full = self._view(model), {}
         for layer, experts in self.originals.items():
             moe = view.layers[layer]
             for expert, original in experts.items():
@@ -278,6 +304,7 @@ class WeightPatch(PatchRecord):
                 before=_from_json(metadata["before"]),
                 after=_from_json(metadata["after"]),
                 stored={n: StoredExperts(**s) for n, s in split_by_number(metadata["stored"]).items()},
+                site=metadata.get("site", EXPERTS),
                 **record_fields(metadata),
             )
         except KeyError as error:
@@ -306,6 +333,9 @@ class WeightPatch(PatchRecord):
             for expert in experts:
                 yield layer, expert
 
+    def _view(self, model: nn.Module) -> MoELayerView:
+        return MoELayerView(model, site=self.site)
+
     def _compared(self, view: MoELayerView, after: Checksums | None = None) -> list[Compared]:
         """All matrices of the patch on a model, ``after`` being those of the application that is asked about."""
         after = self.after if after is None else after
@@ -324,7 +354,7 @@ class WeightPatch(PatchRecord):
         if not self.flips and base is None:
             raise no_originals()
         read = None if base is None or isinstance(base, nn.Module) else reader_of(base)
-        source = MoELayerView(base) if isinstance(base, nn.Module) else None
+        source = self._view(base) if isinstance(base, nn.Module) else None
         found: dict[int, dict[int, Tensor]] = {}
         for layer, expert in self.matrices():
             stored = self.stored[layer]
@@ -358,7 +388,7 @@ class WeightPatch(PatchRecord):
                 "keep_originals needs a patch that is applied, or one that was loaded with its originals. Apply it "
                 "to the base first."
             )
-        view = MoELayerView(model)
+        view = self._view(model)
         check_edited(self._compared(view, self.written))
         if self.written != self.after:
             raise PatchError(
@@ -457,6 +487,7 @@ class PatchWriter:
             after=after,
             stored={layer: StoredExperts.of(self.view.layers[layer]) for layer in self.originals},
             base=joined_fingerprint(fingerprint, self._state(before)),
+            site=self.view.site,
             _model=weakref.ref(self.view.model),
         )
 
@@ -472,14 +503,15 @@ class PatchWriter:
 
 
 @contextmanager
-def writing(view: MoELayerView) -> Iterator[PatchWriter]:
-    """All writes inside are kept, or, if anything raises, none: the model is then bit-equal to before."""
+def writing(view: MoELayerView, kept: Callable[[], bool] | None = None) -> Iterator[PatchWriter]:
+    """All writes inside are kept, or, if anything raises, none: the model is then bit-equal to before.
+
+    So it is if anything raises later in an `intact` scope around this one. ``kept`` is that scope's, for this one.
+    """
     writer = PatchWriter(view)
-    try:
+    with intact(view.model, kept) as hold:
+        hold.undo.append(lambda: restore(view, writer.originals))
         yield writer
-    except BaseException:
-        restore(view, writer.originals)
-        raise
 
 
 def restore(view: MoELayerView, originals: Mapping[int, Mapping[int, Tensor]]) -> None:
@@ -499,8 +531,7 @@ def restore(view: MoELayerView, originals: Mapping[int, Mapping[int, Tensor]]) -
                 )
             pairs.append((weight, original))
     with torch.no_grad():
-        for weight, original in pairs:
-            weight.copy_(original)
+        do_all(partial(weight.copy_, original) for weight, original in pairs)
 
 
 def _matrix(view: MoELayerView, layer: int, expert: int) -> Tensor:

@@ -13,11 +13,14 @@ from easyedit_moe.facts.texts import check_encodable
 
 PROTOCOLS: Mapping[str, str] = {
     "counterfact": "probability comparison of the new and the true answer",
-    "zsre": "teacher-forced token accuracy",
+    "zsre": "ZsRE as published (MEMIT, MoEEdit): edits to the record's first right answer, '?' behind locality "
+    "prompts, teacher-forced accuracy per token",
+    "zsre-alternative": "ZsRE with edits to the record's alternative answer (EasyEdit's target), teacher-forced "
+    "accuracy per token",
     "token_accuracy": "teacher-forced token accuracy",
 }
-"""How a record is judged, by name. "zsre" and "token_accuracy" are one judge: the first is what ZsRE files ask for, the
-second what the other files without a true answer do."""
+"""How a record is judged, by name. All but "counterfact" are one judge; the two of ZsRE differ in what is edited and
+asked, which `easyedit_moe.facts.records.zsre` reads from the same file."""
 
 
 @dataclass(frozen=True)
