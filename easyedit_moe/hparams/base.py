@@ -65,7 +65,7 @@ class MoEHyperParams:
     def __post_init__(self) -> None:
         if not self.methods:
             raise HyperParamsError("MoEHyperParams is abstract; use the class of your method.")
-        self.alg_name = presets.canonical_name(str(self.alg_name))
+        self.alg_name = presets.canonical_name(_name(self.alg_name))
         if self.alg_name not in self.methods:
             raise HyperParamsError(
                 f"{type(self).__name__} is for {', '.join(self.methods)}; found alg_name {self.alg_name!r}."
@@ -153,7 +153,7 @@ class MoEHyperParams:
         ]
         if missing:
             raise HyperParamsError(f"{where}: missing {', '.join(missing)}.")
-        fixed = presets.METHODS.get(presets.canonical_name(str(values["alg_name"])), {})
+        fixed = presets.METHODS.get(presets.canonical_name(_name(values["alg_name"])), {})
         return cls(**{**{k: v for k, v in fixed.items() if k in known}, **values})
 
     def to_dict(self) -> dict[str, Any]:
@@ -190,6 +190,12 @@ def _fit(value: Any, hint: Any) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value) if abs(value) <= sys.float_info.max else _MISFIT
     return value if type(value) is hint else _MISFIT
+
+
+def _name(value: Any) -> str:
+    if not isinstance(value, str):
+        raise HyperParamsError(f"alg_name must be the name of a method; found {shown(value)}.")
+    return value
 
 
 def _is_plain(text: str) -> bool:
