@@ -17,7 +17,8 @@ from easyedit_moe.errors import DataError
 from easyedit_moe.evaluation.summary import Score, legend, shown
 from easyedit_moe.facts.records import PROTOCOLS
 from easyedit_moe.host.baseline_hparams import PROTOCOL
-from easyedit_moe.storage.files import path_of, replacing, unwritable
+from easyedit_moe.storage.figures import save_figure
+from easyedit_moe.storage.files import check_writable, path_of, write_text
 
 COLUMNS = (
     "method", "code", "edits", "protocol", "efficacy", "generalisation", "specificity", "utility",
@@ -114,25 +115,18 @@ def check_folder(out: str | Path) -> Path:
     """The folder for results, which is made when the first of them is written.
 
     Raises:
-        DataError: it can't be made or written to.
+        DataError: no path. WriteError: it can't be made or written to.
     """
     folder = path_of(out, "the output folder", DataError)
-    if reason := unwritable(folder):
-        raise DataError(f"The output folder {folder} can't be written: {reason}.")
+    check_writable(folder / "results.json")
     return folder
 
 
 def write_results(comparison: Comparison, folder: Path) -> list[Path]:
     """Write ``results.json``, ``table.md`` and ``comparison.png``; each in full or not at all."""
-    paths = [save_rows(comparison, folder), _write(folder / "table.md", markdown(comparison))]
+    paths = [save_rows(comparison, folder), write_text(folder / "table.md", markdown(comparison))]
     chart(comparison, folder / "comparison.png")
     return [*paths, folder / "comparison.png"]
-
-
-def _write(path: Path, text: str) -> Path:
-    with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
-    return path
 
 
 def _reach(score: Score) -> tuple[float, float]:
@@ -180,6 +174,4 @@ def chart(comparison: Comparison, path: Path) -> None:
     times.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=3, frameon=False)
     for axis in (scores, times):
         axis.spines[["top", "right"]].set_visible(False)
-    with replacing(path) as partial:
-        figure.savefig(partial, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path)

@@ -51,7 +51,7 @@ from easyedit_moe.statistics.cache import statistics_folder
 from easyedit_moe.statistics.corpus import corpus_hash
 from easyedit_moe.statistics.generated import SAMPLED_TOKENS, corpus_texts
 from easyedit_moe.storage.checksums import checksum
-from easyedit_moe.storage.tensors import digest
+from easyedit_moe.storage.strict_json import digest
 
 logger = logging.getLogger(__name__)
 

@@ -15,6 +15,7 @@ from easyedit_moe.errors import LayerError, NumericalError, not_finite
 from easyedit_moe.facts.tokens import collate, encode_text, pad_id
 from easyedit_moe.moe.capture import hooks, inference_mode_of, run
 from easyedit_moe.storage.files import replacing
+from easyedit_moe.storage.tensors import write_torch
 
 
 def module_of(model: nn.Module, name: str) -> nn.Module:
@@ -115,6 +116,5 @@ def write_projectors(path: Path, moments: Sequence[tuple[Tensor, int]], threshol
             )
         projectors.append((null @ null.T).float())
         dimensions.append(null.shape[1])
-    with replacing(path) as partial:
-        torch.save(torch.stack(projectors), partial)  # EasyEdit reads it with torch.load
+    write_torch(path, torch.stack(projectors))  # EasyEdit reads it with torch.load
     return dimensions
