@@ -197,6 +197,34 @@ class Inputs:
 
         return Section(inputs, check)
 
+    # ------------------------------------------------------------ artefacts
+
+    def artefact_bytes(self) -> Section:
+        """What the package wrote itself, with bytes flipped, cut off, doubled or put in: see `robustness_artefacts`."""
+        from benchmarks import robustness_artefacts as told
+
+        (self.folder.parent / f"{self.folder.name}-artefacts").mkdir(exist_ok=True)
+        known = list(told.artefacts(self.folder.parent / f"{self.folder.name}-artefacts"))
+        whole = [artefact.path.read_bytes() for artefact in known]
+        wanted = [artefact.use() for artefact in known]
+        before = [None if artefact.model is None else told.state(artefact.model) for artefact in known]
+        kinds = {told.REFUSED: TYPED, told.RECOMPUTED: TYPED, told.SAME: SUCCESS, told.RAW: RAW, told.SILENT: CHANGED}
+        inputs = [st.tuples(st.just(number), damaged([data])) for number, data in enumerate(whole)]
+
+        def check(given_: tuple[int, bytes]) -> Outcome:
+            number, data = given_
+            artefact = known[number]
+            artefact.path.write_bytes(data)
+            try:
+                found, detail = told._outcome(artefact, wanted[number])
+                if artefact.model is not None and told.state(artefact.model) != before[number]:
+                    return Outcome(CHANGED, f"{artefact.name}: the model was changed")
+            finally:
+                artefact.path.write_bytes(whole[number])
+            return Outcome(kinds[found], f"{artefact.name}: {detail}")
+
+        return Section(st.one_of(inputs), check)
+
     # ------------------------------------------------------------ command line
 
     def command_line(self) -> Section:
@@ -367,6 +395,7 @@ def main(
             "requests": inputs.requests(),
             "hparams": inputs.hparams(),
             "files": inputs.files(LAYOUTS, tables()),
+            "artefact bytes": inputs.artefact_bytes(),
             "command line": inputs.command_line(),
         }
         counts = {name: Counts() for name in sections}
