@@ -67,7 +67,7 @@ def init(
             a file that can't be written. MethodError: an unknown method, or EasyEdit's own. LayoutError,
             DenseModelError: no experts that can be edited. Further what `locate` raises. Then nothing is written.
     """
-    _check_locating(locate, budget, site)
+    _check_choices(locate, budget, site)
     settings = LocateSettings(stages=STAGES, budget=budget)
     files = [] if out is None else [path_of(out, "the YAML file", DataError), *([rows_file(out)] if locate else [])]
     for file in files:
@@ -93,18 +93,18 @@ def init(
     return found
 
 
+def _check_choices(locate: bool, budget: float | None, site: str) -> None:
+    if budget is not None and not locate:
+        raise DataError(f"A budget of {budget:g} minutes bounds what is measured; pass --locate with it.")
+    if locate and site != EXPERTS:
+        raise DataError(f"Layers are located for routed experts only; found site {site}. Leave out --locate.")
+
+
 def rows_file(out: str | Path) -> Path:
     """Where the rows of what was measured are written: ``my.locate.json`` beside ``my.yaml``, as a results.json."""
     path = Path(out)
     stem = path.stem if path.suffix in (".yaml", ".yml") else path.name
     return path.with_name(f"{stem}.locate.json")
-
-
-def _check_locating(locate: bool, budget: float | None, site: str) -> None:
-    if budget is not None and not locate:
-        raise DataError(f"A budget of {budget:g} minutes bounds what is measured; pass --locate with it.")
-    if locate and site != EXPERTS:
-        raise DataError(f"Layers are located for routed experts only; found site {site}. Leave out --locate.")
 
 
 def _check_free(path: Path, force: bool) -> None:
