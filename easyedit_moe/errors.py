@@ -95,6 +95,10 @@ class DataError(EditingError, ValueError):
     """A data file that is missing or not in the expected layout."""
 
 
+class JudgeError(EditingError, OSError):
+    """A judge of answers can't be reached, or does not judge."""
+
+
 class HostError(EditingError, ImportError):
     """EasyEdit is not there, or is not the version that this package knows."""
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from easyedit_moe.comparison.compare import Comparison
 from easyedit_moe.comparison.ready import READY
+from easyedit_moe.comparison.retention import Retention
 from easyedit_moe.comparison.rows import PRE_EDIT, SCORES, Row
 from easyedit_moe.errors import DataError
 from easyedit_moe.evaluation.metrics import EvaluationResult
@@ -82,6 +83,10 @@ def row_of(values: Mapping[str, Any], protocol: str) -> Row:
     read["routing"] = {name: _routing(found) for name, found in values["routing_similarity"].items()}
     if values["easyedit"] is not None:
         read["easyedit"] = {name: _score(found) for name, found in values["easyedit"].items()}
+    if values.get("answers") is not None:
+        read["answers"] = {name: _score(found) for name, found in values["answers"].items()}
+    if values.get("retention") is not None:
+        read["retention"] = Retention.from_dict(values["retention"], protocol, _score)
     return Row(**read)
 
 
