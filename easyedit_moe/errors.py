@@ -99,6 +99,10 @@ class JudgeError(EditingError, OSError):
     """A judge of answers can't be reached, or does not judge."""
 
 
+class WriteError(EditingError, OSError):
+    """A file or folder that can't be written: no space, no permission, something in the way, or an impossible name."""
+
+
 class HostError(EditingError, ImportError):
     """EasyEdit is not there, or is not the version that this package knows."""
 

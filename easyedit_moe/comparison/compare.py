@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -18,6 +19,7 @@ from easyedit_moe.comparison.seeds import pooled, seeded
 from easyedit_moe.comparison.task import Task
 from easyedit_moe.editors import Editor, EditResult, Patch, make_editor
 from easyedit_moe.errors import EditingWarning, HyperParamsError
+from easyedit_moe.evaluation.context import check_fit
 from easyedit_moe.evaluation.metrics import EvaluationResult, evaluate
 from easyedit_moe.evaluation.real_answers import real_answers
 from easyedit_moe.evaluation.routing import RoutingSnapshot, routing_similarity, routing_snapshot
@@ -26,7 +28,9 @@ from easyedit_moe.facts.records import PROTOCOLS
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.host.baseline_hparams import PROTOCOL, BaselineHyperParams
 from easyedit_moe.hparams import MoEHyperParams
+from easyedit_moe.interrupts import do_all
 from easyedit_moe.measure import Stopwatch, peak_memory_bytes, reset_peak_memory
+from easyedit_moe.moe.holding import intact
 from easyedit_moe.storage.strict_json import json_text
 
 
@@ -153,6 +157,8 @@ class _Judge:
         edited = [record.request.prompt for record in task.records]
         near = sorted({prompt for record in task.records for prompt, _ in record.neighbours})
         self._prompts = {"edit": edited, "preservation": list(task.preserved) or near or edited}
+        asked = [prompt for prompts in self._prompts.values() for prompt in prompts]
+        check_fit(task.model, task.tok, [(prompt, "") for prompt in (*asked, *near)], task.chat)
         self._before = {name: self._snapshot(name) for name in self._prompts}
 
     def _snapshot(self, name: str) -> RoutingSnapshot:
@@ -226,6 +232,7 @@ def _run_method(
     patches: list[Patch] = []
     told: list[str] = []
     way = RetentionWatch() if task.retention else None
+    editor.check_requests(model, task.tok, [record.request for record in task.records])
     targets.before(editor)
     with _restored(model, patches):
         for start in range(0, len(task.records), task.batch_size):
@@ -267,9 +274,8 @@ def _edit_batch(
 @contextmanager
 def _restored(model: nn.Module, patches: list[Patch]) -> Iterator[None]:
     """Whatever happens inside, the originals of all patches are back afterwards."""
-    try:
-        yield
-    finally:
-        with ExitStack() as stack:  # the newest first, and each whatever another raises
-            for patch in patches:
-                stack.callback(patch.restore, model)
+    with intact(model):
+        try:
+            yield
+        finally:
+            do_all(partial(patch.restore, model) for patch in reversed(patches))

@@ -14,7 +14,8 @@ from easyedit_moe.comparison.rows import PRE_EDIT, Row
 from easyedit_moe.comparison.saved import save_rows
 from easyedit_moe.evaluation.routing import NAMES as WINDOWS
 from easyedit_moe.facts.records import PROTOCOLS
-from easyedit_moe.storage.files import replacing
+from easyedit_moe.storage.figures import save_figure
+from easyedit_moe.storage.files import write_text
 
 PROMPTS = ("edit", "preservation")
 """What routing is compared on: prompts that are edited, and those that are to stay as they are."""
@@ -110,8 +111,7 @@ def write_table(comparison: Comparison, folder: Path) -> list[Path]:
     table = TABLES[comparison.provenance["table"]]
     path = folder / "table.md"
     paths = [save_rows(comparison, folder), path, folder / "comparison.png"]
-    with replacing(path) as partial:
-        partial.write_text(markdown(comparison), encoding="utf-8")
+    write_text(path, markdown(comparison))
     chart = routing_chart if "routing" in table.columns else report.chart
     chart(comparison, paths[-1])
     return paths
@@ -134,6 +134,4 @@ def routing_chart(comparison: Comparison, path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("Jaccard similarity of the routed experts, percent")
     axes[0].legend(frameon=False)
-    with replacing(path) as partial:
-        figure.savefig(partial, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -30,15 +30,6 @@ class Retention:
         """For results.json; the values of single records only for ``own``."""
         own = {name: asdict(getattr(self.own, name)) for name in SCORES}
         return {"own": own, "batches": [{"edits": edits, **_brief(scores)} for edits, scores in self.batches]}
-
-    @staticmethod
-    def from_dict(values: Mapping[str, Any], protocol: str, score: Callable[[Any], Score]) -> Retention:
-        """Read back from JSON; ``score`` reads one of its scores."""
-
-        def result(found: Mapping[str, Any]) -> EvaluationResult:
-            return EvaluationResult(protocol, **{name: score(found[name]) for name in SCORES})
-
-        return Retention(result(values["own"]), tuple((one["edits"], result(one)) for one in values["batches"]))
 
     @staticmethod
     def over_seeds(found: Sequence[Retention]) -> Retention:

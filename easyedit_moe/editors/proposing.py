@@ -18,6 +18,7 @@ from torch import nn
 from easyedit_moe.editors.planner import MemoryPlan, Shapes, Workload, shapes_of
 from easyedit_moe.editors.proposal import Chosen, Proposal
 from easyedit_moe.editors.registry import editor_class
+from easyedit_moe.errors import HyperParamsError
 from easyedit_moe.facts.records import FactSet
 from easyedit_moe.factworld import MODEL_NAME
 from easyedit_moe.hparams import (
@@ -31,7 +32,8 @@ from easyedit_moe.hparams import (
     presets,
 )
 from easyedit_moe.hparams.files import read_layers
-from easyedit_moe.hparams.models import OUTLINES
+from easyedit_moe.hparams.models import OUTLINES, outline
+from easyedit_moe.hparams.sites import CALLED, EXPERTS, SITES
 from easyedit_moe.hparams.sources import descriptions, origin, yaml_comments
 from easyedit_moe.moe.config import model_config, text_config
 from easyedit_moe.moe.layers import MoELayerView
@@ -60,6 +62,11 @@ _SHOWN = (
     "optim_num_step", "preserve_n_samples", "num_experts", "top_k", "expert_width", "steps", "locality_weight",
 )  # fmt: skip
 """Fields that are written out even where they have their default: those that one would want to change."""
+LAMBDA_RELATIVE, NULLSPACE_RANK = 0.1, 0.75
+"""Of models that no paper has values for; on the bundled one utility hardly changes from 0.01 to 0.3 of the first."""
+_SCALE_FREE = "absolute values carry over to no other model (docs/results.md, scale-free settings)"
+_EXCLUDED = {"lambda_relative": ("lambda_reg",), "nullspace_rank": ("nullspace_threshold", "nullspace_relative")}
+"""What a setting replaces."""
 _CHUNKS = ("target_batch_size", "capture_batch_size", "train_batch_size", "locality_batch_size")
 
 
@@ -94,6 +101,7 @@ def propose(
     loaded: nn.Module | None = None,
     memory: Memory | None = None,
     layers: Chosen | None = None,
+    site: str = EXPERTS,
 ) -> Proposal:
     """Hyper-parameters of a method of ours for a model, each with its reason.
 
@@ -105,12 +113,15 @@ def propose(
         loaded: the model where it is in memory already; then no config is read.
         memory: of the device; by default this machine's.
         layers: that are edited, where they were measured; by default those by depth.
+        site: what is edited in them, see `easyedit_moe.hparams.sites`.
 
     Raises:
         DataError: no config by this name. LayoutError, DenseModelError: no experts, or none that can be edited.
-        MethodError: an unknown method, or EasyEdit's own.
+        MethodError: an unknown method, or EasyEdit's own. HyperParamsError: a site that is none, or that the method
+        can't edit. LayerError: a site that no layer has.
     """
     method = presets.canonical_name(method)
+    _check_site(method, site)
     if loaded is None:
         dtype, said = (
             checkpoint_dtype(model, trust_remote_code),
@@ -120,9 +131,17 @@ def propose(
     else:
         dtype, said = str(next(loaded.parameters()).dtype).removeprefix("torch."), "of the model in memory"
         empty = loaded
-    return _Proposing(model, method, empty, facts, memory or Memory.here()).proposal(
+    return _Proposing(model, method, empty, facts, memory or Memory.here(), site).proposal(
         Chosen("dtype", dtype, said), trust_remote_code, layers
     )
+
+
+def _check_site(method: str, site: str) -> None:
+    """HyperParamsError for a site that is none, or one that a method does not edit."""
+    if site not in SITES:
+        raise HyperParamsError(f"site must be one of {', '.join(SITES)}; found {site!r}.")
+    if site != EXPERTS and not issubclass(hyperparams_class(method), SolverHyperParams):
+        raise HyperParamsError(f"{method} has no setting site; methods that solve in closed form, such as MoTE, do.")
 
 
 def edits_one_layer(method: str) -> bool:
@@ -149,13 +168,24 @@ def critical_layers(num_layers: int, moe_layers: Sequence[int]) -> list[int]:
 
 
 class _Proposing:
-    def __init__(self, model: str, method: str, empty: nn.Module, facts: FactSet | None, memory: Memory) -> None:
+    def __init__(
+        self,
+        model: str,
+        method: str,
+        empty: nn.Module,
+        facts: FactSet | None,
+        memory: Memory,
+        site: str = EXPERTS,
+    ) -> None:
         self.model, self.method, self.empty, self.facts, self.memory = model, method, empty, facts, memory
         self.row, self.cls = presets.find_method(method), hyperparams_class(method)
         self.fields = {item.name for item in fields(self.cls)}
-        view = MoELayerView(empty, without_weights=True)
-        self.depth, self.moe_layers = view.num_layers, sorted(view.layers)
-        self.shapes: Shapes = shapes_of(empty, self.moe_layers)
+        view = MoELayerView(empty, without_weights=True, site=site)
+        self.site, self.depth = site, view.num_layers
+        self.moe_layers = sorted(view.layers)
+        if not self.moe_layers:
+            view.require(sorted(view.routed))
+        self.shapes: Shapes = shapes_of(empty, self.moe_layers, site)
         self.found: dict[str, Chosen] = {}
         self.notes: list[str] = []
 
@@ -165,7 +195,10 @@ class _Proposing:
         self._take([*nearest, *self._defaults({one.name for one in nearest})])
         where = layers or self._layers()
         self._take([Chosen("model_name", self.model, ""), dtype, where, *self._texts(), *self._sizes()])
+        self._replace(self._scale_free())
         self._take(self._of_facts())
+        if self.site != EXPERTS:
+            self._take([Chosen("site", self.site, "asked for")])
         if trust_remote_code:
             self._take([Chosen("trust_remote_code", True, "asked for")])
         self._take([Chosen("device", self.memory.name, self._why_device())])
@@ -177,6 +210,24 @@ class _Proposing:
     def _take(self, chosen: Iterable[Chosen]) -> None:
         """Later ones count more; a value that the method itself sets is left to it."""
         self.found |= {one.name: one for one in chosen if one.name in self.fields and one.name not in self.row.fixed}
+
+    def _replace(self, chosen: Iterable[Chosen]) -> None:
+        """As `_take`, with what the chosen settings exclude left out."""
+        for one in chosen:
+            for name in _EXCLUDED[one.name]:
+                self.found.pop(name, None)
+            self._take([one])
+
+    def _scale_free(self) -> list[Chosen]:
+        """Ridge and null space in the model's own units, unless it is one that a YAML has values for."""
+        known = outline(model_config(self.empty).to_dict()) in OUTLINES.values()
+        metric = self.row.fixed.get("metric", self.cls.metric if issubclass(self.cls, SolverHyperParams) else None)
+        if known or metric not in ("identity", "nullspace"):  # of a covariance metric the ridge is in its units already
+            return []
+        chosen = [Chosen("lambda_relative", LAMBDA_RELATIVE, f"ours: {_SCALE_FREE}")]
+        if metric == "nullspace":
+            chosen.append(Chosen("nullspace_rank", NULLSPACE_RANK, f"ours: a share of h; {_SCALE_FREE}"))
+        return chosen
 
     def _nearest(self) -> list[Chosen]:
         """What the YAML of the nearest model says, small or of the same architecture, that depends on no size of it."""
@@ -198,14 +249,12 @@ class _Proposing:
     def _defaults(self, known: set[str]) -> list[Chosen]:
         """Fields that are shown whatever they are, where the nearest YAML, whose names are ``known``, is silent."""
         told = descriptions(self.cls)
-        own = {item.name: item for item in fields(self.cls)}
-        chosen = []
-        for name in _SHOWN:
-            if name in own and name not in known:
-                item: Any = own[name]
-                value = item.default_factory() if callable(item.default_factory) else item.default
-                chosen.append(Chosen(name, value, f"default. {origin(told.get(name, ''))}"))
-        return chosen
+        plain = self.cls.from_dict({"alg_name": self.method, "model_name": self.model, "layers": [0]})
+        return [
+            Chosen(name, getattr(plain, name), f"default. {origin(told.get(name, ''))}")
+            for name in _SHOWN
+            if name in self.fields and name not in known
+        ]
 
     def _layers(self) -> Chosen:
         window = critical_layers(self.depth, self.moe_layers)
@@ -214,7 +263,7 @@ class _Proposing:
             return Chosen("layers", [middle], f"ours: half-way up, of {self.depth} layers")
         where = f"of {self.depth} layers; the depth at which the papers edit (3-7 of 48, 3-5 of 24, 3-6 of 40)"
         if len(self.moe_layers) < self.depth:
-            where += f"; MoE layers are {_runs(self.moe_layers)}"
+            where += f"; {'MoE layers' if self.site == EXPERTS else 'layers with it'} are {_runs(self.moe_layers)}"
         if self.row.depth == "all":
             return Chosen(
                 "layers", sorted(self.moe_layers), f"papers: all of the {self.depth} layers that have experts"
@@ -312,8 +361,8 @@ class _Proposing:
     def _about(self) -> str:
         sizes, kind = self.shapes, getattr(model_config(self.empty), "model_type", "")
         return (
-            f"{kind}: {self.depth} layers, experts in {len(self.moe_layers)} of them; E = {sizes.experts}, K = "
-            f"{sizes.active}, d = {sizes.d_model}, h = {sizes.d_hidden}."
+            f"{kind}: {self.depth} layers, {CALLED[self.site]} in {len(self.moe_layers)} of them; E = {sizes.experts}, "
+            f"K = {sizes.active}, d = {sizes.d_model}, h = {sizes.d_hidden}."
         )
 
 

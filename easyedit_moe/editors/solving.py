@@ -169,10 +169,10 @@ class SolvingEditor(Editor):
             with watch.stage("write"):
                 patch = writer.finish(provenance(self.hparams, facts), prepared.fingerprint)
             with watch.stage("diagnose"):
-                held = memory if self.hparams.remember_edits else EditMemory()
-                diagnosis = diagnose_solved(self.hparams, view, prepared, patch, seen, held, solved)
-        kept = memory.extended(seen if self.hparams.remember_edits else {}, len(facts))
-        return EditResult(patch, watch.seconds, kept, used, reports, diagnosis)
+                earlier = memory if self.hparams.remember_edits else EditMemory()
+                diagnosis = diagnose_solved(self.hparams, view, prepared, patch, seen, earlier, solved)
+            kept = memory.extended(seen if self.hparams.remember_edits else {}, len(facts))
+            return EditResult(patch, watch.seconds, kept, used, reports, diagnosis)
 
     def _prepared_for(self, view: MoELayerView, model: nn.Module, tok: PreTrainedTokenizerBase) -> Prepared:
         if self.prepared is None or self.prepared.fingerprint != model_fingerprint(view):

@@ -113,7 +113,7 @@ class TrainingEditor(Editor):
                     for fact, old, new in zip(facts, before, job.answers(), strict=True)
                 ]
                 diagnosis = diagnose_tensors(self.hparams, model, learnt, patch, job.steps)
-        return EditResult(patch, watch.seconds, diagnosis=diagnosis)
+            return EditResult(patch, watch.seconds, diagnosis=diagnosis)
 
 
 class TrainingJob:

@@ -6,9 +6,10 @@ Originals and written values are kept in main memory, since a GPU that trains ha
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from easyedit_moe.errors import NumericalError, PatchError
+from easyedit_moe.interrupts import do_all, uninterrupted
 from easyedit_moe.moe.fingerprint import down_checksums, joined_fingerprint, model_fingerprint
+from easyedit_moe.moe.holding import held, intact
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.moe.wrappers import own_parameters, plain_name
 from easyedit_moe.patches.checks import (
@@ -31,9 +34,10 @@ from easyedit_moe.patches.checks import (
     reader_of,
     versions,
 )
-from easyedit_moe.patches.flips import flipped, flips_between
-from easyedit_moe.patches.record import PatchRecord, check_id, read_patch, record_fields
+from easyedit_moe.patches.flips import check_flips, flipped, flips_between
+from easyedit_moe.patches.record import ADVICE, PatchRecord, SavedRecord, check_id, read_patch
 from easyedit_moe.storage.checksums import checksum
+from easyedit_moe.storage.schema import FLOATS, Expected, check_tensors, content_of
 from easyedit_moe.storage.tensors import write_safetensors
 
 _FLIPS = "flips:"
@@ -60,6 +64,16 @@ class TensorReport:
     def relative_size(self) -> float | None:
         """The norm of the change by that of the parameter before; None where that is zero or not known."""
         return self.update_norm / self.weight_norm if self.weight_norm else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Saved(SavedRecord):
+    """Metadata of a file."""
+
+    without: list[str]
+    before: dict[str, int]
+    after: dict[str, int]
+    reports: list[TensorReport]
 
 
 @dataclass
@@ -120,10 +134,15 @@ class TensorPatch(PatchRecord):
                 edited since or before.
         """
         check_not_applied(self.originals)
-        parameters = self._parameters(model)
-        check_model(MoELayerView(model), self.fingerprint, self.left_out, self.parent)
-        check_unedited(self._compared(parameters), self.parent)
-        with writing_tensors(model) as writer:
+
+        def applied() -> bool:
+            return bool(self.originals)
+
+        with writing_tensors(model, applied) as writer, intact(model, applied) as hold:
+            hold.undo.append(self._forget)
+            parameters = self._parameters(model)
+            check_model(MoELayerView(model), self.fingerprint, self.left_out, self.parent)
+            check_unedited(self._compared(parameters), self.parent)
             for name, value in self.values.items():
                 writer.keep(name)
                 _copy(parameters[name], value)
@@ -141,16 +160,24 @@ class TensorPatch(PatchRecord):
             PatchError: not applied, or the weights were changed since (revert later patches first), or the originals
                 are not at hand. Nothing is changed then.
         """
-        if self.values:
+        if not self.values:
+            return
+        with held(model):
             parameters = self._parameters(model)
             check_edited(self._compared(parameters))
             originals = self.originals or self._found_originals(parameters, base)
-            restore_tensors(model, originals)
-        self.originals = {}
+            with uninterrupted():
+                restore_tensors(model, originals)
+                self._forget()
 
     def restore(self, model: nn.Module) -> None:
         """Put the originals back, whatever happened to the weights since; nothing where the patch is not applied."""
-        restore_tensors(model, self.originals)
+        with held(model), uninterrupted():
+            restore_tensors(model, self.originals)
+            self._forget()
+
+    def _forget(self) -> None:
+        """The patch is not applied any more."""
         self.originals = {}
 
     def weights_copy(self, model: nn.Module) -> dict[str, Tensor]:
@@ -168,7 +195,7 @@ class TensorPatch(PatchRecord):
         then be applied, or have been loaded with it.
 
         Raises:
-            PatchError: the originals are not at hand; no file is written.
+            PatchError: the originals are not at hand; no file is written. WriteError: the file can't be written.
         """
         flips = self._flips() if keep_originals else {}
         metadata = self.described("tensor patch", self.reports, self.metadata, bool(flips))
@@ -179,27 +206,23 @@ class TensorPatch(PatchRecord):
         """Read a saved patch; it holds no originals, but ``flips`` where it was saved with them.
 
         Raises:
-            PatchError: missing, truncated or corrupt file, or not a patch of tensors.
+            PatchError: a file that is missing, truncated or corrupt, or holds anything else than a patch of tensors.
         """
-        tensors, metadata = read_patch(path, "tensor patch", "patch of tensors")
+        tensors, saved = read_patch(path, "tensor patch", "patch of tensors", _Saved)
         values = {name: tensor for name, tensor in tensors.items() if not name.startswith(_FLIPS)}
-        before, after = metadata.get("before", {}), metadata.get("after", {})
-        damaged = [n for n in {*values, *before, *after} if n not in values or checksum(values[n]) != after.get(n)]
-        if damaged or before.keys() != after.keys():
-            raise PatchError(f"{path} is damaged: {', '.join(sorted(damaged)) or 'checksums'}; save the patch anew.")
-        try:
+        flips = {name.removeprefix(_FLIPS): bits for name, bits in tensors.items() if name.startswith(_FLIPS)}
+        with content_of(Path(path), PatchError, ADVICE):
+            _check_values(values, flips, saved)
             patch = TensorPatch(
                 values=values,
-                before=before,
-                after=after,
-                reports=[TensorReport(**report) for report in metadata["reports"]],
-                without=tuple(metadata["without"]),
-                flips={n.removeprefix(_FLIPS): t for n, t in tensors.items() if n.startswith(_FLIPS)},
-                **record_fields(metadata),
+                before=saved.before,
+                after=saved.after,
+                reports=saved.reports,
+                without=tuple(saved.without),
+                flips=flips,
+                **saved.fields(),
             )
-        except KeyError as error:
-            raise PatchError(f"{path} is incomplete: it lacks {error}; save the patch anew.") from error
-        check_id(path, patch, metadata)
+            check_id(patch, saved)
         return patch
 
     def _compared(self, parameters: Mapping[str, nn.Parameter]) -> list[Compared]:
@@ -241,6 +264,20 @@ class TensorPatch(PatchRecord):
             if parameter.is_meta:
                 raise PatchError(f"{name} is offloaded (on the meta device); load the model with it on a device.")
         return {name: known[name] for name in self.values}
+
+
+def _check_values(values: Mapping[str, Tensor], flips: Mapping[str, Tensor], saved: _Saved) -> None:
+    """ValueError unless these are the tensors that the metadata of a file speak of."""
+    if not values.keys() == saved.before.keys() == saved.after.keys():
+        raise ValueError("its tensors are not those that its checksums are of")
+    if bool(flips) != bool(saved.originals) or (flips and flips.keys() != values.keys()):
+        raise ValueError("it holds originals of other tensors than it changes")
+    kinds = {f"{name}": Expected(tuple(value.shape), FLOATS) for name, value in values.items()}
+    check_tensors(values, kinds)
+    check_flips(flips)
+    damaged = [name for name, value in values.items() if checksum(value) != saved.after[name]]
+    if damaged:
+        raise ValueError(f"{damaged[0]} has another checksum")
 
 
 class TensorWriter:
@@ -309,14 +346,15 @@ class TensorWriter:
 
 
 @contextmanager
-def writing_tensors(model: nn.Module) -> Iterator[TensorWriter]:
-    """All changes inside to remembered parameters are kept, or, if anything raises, none: bit-equal to before."""
+def writing_tensors(model: nn.Module, kept: Callable[[], bool] | None = None) -> Iterator[TensorWriter]:
+    """All changes inside to remembered parameters are kept, or, if anything raises, none: bit-equal to before.
+
+    So it is if anything raises later in an `intact` scope around this one. ``kept`` is that scope's, for this one.
+    """
     writer = TensorWriter(model)
-    try:
+    with intact(model, kept) as hold:
+        hold.undo.append(lambda: restore_tensors(model, writer.originals))
         yield writer
-    except BaseException:
-        restore_tensors(model, writer.originals)
-        raise
 
 
 def restore_tensors(model: nn.Module, originals: Mapping[str, Tensor]) -> None:
@@ -334,8 +372,7 @@ def restore_tensors(model: nn.Module, originals: Mapping[str, Tensor]) -> None:
                 f"The original of {name} is {tuple(original.shape)}; the model has {found} there, so it can't be put "
                 "back."
             )
-    for name, original in originals.items():
-        _copy(parameters[name], original)
+    do_all(partial(_copy, parameters[name], original) for name, original in originals.items())
 
 
 def _copy(parameter: nn.Parameter, value: Tensor) -> None:

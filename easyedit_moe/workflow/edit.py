@@ -19,6 +19,7 @@ from easyedit_moe.facts.chat import user_turn
 from easyedit_moe.facts.records import EvaluationRecord, FactSet, load_facts
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.hparams import MoEHyperParams
+from easyedit_moe.moe.holding import intact
 from easyedit_moe.moe.hub import find_source
 from easyedit_moe.moe.loading import load_tokenizer
 from easyedit_moe.patches.checks import versions
@@ -26,7 +27,7 @@ from easyedit_moe.progress import progress_bar
 from easyedit_moe.workflow.edit_outcome import Change, EditReport, FactReport
 from easyedit_moe.workflow.measuring import Asked, Said, ask_all, prompts_of
 from easyedit_moe.workflow.saving import chained, check_saved_kinds, save_edit
-from easyedit_moe.workflow.screening import Screened, check_chat, fact_set, screen
+from easyedit_moe.workflow.screening import Screened, check_chat, fact_set, fitting, screen
 from easyedit_moe.workflow.session import Loaded, Loading, load, model_name
 from easyedit_moe.workflow.settings import settings_for
 
@@ -84,6 +85,7 @@ def edit(
     check_chat(settings, tok)
     screened = screen(read, editor, tok, strict)
     net, tok = load(model, options, progress)
+    screened = fitting(screened, editor, net, tok, strict)
     editor.prepare(net, tok)
     return _edited(screened, (model, net, tok), editor, options, out, save, keep_originals, max_new_tokens)
 
@@ -105,7 +107,7 @@ def _edited(
     asked = [pair for record in records for pairs in prompts_of(record).values() for pair in pairs]
     before = ask_all(net, tok, asked, max_new_tokens, editor.progress, chat)
     results: list[EditResult] = []
-    try:
+    with intact(net):
         _edit_batches(net, tok, editor, screened.requests, results, parent_of(model))
         after = ask_all(net, tok, asked, max_new_tokens, editor.progress, chat)
         whole = chained([result.patch for result in results])
@@ -124,10 +126,6 @@ def _edited(
             return report
         with new_folder(Path(out)) as partial:
             return save_edit(report, whole, (model, net, tok), partial, Path(out), save, keep_originals)
-    except BaseException:
-        for result in reversed(results):
-            result.patch.restore(net)
-        raise
 
 
 def _edit_batches(

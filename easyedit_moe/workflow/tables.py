@@ -29,7 +29,7 @@ from easyedit_moe.comparison.task import Task, load_task, with_data
 from easyedit_moe.comparison.tuned import check_held_out
 from easyedit_moe.errors import HyperParamsError
 from easyedit_moe.hparams import presets
-from easyedit_moe.storage.files import replacing
+from easyedit_moe.storage.files import write_text
 from easyedit_moe.storage.strict_json import json_text
 
 logger = logging.getLogger(__name__)
@@ -98,8 +98,7 @@ def tables(
         tasks[ZSRE] = with_data(task, zsre, edits)
     run = _Run(folder, resume, on_row, progress)
     made = [run.make(plan, tasks[name], name) for plan in plans for name in plan.table.data if name in tasks]
-    with replacing(folder / "tables.md") as partial:
-        partial.write_text("\n".join(markdown(one.comparison) for one in made), encoding="utf-8")
+    write_text(folder / "tables.md", "\n".join(markdown(one.comparison) for one in made))
     return made
 
 

@@ -533,7 +533,7 @@ def test_unusable_files(tmp_path: Path) -> None:
     text = (folder / "adapter.json").read_text(encoding="utf-8")
     for broken in (text[:50], "[]", text.replace('"top_k"', '"topk"'), text.replace("memoe-adapter", "other")):
         (folder / "adapter.json").write_text(broken, encoding="utf-8")
-        with pytest.raises(AdapterError, match="is no adapter of schema 1"):
+        with pytest.raises(AdapterError, match=r"save the adapter anew|can't be read as JSON"):
             MoEAdapter.load(folder)
     changed = json.loads(text) | {"edits": 3}
     (folder / "adapter.json").write_text(json.dumps(changed), encoding="utf-8")

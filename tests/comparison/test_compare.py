@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import assert_same_state, state_of
+from tiny import assert_same_state, state_of, tiny_model
 from tiny_comparison import METHODS, run_compare, tiny_hparams, tiny_records
 from typer.testing import CliRunner
 
@@ -51,6 +52,19 @@ def test_first_targets_are_shared_only_where_nothing_differs(task: Task, tmp_pat
     alone = compare(task, [settings[0], other])
     assert len(calls) == 4
     assert alone.rows[1].scores == result.rows[1].scores
+
+
+def test_sites_are_compared_and_rows_say_what_was_edited(task: Task, tmp_path: Path) -> None:
+    task = replace(task, model=tiny_model("qwen2_moe"))
+    before = state_of(task.model)
+    settings = [
+        hyperparams_class("Global").from_dict(tiny_hparams(tmp_path, "Global", site=site, metric="identity"))
+        for site in ("experts", "shared_expert")
+    ]
+    rows = compare(task, settings, labels=["routed", "shared"]).rows
+    assert_same_state(before, state_of(task.model))
+    assert [(row.method, row.edits) for row in rows[1:]] == [("routed", "experts"), ("shared", "shared expert")]
+    assert rows[2].hparams["site"] == "shared_expert"
 
 
 def test_scores_are_those_after_all_batches(task: Task, tmp_path: Path) -> None:
@@ -142,7 +156,7 @@ def test_command_refuses_an_unusable_output_folder(folder: Path) -> None:
     (folder / "file").write_text("x")
     done = run_compare(folder, "--methods", "MoTE", "--out", str(folder / "file" / "out"))
     assert done.exit_code == 2
-    assert "can't be made" in " ".join(done.output.split())
+    assert "can't be written" in " ".join(done.output.split())
 
 
 def test_methods_command_lists_every_method() -> None:
