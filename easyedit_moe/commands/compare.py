@@ -54,8 +54,9 @@ def compare(
     """Edit the same records by several methods and print a side-by-side table, scored after all edits."""
     from easyedit_moe import host
     from easyedit_moe.comparison.report import check_folder, tables, write_results
-    from easyedit_moe.comparison.settings import chosen_methods, loading_settings, resolve_methods
+    from easyedit_moe.comparison.settings import chosen_methods, loading_settings, method_files, resolve_methods
     from easyedit_moe.comparison.task import load_task
+    from easyedit_moe.comparison.tuned import check_held_out
     from easyedit_moe.host.baseline_hparams import HOST_METHODS
 
     names = chosen_methods(split_names([*(methods or []), *(more or [])]), hparams)
@@ -71,18 +72,12 @@ def compare(
         model, data, edits, skip, batch_size, dtype or first.dtype, device or first.device, first.model_parallel,
         first.trust_remote_code, shows_progress(), any(getattr(hp, "chat", False) for hp in settings),
     )  # fmt: skip
-    _check_held_out(hparams, task)
+    check_held_out(hparams, task.records, method_files(names, model, hparams))
     result = _run(task, settings, folder, easyedit_metrics, resume)
     paths = write_results(result, folder)
     for table in tables(result):
         show_table(table)
     note("Written: " + ", ".join(str(path) for path in paths))
-
-
-def _check_held_out(hparams: str | None, task: Task) -> None:
-    from easyedit_moe.comparison.tuned import check_held_out
-
-    check_held_out(hparams, task.records)
 
 
 def _run(task: Task, settings: list[AnyHyperParams], folder: Path, easyedit_metrics: bool, resume: bool) -> Comparison:

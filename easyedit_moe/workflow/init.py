@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from easyedit_moe.comparison.compare import PRE_EDIT
+from easyedit_moe.comparison.tuned import record_hash, rows_file
 from easyedit_moe.editors.proposal import Chosen, Proposal
 from easyedit_moe.editors.proposing import edits_one_layer, propose
 from easyedit_moe.errors import DataError
@@ -55,7 +56,8 @@ def init(
         trust_remote_code: let code that comes with the checkpoint run.
         force: write over files that are there.
         locate: edit at windows of layers, and take the window of the best utility instead of layers by depth; a method
-            that does not solve for experts takes Global's. The rows are written beside ``out``, see `rows_file`.
+            that does not solve for experts takes Global's. The rows are written beside ``out``, see `rows_file`, and
+            `compare` refuses to score the file on the records that decided.
             Statistics that were gathered stay in the cache whatever happens.
         budget: minutes for that, loading left out; layers are by depth where no window could be tried.
         on_cost: is told the expected cost before anything is measured.
@@ -87,20 +89,15 @@ def init(
         location = locating.locate(where, model, "", trial, None, settings, on_cost=on_cost, progress=progress)
         layers = _layers_of(location, found, budget, files[-1].name if files else "")
         found = propose(model, found.method, facts, trust_remote_code, layers=layers)
+        used: list[str] = []
         if tried(location.measured.rows["trial"]):
             found = replace(found, notes=(*found.notes, *verdict(location)))
+            used = [record_hash(record) for record in location.records]
         found = replace(found, measured=_measured(location))
         found.hparams()
-        texts = [json_text(location.to_dict())]
+        texts = [json_text({**location.to_dict(), "records": used})]
     _write(files, [found.yaml(), *texts])
     return found
-
-
-def rows_file(out: str | Path) -> Path:
-    """Where the rows of what was measured are written: ``my.locate.json`` beside ``my.yaml``, as a results.json."""
-    path = Path(out)
-    stem = path.stem if path.suffix in (".yaml", ".yml") else path.name
-    return path.with_name(f"{stem}.locate.json")
 
 
 def _check_free(path: Path, force: bool) -> None:

@@ -68,12 +68,14 @@ class Location:
         costs: what was expected before, of what was left to do then.
         layers: that were measured.
         windows: that were to be tried.
+        records: that were measured on.
     """
 
     measured: Measured
     costs: tuple[Cost, ...]
     layers: tuple[int, ...]
     windows: tuple[Window, ...]
+    records: tuple[EvaluationRecord, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Content of ``results.json``."""
@@ -132,7 +134,7 @@ def locate(
         measured.left = {stage: len(units) for stage, units in todo.items()}
         if measure:
             _measure(job, measured)
-    return Location(measured, expected, tuple(job.layers), tuple(job.windows))
+    return Location(measured, expected, tuple(job.layers), tuple(job.windows), tuple(job.task.records))
 
 
 @dataclass(frozen=True)
