@@ -9,7 +9,8 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,19 +20,44 @@ from transformers import PreTrainedTokenizerBase
 from easyedit_moe.editors import Editor, EditResult, Patch, make_editor
 from easyedit_moe.editors.keywords import check_keywords
 from easyedit_moe.editors.proposing import named_proposal
-from easyedit_moe.errors import HyperParamsError, KeywordError, PatchError, RequestError
+from easyedit_moe.errors import HyperParamsError, KeywordError, RequestError, shown
 from easyedit_moe.evaluation.answers import AnswerScorer
 from easyedit_moe.evaluation.scoring import TargetScore, score_targets
-from easyedit_moe.facts.easyedit_requests import HostRequest, checked_batches, prompts_of, requests_from_columns
-from easyedit_moe.facts.requests import EditRequest
+from easyedit_moe.facts.easyedit_requests import (
+    HostRequest,
+    checked_batches,
+    is_nothing,
+    prompts_of,
+    requests_from_columns,
+)
+from easyedit_moe.facts.requests import EditRequest, listed_requests
 from easyedit_moe.hparams import MoEHyperParams, load_hyperparams
 from easyedit_moe.hparams.files import is_yaml
+from easyedit_moe.interrupts import uninterrupted
+from easyedit_moe.moe.holding import held, intact
 from easyedit_moe.moe.loading import load_model
 
 logger = logging.getLogger(__name__)
 
 Results = tuple[list[dict[str, Any]], nn.Module, dict[str, Tensor]]
 Texts = str | Sequence[str]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Sequential edits that are in a model.
+
+    Attributes:
+        memory: what the method wants to know of them.
+        parent: id of the newest one's patch, which the next patch names as the one it was made on.
+        patch: the newest one's patch, where patches are kept for `MoEEditor.undo`.
+        earlier: the edits before that one.
+    """
+
+    memory: Any = None
+    parent: str | None = None
+    patch: Patch | None = None
+    earlier: Kept | None = None
 
 
 class Scorer(Protocol):
@@ -82,9 +108,7 @@ def _with_columns(run: Callable[..., Any]) -> Callable[..., Any]:
         if requests is None:
             return run(self, requests_from_columns(**columns), sequential_edit, verbose, **options)
         ignored = [
-            name
-            for name, value in columns.items()
-            if value is not None and (not hasattr(value, "__len__") or len(value))
+            name for name, value in columns.items() if not (is_nothing(value) or (isinstance(value, str) and not value))
         ]
         if ignored:
             raise KeywordError(
@@ -106,8 +130,7 @@ class EditCalls(ABC):
     Attributes:
         hparams: of the method; changes take effect with the next call.
         model, tok: edited in place.
-        memory: what the method wants to know of earlier sequential edits.
-        parent: id of the newest patch of those, which the next patch names as the one it was made on.
+        kept: the sequential edits in the model; one assignment adds an edit or takes it away.
         editor: does the edits; keeps what was prepared between calls.
     """
 
@@ -123,9 +146,18 @@ class EditCalls(ABC):
     hparams: MoEHyperParams
     model: nn.Module
     tok: PreTrainedTokenizerBase
-    memory: Any = None
-    parent: str | None = None
+    kept: Kept
     editor: Editor | None = None
+
+    @property
+    def memory(self) -> Any:
+        """What the method wants to know of earlier sequential edits."""
+        return self.kept.memory
+
+    @property
+    def parent(self) -> str | None:
+        """Id of the newest sequential edit's patch, which the next one names as the one it was made on."""
+        return self.kept.parent
 
     @abstractmethod
     def scorer(self, **options: Any) -> Scorer:
@@ -162,7 +194,8 @@ class EditCalls(ABC):
         options["test_generation"] = test_generation
         self._check_keywords("edit_requests", options)
         scorer = self.scorer(**options)
-        return self._run([[request] for request in requests], sequential_edit, verbose, scorer, measure_first=True)
+        single = [[request] for request in listed_requests(requests)]
+        return self._run(single, sequential_edit, verbose, scorer, measure_first=True)
 
     @_with_columns
     def batch_edit(
@@ -170,7 +203,8 @@ class EditCalls(ABC):
     ) -> Results:
         """As `edit`, ``hparams.batch_size`` requests at a time."""
         size = replace(self.hparams).batch_size  # checked anew, since fields can be set after reading
-        batches = [requests[start : start + size] for start in range(0, len(requests), size)]
+        listed = listed_requests(requests)
+        batches = [listed[start : start + size] for start in range(0, len(listed), size)]
         return self._run(batches, sequential, verbose, self.scorer(**options))
 
     @_with_columns
@@ -179,7 +213,8 @@ class EditCalls(ABC):
     ) -> Results:
         """As `edit`, but "pre" and "post" hold answers by free generation instead of scores."""
         scorer = AnswerScorer(self.model, self.tok)
-        return self._run([[request] for request in requests], sequential, verbose, scorer, measure_first=True)
+        single = [[request] for request in listed_requests(requests)]
+        return self._run(single, sequential, verbose, scorer, measure_first=True)
 
     def normal_edit(
         self, prompts: Texts, target_new: Texts, sequential_edit: bool = False, subject: Texts | None = None
@@ -193,10 +228,8 @@ class EditCalls(ABC):
         """
         requests = requests_from_columns(prompts, target_new, None, None, None, None, None, subject)
         (batch,) = checked_batches([requests])
-        with self._scope():
-            result = self._edit(batch)
-            weights = result.patch.weights_copy(self.model)
-            self._settle(result, kept=sequential_edit)
+        with held(self.model), self._scope():
+            _, weights, _ = self._edited(batch, sequential_edit, with_weights=True)
         return None, self.model, weights
 
     def _check_keywords(self, call: str, given: Mapping[str, Any]) -> None:
@@ -218,21 +251,14 @@ class EditCalls(ABC):
         editor.check_subjects([request.fact for batch in checked for request in batch])
         metrics: list[dict[str, Any]] = []
         weights: dict[str, Tensor] = {}
-        with self._scope(), _bars_of(editor, editor.progress and verbose):
+        with held(self.model), self._scope(), _bars_of(editor, editor.progress and verbose):
             before = [scorer.before(batch) for batch in checked] if measure_first else []
             if measure_first:
                 scorer.measured([value for values in before for value in values])
             for number, batch in enumerate(checked):
                 old = before[number] if measure_first else scorer.before(batch)
-                start = time.perf_counter()
-                result = self._edit(batch)
-                seconds, new = time.perf_counter() - start, None
-                try:
-                    if number == len(checked) - 1:
-                        weights = result.patch.weights_copy(self.model)
-                    new = scorer.after(len(metrics), batch)
-                finally:
-                    self._settle(result, kept=sequential and new is not None)
+                scored = partial(scorer.after, len(metrics), batch)
+                seconds, weights, new = self._edited(batch, sequential, number == len(checked) - 1, scored)
                 for i, (request, was, now) in enumerate(zip(batch, old, new, strict=True)):
                     case_id = i if self.case_id_per_batch and not measure_first else len(metrics)
                     entry = {"case_id": case_id, "requested_rewrite": request.record, "time": seconds}
@@ -243,9 +269,34 @@ class EditCalls(ABC):
             self._finished(metrics)
         return metrics, self.model, weights
 
+    def _edited(
+        self,
+        batch: Sequence[HostRequest],
+        sequential: bool,
+        with_weights: bool,
+        scored: Callable[[], list[Any]] = list,
+    ) -> tuple[float, dict[str, Tensor], list[Any]]:
+        """Seconds of one edit, the original tensors if they are asked for, and what ``scored`` finds.
+
+        Afterwards the edit is in ``kept``, or is undone: where it is not ``sequential``, or anything raised.
+        """
+        before = self.kept
+        with intact(self.model, kept=lambda: self.kept is not before):
+            start = time.perf_counter()
+            result = self._edit(batch)
+            seconds = time.perf_counter() - start
+            weights = result.patch.weights_copy(self.model) if with_weights else {}
+            found = scored()
+            if sequential:
+                self.kept = self._with(result)
+            else:
+                result.patch.revert(self.model)
+        return seconds, weights, found
+
     def _edit(self, batch: Sequence[HostRequest]) -> EditResult:
-        result = self._current_editor().edit(self.model, self.tok, [request.fact for request in batch], self.memory)
-        result.patch.parent = self.parent
+        kept = self.kept
+        result = self._current_editor().edit(self.model, self.tok, [request.fact for request in batch], kept.memory)
+        result.patch.parent = kept.parent
         return result
 
     def _current_editor(self) -> Editor:
@@ -254,16 +305,9 @@ class EditCalls(ABC):
             self.editor = make_editor(settings, self.progress)
         return self.editor
 
-    def _settle(self, result: EditResult, kept: bool) -> None:
-        """Keep an edit for the next sequential one, or take it back: if it can't be, what it wrote is undone first."""
-        if kept:
-            self.memory, self.parent = result.memory, result.patch.id
-            return
-        try:
-            result.patch.revert(self.model)
-        except PatchError:
-            result.patch.restore(self.model)
-            raise
+    def _with(self, result: EditResult) -> Kept:
+        """What is kept once this sequential edit is."""
+        return Kept(result.memory, result.patch.id)
 
     def _scope(self) -> AbstractContextManager[Any]:
         """What a run needs around it."""
@@ -295,16 +339,22 @@ def _same_settings(one: Any, other: MoEHyperParams) -> bool:
 class MoEEditor(EditCalls):
     """Edits a model by one method and reports EasyEdit's metrics (teacher-forced token accuracies), without EasyEdit.
 
-    Attributes:
-        patches: applied and not undone, oldest first. ``undo()`` reverts the newest one bit-exactly.
+    ``undo()`` reverts the newest of its `patches` bit-exactly.
     """
 
     def __init__(self, hparams: MoEHyperParams, model: nn.Module, tok: PreTrainedTokenizerBase) -> None:
-        self.hparams, self.model, self.tok = hparams, model, tok
+        self.hparams, self.model, self.tok = _checked_parts(hparams, model, tok)
         self.editor = make_editor(replace(hparams))
-        self.memory = None
-        self.patches: list[Patch] = []
-        self._memories: list[Any] = []
+        self.kept = Kept()
+
+    @property
+    def patches(self) -> list[Patch]:
+        """Those that are applied and not undone, oldest first."""
+        found, kept = [], self.kept
+        while kept.patch is not None:
+            found.append(kept.patch)
+            kept = kept.earlier or Kept()
+        return found[::-1]
 
     @classmethod
     def from_hparams(
@@ -325,6 +375,7 @@ class MoEEditor(EditCalls):
         """
         if isinstance(hparams, (str, Path)):
             hparams = _read_or_chosen(hparams)
+        _check_hparams(hparams)
         if model is None and tok is None:
             model, tok = load_model(
                 hparams.model_name,
@@ -349,18 +400,15 @@ class MoEEditor(EditCalls):
             PatchError: the weights were changed by something else since.
             RequestError: there is nothing to undo.
         """
-        if not self.patches:
-            raise RequestError("There is no edit to undo.")
-        self.patches[-1].revert(self.model)
-        self.patches.pop()
-        self.memory = self._memories.pop()
-        self.parent = self.patches[-1].id if self.patches else None
+        with held(self.model):
+            if self.kept.patch is None:
+                raise RequestError("There is no edit to undo.")
+            with uninterrupted():
+                self.kept.patch.revert(self.model)
+                self.kept = self.kept.earlier or Kept()
 
-    def _settle(self, result: EditResult, kept: bool) -> None:
-        if kept:
-            self.patches.append(result.patch)
-            self._memories.append(self.memory)
-        super()._settle(result, kept)
+    def _with(self, result: EditResult) -> Kept:
+        return replace(super()._with(result), patch=result.patch, earlier=self.kept)
 
 
 class TokenScorer:
@@ -415,6 +463,24 @@ def _unchanged(before: Sequence[TargetScore], after: Sequence[TargetScore]) -> l
         sum(a == b for a, b in zip(x.predicted, y.predicted, strict=True)) / len(x.predicted)
         for x, y in zip(before, after, strict=True)
     ]
+
+
+def _check_hparams(hparams: Any) -> None:
+    if not isinstance(hparams, MoEHyperParams):
+        raise HyperParamsError(
+            f"hparams must be hyper-parameters of ours or the path of a YAML file; found {shown(hparams)} "
+            f"({type(hparams).__name__})."
+        )
+
+
+def _checked_parts(hparams: Any, model: Any, tok: Any) -> tuple[MoEHyperParams, nn.Module, PreTrainedTokenizerBase]:
+    _check_hparams(hparams)
+    if not isinstance(model, nn.Module) or not callable(tok) or isinstance(tok, nn.Module):
+        raise RequestError(
+            f"An editor needs a model and its tokenizer; found {type(model).__name__} and {type(tok).__name__}. "
+            "MoEEditor.from_hparams(hparams) loads both."
+        )
+    return hparams, model, tok
 
 
 def _read_or_chosen(path: str | Path) -> MoEHyperParams:

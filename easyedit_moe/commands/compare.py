@@ -3,65 +3,51 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
+from easyedit_moe.commands import compare_options as given
 from easyedit_moe.commands import options
+from easyedit_moe.commands.printing import note, say, show_table
 from easyedit_moe.commands.reporting import shows_progress
-from easyedit_moe.commands.tables import note, show_table
 
 if TYPE_CHECKING:
-    from easyedit_moe.comparison.compare import Comparison, Row
+    from easyedit_moe.comparison.compare import Comparison
+    from easyedit_moe.comparison.rows import Row
     from easyedit_moe.comparison.settings import AnyHyperParams
     from easyedit_moe.comparison.task import Task
 
 
 def compare(
-    more: Annotated[
-        list[str] | None, typer.Argument(metavar="[METHOD]...", help="More methods, so that --methods A B C works.")
-    ] = None,
-    model: Annotated[str, typer.Option(help="Hub name or folder; default: the bundled trained model.")] = "factworld",
-    data: Annotated[
-        str, typer.Option(help="JSON file of records; factworld and factworld-easyedit ship.")
-    ] = "factworld",
-    methods: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Methods, ours and EasyEdit's, separated by spaces or commas; all: every one of ours. "
-            "Default: that of the YAML file, or five."
-        ),
-    ] = None,
-    edits: Annotated[int, typer.Option(help="Number of records to edit.")] = 100,
-    skip: Annotated[int, typer.Option(help="Number of records to leave out at the start.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Edits per batch; batches follow each other.")] = 50,
-    hparams: Annotated[
-        str | None,
-        typer.Option(help="A YAML file of one method, or a folder of <METHOD>/<model>.yaml; default: those that ship."),
-    ] = None,
-    out: Annotated[str, typer.Option(help="Folder for results.json, table.md and comparison.png.")] = "results",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; default: that of the hparams.")] = "",
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N; default: that of the hparams.")] = "",
-    stats_dir: Annotated[str, typer.Option(help="Folder of cached statistics; default: that of the hparams.")] = "",
-    easyedit_metrics: Annotated[
-        bool | None, typer.Option(help="Score by EasyEdit's protocol, too; default: if a method is EasyEdit's.")
-    ] = None,
+    more: given.More = None,
+    model: options.Model = "factworld",
+    data: given.Data = "factworld",
+    methods: given.Methods = None,
+    edits: given.Edits = 100,
+    skip: given.Skip = 0,
+    batch_size: given.BatchSize = 50,
+    hparams: given.HParams = None,
+    out: given.Out = "results",
+    dtype: given.DType = "",
+    device: options.Device = "",
+    stats_dir: options.StatsDir = "",
+    easyedit_metrics: given.EasyEditMetrics = None,
     chat: options.EditsInChat = False,
-    resume: Annotated[
-        bool, typer.Option(help="Go on after an interruption: rows of results.json that would come out again are kept.")
-    ] = False,
+    protocol: options.Protocol = "",
+    seeds: given.Seeds = "",
+    resume: given.Resume = False,
 ) -> None:
     """Edit the same records by several methods and print a side-by-side table, scored after all edits."""
     from easyedit_moe import host
-    from easyedit_moe.comparison.report import check_folder, tables, write_results
+    from easyedit_moe.comparison.report import check_folder, notes, tables, write_results
     from easyedit_moe.comparison.settings import chosen_methods, loading_settings, method_files, resolve_methods
     from easyedit_moe.comparison.task import load_task
     from easyedit_moe.comparison.tuned import check_held_out
     from easyedit_moe.host.baseline_hparams import HOST_METHODS
 
+    by_seed = read_seeds(seeds)
     names = chosen_methods(split_names([*(methods or []), *(more or [])]), hparams)
-    given = options.settings_of(None, device=device, dtype=dtype, stats_dir=stats_dir, chat=chat)
-    settings = resolve_methods(names, model, hparams, {**given, "model_name": model})
+    overrides = options.settings_of(None, device=device, dtype=dtype, stats_dir=stats_dir, chat=chat)
+    settings = resolve_methods(names, model, hparams, {**overrides, "model_name": model})
     folder = check_folder(out)
     if easyedit_metrics is None:
         easyedit_metrics = any(name in HOST_METHODS for name in names)
@@ -70,17 +56,26 @@ def compare(
     first = loading_settings(settings, model)
     task = load_task(
         model, data, edits, skip, batch_size, dtype or first.dtype, device or first.device, first.model_parallel,
-        first.trust_remote_code, shows_progress(), any(getattr(hp, "chat", False) for hp in settings),
+        first.trust_remote_code, shows_progress(), any(getattr(hp, "chat", False) for hp in settings), protocol or None,
     )  # fmt: skip
     check_held_out(hparams, task.records, method_files(names, model, hparams))
-    result = _run(task, settings, folder, easyedit_metrics, resume)
+    result = _run(task, settings, folder, easyedit_metrics, resume, by_seed)
     paths = write_results(result, folder)
     for table in tables(result):
         show_table(table)
+    for line in notes(result):
+        say(line)
     note("Written: " + ", ".join(str(path) for path in paths))
 
 
-def _run(task: Task, settings: list[AnyHyperParams], folder: Path, easyedit_metrics: bool, resume: bool) -> Comparison:
+def _run(
+    task: Task,
+    settings: list[AnyHyperParams],
+    folder: Path,
+    easyedit_metrics: bool,
+    resume: bool,
+    seeds: list[int],
+) -> Comparison:
     """The comparison, each of whose rows is on disk once it is done."""
     from easyedit_moe.comparison.compare import compare as run
     from easyedit_moe.comparison.saved import earlier_rows, save_rows
@@ -98,7 +93,7 @@ def _run(task: Task, settings: list[AnyHyperParams], folder: Path, easyedit_metr
     if earlier:
         note(f"Going on after {len(earlier)} rows of {folder}: {', '.join(done)}.")
     try:
-        return run(task, settings, told, (), easyedit_metrics, earlier, keep, shows_progress())
+        return run(task, settings, told, (), easyedit_metrics, earlier, keep, shows_progress(), seeds=seeds)
     except BaseException:
         if done:
             note(f"Rows that are done are in {folder}; the same command with --resume goes on after them.")
@@ -108,6 +103,20 @@ def _run(task: Task, settings: list[AnyHyperParams], folder: Path, easyedit_metr
 def split_names(names: list[str]) -> list[str]:
     """Names that are separated by spaces (one each) or by commas."""
     return [part.strip() for name in names for part in name.split(",") if part.strip()]
+
+
+def read_seeds(text: str) -> list[int]:
+    """Whole numbers that are separated by commas.
+
+    Raises:
+        HyperParamsError: something else, or a number twice.
+    """
+    from easyedit_moe.errors import HyperParamsError
+
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isdecimal() for part in parts) or len(set(parts)) < len(parts):
+        raise HyperParamsError(f"--seeds takes different whole numbers, such as 0,1,2; found {text!r}.")
+    return [int(part) for part in parts]
 
 
 def brief(row: Row) -> str:

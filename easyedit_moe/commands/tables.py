@@ -1,116 +1,53 @@
-"""How commands print: tables that fit a terminal and are whole in a file or a pipe, notes, and no colours unasked."""
+"""``easyedit-moe tables``."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Annotated
 
-from easyedit_moe.commands.reporting import is_quiet
+import typer
 
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Column, Table
+from easyedit_moe.commands import compare_options, options
+from easyedit_moe.commands.compare import brief, split_names
+from easyedit_moe.commands.printing import note, say, show_rows
+from easyedit_moe.commands.reporting import shows_progress
 
-NARROW = 24
-"""Characters to which a column of texts may shrink on a terminal; numbers are never wrapped."""
-
-
-def output(stderr: bool = False) -> Console:
-    """A console on standard output or error; without any style where ``NO_COLOR`` is set."""
-    from rich.console import Console
-
-    plain = bool(os.environ.get("NO_COLOR"))
-    return Console(stderr=stderr, color_system=None if plain else "auto", highlight=False)
+Names = Annotated[list[str], typer.Argument(metavar="TABLE...", help="Of 1, 2, 4, 5, 6 and ablations.")]
+ZsRE = Annotated[
+    str | None, typer.Option(help="File of ZsRE for table 1; without it that table has CounterFact alone.")
+]
+Folder = Annotated[
+    str | None, typer.Option(help="Folder of <METHOD>/<model>.yaml; methods that it lacks have those that ship.")
+]
+Out = Annotated[str, typer.Option(help="Folder: tables.md, and results.json, table.md and a chart for each table.")]
 
 
-def say(text: str) -> None:
-    """A line of results on standard output, as it is."""
-    output().print(text, markup=False, soft_wrap=True)
+def tables(
+    names: Names,
+    model: options.Model = "factworld",
+    data: compare_options.Data = "factworld",
+    zsre: ZsRE = None,
+    edits: compare_options.Edits = 100,
+    batch_size: compare_options.BatchSize = 50,
+    hparams: Folder = None,
+    out: Out = "results/tables",
+    resume: compare_options.Resume = False,
+    settings: options.Settings = None,
+    stats_dir: options.StatsDir = "",
+    dtype: compare_options.DType = "",
+    device: options.Device = "",
+) -> None:
+    """Make tables of the MoTE paper on any model and data, with published figures beside ours where all is the same."""
+    from easyedit_moe.comparison.paper_report import about, header, lines
+    from easyedit_moe.workflow.tables import tables as run
 
-
-def note(text: str) -> None:
-    """A line about what goes on, on standard error; none with ``-q``."""
-    if not is_quiet():
-        output(stderr=True).print(text, markup=False, soft_wrap=True)
-
-
-def say_json(value: Any) -> None:
-    """A value as strict JSON on standard output, in lines."""
-    from easyedit_moe.storage.strict_json import json_text
-
-    say(json_text(value).rstrip())
-
-
-def show_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print rows of texts, whatever is in them, as a table; nothing without a row."""
-    from rich.table import Table
-    from rich.text import Text
-
-    if not rows:
-        return
-    table = Table(*header)
-    for row in rows:
-        table.add_row(*(Text(" ".join(cell.split())) for cell in row))
-    show_table(table)
-
-
-def show_table(table: Table, console: Console | None = None) -> None:
-    """Print a table whole: on a terminal in as many parts as its width asks for, each with the first column.
-
-    On a terminal, columns of texts are wrapped first; what still does not fit goes into a table below. In a file or a
-    pipe every row is one line, however wide.
-    """
-    console = console or output()
-    terminal = console.is_terminal
-    parts = [
-        _part(table, columns, terminal) for columns in (_groups(table, console.width) if terminal else [table.columns])
-    ]
-    if not terminal:
-        console.width = max(console.width, *map(_width, parts))
-    if table.title:
-        console.print(table.title, style="bold", soft_wrap=not terminal)
-    for part in parts:
-        console.print(part)
-
-
-def _groups(table: Table, width: int) -> list[list[Column]]:
-    """The columns of each part: all where they fit, else as many as do, the first one in every part."""
-    first, *others = table.columns
-    groups: list[list[Column]] = [[first]]
-    for column in others:
-        if len(groups[-1]) > 1 and _least_width(table, [*groups[-1], column]) > width:
-            groups.append([first])
-        groups[-1].append(column)
-    return groups
-
-
-def _part(table: Table, columns: Sequence[Column], wraps: bool) -> Table:
-    from rich.table import Table
-
-    part = Table(box=table.box)
-    for column in columns:
-        part.add_column(column.header, justify=column.justify, no_wrap=not (wraps and _is_text(table, column)),
-                        overflow="fold")  # fmt: skip
-    for cells in zip(*(column.cells for column in columns), strict=True):
-        part.add_row(*cells)
-    return part
-
-
-def _is_text(table: Table, column: Column) -> bool:
-    return column.justify == "left" and _width(_part(table, [column], wraps=False)) > NARROW
-
-
-def _least_width(table: Table, columns: Sequence[Column]) -> int:
-    """Characters that a table of some columns needs, when its columns of texts shrink to `NARROW`."""
-    natural = _width(_part(table, columns, wraps=False))
-    alone = [_width(_part(table, [column], wraps=False)) for column in columns[1:] if _is_text(table, column)]
-    return natural - sum(width - NARROW for width in alone)
-
-
-def _width(table: Table) -> int:
-    """Characters of its widest line, unwrapped."""
-    from rich.console import Console
-
-    wide = Console(width=100_000)
-    return wide.measure(table).maximum
+    given = options.settings_of(settings, stats_dir=stats_dir, dtype=dtype, device=device)
+    made = run(
+        split_names(names), model, data, zsre, edits, batch_size, hparams, out, resume, given,
+        lambda row: note(f"{row.method}: {brief(row)}"), shows_progress(),
+    )  # fmt: skip
+    for one in made:
+        say(about(one.table, one.comparison))
+        show_rows(header(one.table, one.comparison), lines(one.table, one.comparison))
+        for line in one.comparison.provenance["left_out"]:
+            say(f"Left out: {line}")
+    note(f"Written: {out}/tables.md, and " + ", ".join(str(path) for one in made for path in one.files))

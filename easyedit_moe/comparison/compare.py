@@ -4,74 +4,36 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import nn
 
+from easyedit_moe.comparison.differences import differences
+from easyedit_moe.comparison.ready import READY, SharedTargets
+from easyedit_moe.comparison.rows import PRE_EDIT, Row
+from easyedit_moe.comparison.seeds import pooled, seeded
 from easyedit_moe.comparison.task import Task
 from easyedit_moe.editors import Editor, EditResult, Patch, make_editor
 from easyedit_moe.errors import EditingWarning, HyperParamsError
 from easyedit_moe.evaluation.metrics import (
     EvaluationResult,
     RoutingSnapshot,
-    Score,
     evaluate,
     routing_similarity,
     routing_snapshot,
 )
+from easyedit_moe.evaluation.summary import Score
 from easyedit_moe.facts.records import PROTOCOLS
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.host.baseline_hparams import PROTOCOL, BaselineHyperParams
 from easyedit_moe.hparams import MoEHyperParams
+from easyedit_moe.interrupts import do_all
 from easyedit_moe.measure import Stopwatch, peak_memory_bytes, reset_peak_memory
+from easyedit_moe.moe.holding import intact
 from easyedit_moe.storage.strict_json import json_text
-from easyedit_moe.targets.search import TargetVectors
-
-PRE_EDIT = "pre-edit"
-SCORES = ("efficacy", "generalisation", "specificity", "utility", "exact_match")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: a method's scores after all edits, and what they cost.
-
-    ``scores`` follow the papers' protocol, ``easyedit`` EasyEdit's own (None unless asked for). ``rounding_loss`` is
-    the largest share of an update that the weights' dtype swallowed at one write, ``warnings`` what was to be told of
-    the edits, batch by batch.
-    """
-
-    method: str
-    edits: str
-    code: str
-    scores: EvaluationResult
-    routing: dict[str, Any]
-    seconds: dict[str, float]
-    peak_memory_bytes: int
-    targets_reached: int | None = None
-    rounding_loss: float | None = None
-    hparams: dict[str, Any] = field(default_factory=dict)
-    easyedit: dict[str, Score] | None = None
-    warnings: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """For results.json."""
-        scores = self.scores.to_dict()
-        return {
-            "method": self.method,
-            "edits": self.edits,
-            "code": self.code,
-            **{name: scores[name] for name in SCORES},
-            "routing_similarity": self.routing,
-            "seconds": self.seconds,
-            "peak_memory_bytes": self.peak_memory_bytes,
-            "targets_reached": self.targets_reached,
-            "rounding_loss": self.rounding_loss,
-            "warnings": list(self.warnings),
-            "easyedit": None if self.easyedit is None else {name: asdict(s) for name, s in self.easyedit.items()},
-            "hparams": self.hparams,
-        }
 
 
 @dataclass(frozen=True)
@@ -83,12 +45,16 @@ class Comparison:
     complete: bool = True
 
     def to_dict(self) -> dict[str, Any]:
-        """Content of results.json (schema 1); ``state`` is "complete", or "interrupted" while rows are missing."""
+        """Content of results.json (schema 2); ``state`` is "complete", or "interrupted" while rows are missing."""
         state = "complete" if self.complete else "interrupted"
+        rows = [
+            {**row.to_dict(), "differs_from_best": {name: one.to_dict() for name, one in found.items()}}
+            for row, found in zip(self.rows, differences(self.rows), strict=True)
+        ]
         return {
-            "schema": 1,
+            "schema": 2,
             "state": state,
-            "rows": [row.to_dict() for row in self.rows],
+            "rows": rows,
             "provenance": self.provenance,
         }
 
@@ -102,11 +68,15 @@ def compare(
     earlier: Sequence[Row] = (),
     save: Callable[[Comparison], Any] | None = None,
     progress: bool = True,
+    ready_targets: bool = False,
+    seeds: Sequence[int] = (),
 ) -> Comparison:
     """A pre-edit row, then one row per hparams; the model is bit-equal to before after each.
 
     Methods with the same target settings share the target vectors of the first batch, which all of them edit at the
-    same weights; the seconds they took count for each. Later batches find their own, at the method's own weights.
+    same weights; the seconds they took count for each. Later batches find their own, at the method's own weights,
+    unless ``ready_targets`` asks for those that are found at the unedited weights for all records ("z ready"): shifts
+    that each batch adds to the hidden states as they are when it begins. EasyEdit's methods find their own.
 
     Args:
         task: the model and the records.
@@ -118,21 +88,26 @@ def compare(
             are taken over instead of being made again.
         save: called after each row with all that are there.
         progress: show bars.
+        ready_targets: give every batch of each method the same targets, so that only what is done with them differs.
+        seeds: by each of which a random method is run, its row being their mean; by default every method runs once, by
+            its hparams' seed.
 
     Raises:
         HostError: EasyEdit is asked for, by a method or for its metrics, and is not there.
     """
     _check_chat(task, hparams)
+    if ready_targets:
+        task = replace(task, provenance={**task.provenance, READY: True})
     names = [PRE_EDIT, *(labels or [hp.alg_name for hp in hparams])]
     settings = [None, *hparams]
-    kept = [_reusable(earlier, name, hp, easyedit_metrics) for name, hp in zip(names, settings, strict=True)]
+    kept = [_reusable(earlier, name, hp, easyedit_metrics, seeds) for name, hp in zip(names, settings, strict=True)]
     rows = {number: row for number, row in enumerate(kept) if row is not None}
     judge = _Judge(task, easyedit_metrics, progress) if len(rows) < len(names) else None
-    ready: ReadyTargets = {}
+    targets = SharedTargets(task, ready_targets, progress)
     for number, (name, hp) in enumerate(zip(names, settings, strict=True)):
         if judge is None or number in rows:
             continue
-        rows[number] = _unedited(judge) if hp is None else _run_method(judge, hp, name, ready)
+        rows[number] = _unedited(judge) if hp is None else _run_seeds(judge, hp, seeds, name, targets)
         if on_row:
             on_row(rows[number])
         if save:
@@ -159,12 +134,17 @@ def _so_far(task: Task, rows: Mapping[int, Row], wanted: int, easyedit_metrics: 
 
 
 def _reusable(
-    earlier: Sequence[Row], name: str, hparams: MoEHyperParams | BaselineHyperParams | None, easyedit_metrics: bool
+    earlier: Sequence[Row],
+    name: str,
+    hparams: MoEHyperParams | BaselineHyperParams | None,
+    easyedit_metrics: bool,
+    seeds: Sequence[int],
 ) -> Row | None:
     """The earlier row that would come out again, if there is one."""
     wanted = json_text({} if hparams is None else hparams.to_dict())
+    by = tuple(seed for seed, _ in seeded(hparams, seeds)) if hparams is not None else ()
     for row in earlier:
-        same = row.method == name and (row.easyedit is not None) == easyedit_metrics
+        same = row.method == name and (row.easyedit is not None) == easyedit_metrics and row.seeds == by
         if same and json_text(row.hparams) == wanted:
             return row
     return None
@@ -208,7 +188,6 @@ def _unedited(judge: _Judge) -> Row:
     return Row(PRE_EDIT, "nothing", "easyedit_moe", scores, judge.routing(), watch.seconds, peak, easyedit=theirs)
 
 
-ReadyTargets = dict[Any, tuple[TargetVectors, float]]
 Quality = Callable[[str], dict[str, Score]]
 
 
@@ -218,20 +197,36 @@ def _easyedit_quality(task: Task) -> Quality:
     return EasyEditQuality(task.model, task.tok, task.records).measure
 
 
-def _run_method(judge: _Judge, hparams: MoEHyperParams | BaselineHyperParams, label: str, ready: ReadyTargets) -> Row:
+def _run_seeds(
+    judge: _Judge,
+    hparams: MoEHyperParams | BaselineHyperParams,
+    seeds: Sequence[int],
+    label: str,
+    targets: SharedTargets,
+) -> Row:
+    runs = seeded(hparams, seeds)
+    if not runs:
+        return _run_method(judge, hparams, label, targets)
+    return pooled([_run_method(judge, one, label, targets) for _, one in runs], [seed for seed, _ in runs], hparams)
+
+
+def _run_method(
+    judge: _Judge, hparams: MoEHyperParams | BaselineHyperParams, label: str, targets: SharedTargets
+) -> Row:
     watch, task, model = Stopwatch(), judge.task, judge.task.model
     reset_peak_memory()
     editor = make_editor(hparams, judge.progress)
     memory, reached = None, None
     patches: list[Patch] = []
     told: list[str] = []
+    targets.before(editor)
     with _restored(model, patches):
         for start in range(0, len(task.records), task.batch_size):
             batch = [record.request for record in task.records[start : start + task.batch_size]]
             with warnings.catch_warnings():
                 # They stand in the row instead of being told batch by batch.
                 warnings.simplefilter("ignore", EditingWarning)
-                result = _edit_batch(editor, task, batch, memory, ready, first=start == 0)
+                result = _edit_batch(editor, task, batch, memory, targets, start)
             memory = result.memory
             patches.append(result.patch)
             told += result.warnings
@@ -251,27 +246,17 @@ def _run_method(judge: _Judge, hparams: MoEHyperParams | BaselineHyperParams, la
 
 
 def _edit_batch(
-    editor: Editor, task: Task, batch: list[EditRequest], memory: Any, ready: ReadyTargets, first: bool
+    editor: Editor, task: Task, batch: list[EditRequest], memory: Any, targets: SharedTargets, start: int
 ) -> EditResult:
-    settings = editor.target_settings()
-    shared = first and settings is not None and getattr(editor.hparams, "edits_per_solve", None) is None
-    # What experts can bring about, among which targets are searched, depends on the site.
-    settings = (settings, getattr(editor.hparams, "site", None))
-    targets, seconds = ready.get(settings, (None, 0.0)) if shared else (None, 0.0)
-    result = editor.edit(task.model, task.tok, batch, memory, targets)
-    if targets is not None:
-        return replace(result, seconds={**result.seconds, "targets": seconds})
-    if shared:
-        ready[settings] = (result.targets[0], result.seconds["targets"])
-    return result
+    given = targets.of_batch(editor, start, start + len(batch))
+    return targets.after(editor, start, given, editor.edit(task.model, task.tok, batch, memory, given))
 
 
 @contextmanager
 def _restored(model: nn.Module, patches: list[Patch]) -> Iterator[None]:
     """Whatever happens inside, the originals of all patches are back afterwards."""
-    try:
-        yield
-    finally:
-        with ExitStack() as stack:  # the newest first, and each whatever another raises
-            for patch in patches:
-                stack.callback(patch.restore, model)
+    with intact(model):
+        try:
+            yield
+        finally:
+            do_all(partial(patch.restore, model) for patch in reversed(patches))

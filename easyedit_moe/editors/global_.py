@@ -1,4 +1,4 @@
-"""Global: the exact minimiser of MoEEdit's objective, with residual spread. Ours."""
+"""Global: the exact minimiser of MoEEdit's objective. Ours."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class GlobalEditor(SolvingEditor):
     method = "Global"
     hparams: GlobalHyperParams
 
-    def solve(self, keys: RoutedKeys, residual: Tensor, prepared: PreparedLayer) -> tuple[Any, Any]:
+    def solve(self, keys: RoutedKeys, residual: Tensor, prepared: PreparedLayer, lambda_reg: float) -> tuple[Any, Any]:
         """The exact minimiser."""
-        return solve_exact(keys, residual, self.hparams.lambda_reg, prepared.metric), None
+        return solve_exact(keys, residual, lambda_reg, prepared.metric), None
 
 
 apply_global_to_model = GlobalEditor.apply_to_model

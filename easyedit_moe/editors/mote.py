@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from easyedit_moe.algebra.core import FactoredCore, expand_core, solve_mote
+from easyedit_moe.algebra.core import FactoredCore, core_energy, expand_core, solve_mote
+from easyedit_moe.algebra.gauge import aligned_basis
 from easyedit_moe.algebra.routed_keys import FactoredUpdate, RoutedKeys
 from easyedit_moe.algebra.tucker import TuckerBasis
 from easyedit_moe.editors.prepared import PreparedLayer
@@ -21,19 +23,31 @@ class MoTEEditor(SolvingEditor):
     """Ridge on the Tucker core, ``Delta_j = U_out (sum_a U_e[j,a] G_a) U_in^T P_j``.
 
     As in its paper with ``spread: update`` (eq. 14: the core, divided by the layers left, is mapped back by each
-    layer's own factors and projectors); ``spread: residual`` solves a core per layer and is ours.
+    layer's own factors and projectors). The factors are brought into the gauge of the last layer's first, which the
+    paper leaves open (`easyedit_moe.algebra.gauge`). Other spreads solve a core per layer and are ours.
     """
 
     method = "MoTE"
     hparams: MoTEHyperParams
 
-    def solve(self, keys: RoutedKeys, residual: Tensor, prepared: PreparedLayer) -> tuple[Any, Any]:
+    def solve(self, keys: RoutedKeys, residual: Tensor, prepared: PreparedLayer, lambda_reg: float) -> tuple[Any, Any]:
         """A Tucker core, factored or dense, whichever is smaller."""
-        return solve_mote(keys, residual, self.hparams.lambda_reg, prepared.metric, prepared.tucker_basis()), None
+        return solve_mote(keys, residual, lambda_reg, prepared.metric, prepared.tucker_basis()), None
+
+    def energy(self, keys: RoutedKeys, prepared: PreparedLayer) -> float:
+        """Mean squared norm of the facts' features, on which the core acts."""
+        return core_energy(keys, prepared.tucker_basis(), prepared.metric)
 
     def place(self, solution: FactoredCore | Tensor, prepared: PreparedLayer) -> FactoredUpdate:
         """The core mapped back by the layer's own factors and projectors."""
         return expand_core(solution, prepared.tucker_basis(), prepared.metric)
+
+    def combined(self, layers: dict[int, PreparedLayer]) -> dict[int, PreparedLayer]:
+        """Where the last layer's core is mapped back by all layers' factors, those in its gauge."""
+        if self.hparams.spread != "update":
+            return layers
+        last = layers[self.hparams.layers[-1]].tucker_basis()
+        return {n: replace(one, basis=aligned_basis(one.tucker_basis(), last)) for n, one in layers.items()}
 
     def basis(self, view: MoELayerView, layer: int, moments: LayerMoments | None, fingerprint: str) -> TuckerBasis:
         """The layer's Tucker basis, from the cache where it is there."""

@@ -63,13 +63,19 @@ class Prepared:
 
 @dataclass(frozen=True)
 class EditMemory:
-    """Keys of earlier batches per layer, for ``remember_edits``; a value: passed in, and returned extended."""
+    """What a batch knows of earlier ones; a value: passed in, and returned extended.
+
+    Attributes:
+        keys: of earlier batches per layer, for ``remember_edits``.
+        edits: how many edits they made.
+    """
 
     keys: dict[int, list[RoutedKeys]] = field(default_factory=dict)
+    edits: int = 0
 
-    def extended(self, new: dict[int, list[RoutedKeys]]) -> EditMemory:
-        """A memory that also holds ``new``."""
+    def extended(self, new: dict[int, list[RoutedKeys]], edits: int) -> EditMemory:
+        """A memory that also holds ``new``, of ``edits`` more edits."""
         merged = {layer: list(parts) for layer, parts in self.keys.items()}
         for layer, parts in new.items():
             merged.setdefault(layer, []).extend(parts)
-        return EditMemory(merged)
+        return EditMemory(merged, self.edits + edits)

@@ -242,7 +242,11 @@ class _Proposing:
         where = f"of {self.depth} layers; the depth at which the papers edit (3-7 of 48, 3-5 of 24, 3-6 of 40)"
         if len(self.moe_layers) < self.depth:
             where += f"; {'MoE layers' if self.site == EXPERTS else 'layers with it'} are {_runs(self.moe_layers)}"
-        if edits_one_layer(self.method):
+        if self.row.depth == "all":
+            return Chosen(
+                "layers", sorted(self.moe_layers), f"papers: all of the {self.depth} layers that have experts"
+            )
+        if self.row.depth == "last" or edits_one_layer(self.method):
             return Chosen("layers", window[-1:], f"the last of {_runs(window)}, {where}")
         return Chosen("layers", window, where)
 

@@ -1,4 +1,4 @@
-"""Efficacy, generalisation, specificity, utility by the papers' protocols, with standard errors; routing similarity.
+"""Efficacy, generalisation, specificity, utility by the papers' protocols, with intervals; routing similarity.
 
 All numbers are teacher-forced. ``exact_match`` stands beside them: whether free greedy generation after the prompt
 writes the new target.
@@ -15,28 +15,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.errors import DataError
-from easyedit_moe.evaluation.means import Mean
 from easyedit_moe.evaluation.scoring import TargetScore, score_targets
+from easyedit_moe.evaluation.summary import Score
 from easyedit_moe.facts.records import PROTOCOLS, EvaluationRecord
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.facts.tokens import collate, encode_context, pad_id
 from easyedit_moe.moe.capture import Routing, hooks, inference_mode_of, read_routing, run
 from easyedit_moe.moe.layers import MoELayerView
-
-
-@dataclass(frozen=True)
-class Score:
-    """Mean over records and its standard error, in percent; ``count`` records (NaN without any)."""
-
-    mean: float
-    stderr: float
-    count: int
-
-    @staticmethod
-    def of(values: Sequence[float]) -> Score:
-        """From values in [0, 1]."""
-        found = Mean.of(values)
-        return Score(100 * found.mean, 100 * found.stderr, found.count)
 
 
 @dataclass(frozen=True)
@@ -72,8 +57,9 @@ def evaluate(
 
     "counterfact": efficacy is P(new) > P(true) after the prompt, generalisation the same after paraphrases, specificity
     P(true) > P(new) after neighbourhood prompts; probabilities are per-token geometric means, as in ROME and MEMIT.
-    "zsre" and "token_accuracy": token accuracy of the new target after the prompt and the paraphrases, and of the true
-    answer after prompts that the edit does not concern. Portability groups are not scored here. With ``chat`` every
+    All others: token accuracy of the new target after the prompt and the paraphrases, and of the true answer after
+    prompts that the edit does not concern; which answer that is, and how they are asked, the records say (see
+    `easyedit_moe.facts.records.PROTOCOLS`). Portability groups are not scored here. With ``chat`` every
     prompt is the user's turn in the tokenizer's template.
 
     Raises:
@@ -88,11 +74,10 @@ def evaluate(
         asked += _pairs(record, protocol)
     unique = list(dict.fromkeys(asked))
     scores = dict(zip(unique, score_targets(model, tok, unique, batch_size, max_length, progress, chat), strict=True))
-    judge = _judge_counterfact if protocol == "counterfact" else _judge_zsre
+    judge = _judge_counterfact if protocol == "counterfact" else _judge_tokens
     rows = [judge(record, scores) for record in records]
     exact = [float(scores[record.request.prompt, record.request.target_new].exact) for record in records]
-    columns = [[value for row in rows if (value := row[i]) is not None] for i in range(3)]
-    efficacy, generalisation, specificity = (Score.of(column) for column in columns)
+    efficacy, generalisation, specificity = (Score.of([row[i] for row in rows]) for i in range(3))
     judged = [[value for value in row if value is not None] for row in rows]  # efficacy always is one
     utility = Score.of([sum(values) / len(values) for values in judged])
     return EvaluationResult(protocol, efficacy, generalisation, specificity, utility, Score.of(exact))
@@ -131,7 +116,7 @@ def _judge_counterfact(record: EvaluationRecord, scores: _Scores) -> _Row:
     return changed(request.prompt), _mean([changed(p) for p in record.paraphrases]), _mean(kept)
 
 
-def _judge_zsre(record: EvaluationRecord, scores: _Scores) -> _Row:
+def _judge_tokens(record: EvaluationRecord, scores: _Scores) -> _Row:
     def accuracy(prompt: str) -> float:
         return scores[prompt, record.request.target_new].token_accuracy
 

@@ -16,7 +16,9 @@ from easyedit_moe.adapters.moe_adapter import base_fingerprint
 from easyedit_moe.errors import DataError, DenseModelError
 from easyedit_moe.evaluation import harness, metrics
 from easyedit_moe.evaluation.neighbours import answered
+from easyedit_moe.evaluation.paired import PairedTest, paired_test
 from easyedit_moe.evaluation.portability import portability
+from easyedit_moe.evaluation.summary import Score, Summary
 from easyedit_moe.facts.records import PROTOCOLS, RecordSet, load_records
 from easyedit_moe.moe.fingerprint import model_fingerprint
 from easyedit_moe.moe.layers import MoELayerView
@@ -37,8 +39,10 @@ from easyedit_moe.workflow.session import (
 
 logger = logging.getLogger(__name__)
 
-Scores = dict[tuple[str, str], "Value"]
+Scores = dict[tuple[str, str], Summary]
 RECORDS = "records"
+PORTABILITY = "portability"
+HARNESS = "lm-evaluation-harness"
 SCORES = {
     "efficacy": "efficacy",
     "generalisation": "generalisation",
@@ -46,15 +50,6 @@ SCORES = {
     "utility": "utility",
     "exact_match": "exact match",
 }
-
-
-@dataclass(frozen=True)
-class Value:
-    """A mean over ``count`` records or examples, and its standard error (None where there is none)."""
-
-    mean: float
-    stderr: float | None
-    count: int
 
 
 @dataclass(frozen=True)
@@ -66,12 +61,16 @@ class Measure:
         name: of the score: of records in percent, of tasks as lm-evaluation-harness reports it.
         before: of the model as it was loaded.
         after: with the patches; None without any.
+        change: paired test of after against before, record by record; None for tasks, and without a patch.
+        protocol: of `easyedit_moe.facts.records.PROTOCOLS`, or "lm-evaluation-harness".
     """
 
     group: str
     name: str
-    before: Value
-    after: Value | None
+    before: Summary
+    after: Summary | None
+    protocol: str
+    change: PairedTest | None = None
 
 
 @dataclass(frozen=True)
@@ -82,9 +81,9 @@ class Evaluation:
     provenance: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """Content of results.json (schema 1); what is no number is null."""
+        """Content of results.json (schema 2); what is no number is null."""
         listed = [_finite(asdict(measure)) for measure in self.measures]
-        return {"schema": 1, "measures": listed, "provenance": self.provenance}
+        return {"schema": 2, "measures": listed, "provenance": self.provenance}
 
 
 def evaluate(
@@ -97,6 +96,7 @@ def evaluate(
     loading: Loading | None = None,
     progress: bool = True,
     chat: bool | None = None,
+    protocol: str | None = None,
 ) -> Evaluation:
     """Scores of records and of tasks, before and after patches; the model is then bit-equal to before.
 
@@ -114,6 +114,7 @@ def evaluate(
         progress: show progress bars.
         chat: every prompt of the records is the user's turn in the tokenizer's template, and so are the tasks' prompts;
             by default where the patches were made so.
+        protocol: how the records are read and judged, as in `easyedit_moe.facts.records.load_records`.
 
     Raises:
         DataError: nothing to measure, or data, a task or a model that can't be used. PatchError: a file that is no
@@ -121,7 +122,7 @@ def evaluate(
     """
     if data is None and not tasks:
         raise DataError("There is nothing to measure: give a file of records, tasks, or both.")
-    found = load_records(data) if data is not None else None
+    found = load_records(data, protocol) if data is not None else None
     loaded = read_patches(patches)
     in_chat = asked_in_chat(loaded, chat)
     runner = harness.Harness(tasks, tasks_dir, limit, progress=progress, chat=in_chat) if tasks else None
@@ -156,12 +157,31 @@ def _measures(
         out = _record_scores(net, tok, records, found.protocol, chat) if found is not None else {}
         return out | (_task_scores(runner, net, tok) if runner is not None else {})
 
+    def protocol(group: str, name: str) -> str:
+        if group != RECORDS or found is None:
+            return HARNESS
+        return "token_accuracy" if name == PORTABILITY else found.protocol
+
     before = scores()
     if not patches:
-        return tuple(Measure(*name, value, None) for name, value in before.items())
+        return tuple(Measure(*name, _summary(score), None, protocol(*name)) for name, score in before.items())
     with applied(net, tok, patches):
         after = scores()
-    return tuple(Measure(*name, value, after[name]) for name, value in before.items())
+    return tuple(
+        Measure(*name, _summary(score), _summary(after[name]), protocol(*name), _change(score, after[name]))
+        for name, score in before.items()
+    )
+
+
+def _summary(score: Summary) -> Summary:
+    """Without the values of single records."""
+    return Summary(score.mean, score.stderr, score.count, score.low, score.high, score.interval)
+
+
+def _change(before: Summary, after: Summary) -> PairedTest | None:
+    if isinstance(before, Score) and isinstance(after, Score):
+        return paired_test(after.values, before.values)
+    return None
 
 
 def _fingerprint(net: nn.Module) -> str:
@@ -177,13 +197,13 @@ def _record_scores(
 ) -> Scores:
     result = metrics.evaluate(net, tok, records, protocol, chat=chat)
     found = {shown: getattr(result, name) for name, shown in SCORES.items()}
-    found["portability"] = portability(net, tok, records, chat=chat)
-    return {(RECORDS, name): Value(s.mean, s.stderr, s.count) for name, s in found.items() if s.count}
+    found[PORTABILITY] = portability(net, tok, records, chat=chat)
+    return {(RECORDS, name): score for name, score in found.items() if score.count}
 
 
 def _task_scores(runner: harness.Harness, net: nn.Module, tok: PreTrainedTokenizerBase) -> Scores:
     return {
-        (task, metric): Value(score.value, score.stderr, score.count)
+        (task, metric): Summary(score.value, score.stderr, score.count)
         for task, found in runner.scores(net, tok).items()
         for metric, score in found.items()
     }
@@ -202,7 +222,7 @@ def _about_records(data: str | Path | None, found: RecordSet | None) -> dict[str
         "records": len(found.records),
         "skipped_records": len(found.skipped),
         "protocol": found.protocol,
-        "protocols": {RECORDS: f"{PROTOCOLS[found.protocol]}, percent; portability: teacher-forced token accuracy"},
+        "protocols": {RECORDS: f"{PROTOCOLS[found.protocol]}, percent; portability: {PROTOCOLS['token_accuracy']}"},
     }
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from easyedit_moe.comparison.compare import PRE_EDIT
+from easyedit_moe.comparison.rows import PRE_EDIT
 from easyedit_moe.comparison.tuned import record_hash, rows_file
 from easyedit_moe.editors.proposal import Chosen, Proposal
 from easyedit_moe.editors.proposing import edits_one_layer, propose
