@@ -57,8 +57,8 @@ def init(
         force: write over files that are there.
         locate: edit at windows of layers, and take the window of the best utility instead of layers by depth; a method
             that does not solve for experts takes Global's. The rows are written beside ``out``, see `rows_file`, and
-            `compare` refuses to score the file on the records that decided.
-            Statistics that were gathered stay in the cache whatever happens.
+            `compare` refuses to score the file on the records that decided. Statistics that were gathered stay in the
+            cache whatever happens.
         budget: minutes for that, loading left out; layers are by depth where no window could be tried.
         on_cost: is told the expected cost before anything is measured.
         progress: show progress bars of what is measured.
@@ -88,14 +88,8 @@ def init(
         where = str(data) if isinstance(data, Path) else data
         location = locating.locate(where, model, "", trial, None, settings, on_cost=on_cost, progress=progress)
         layers = _layers_of(location, found, budget, files[-1].name if files else "")
-        found = propose(model, found.method, facts, trust_remote_code, layers=layers)
-        used: list[str] = []
-        if tried(location.measured.rows["trial"]):
-            found = replace(found, notes=(*found.notes, *verdict(location)))
-            used = [record_hash(record) for record in location.records]
-        found = replace(found, measured=_measured(location))
-        found.hparams()
-        texts = [json_text({**location.to_dict(), "records": used})]
+        found = _with_measured(propose(model, found.method, facts, trust_remote_code, layers=layers), location)
+        texts = [json_text({**location.to_dict(), "records": _deciding(location)})]
     _write(files, [found.yaml(), *texts])
     return found
 
@@ -150,6 +144,19 @@ def _layers_of(location: locating.Location, found: Proposal, budget: float | Non
         f"windows tried (of {len(location.windows)}); unedited {before['utility']['mean']:.1f}{kept}"
     )
     return Chosen("layers", list(best["layers"]), reason)
+
+
+def _with_measured(found: Proposal, location: locating.Location) -> Proposal:
+    """The proposal, which says what was measured."""
+    notes = verdict(location) if tried(location.measured.rows["trial"]) else ()
+    found = replace(found, notes=(*found.notes, *notes), measured=_measured(location))
+    found.hparams()
+    return found
+
+
+def _deciding(location: locating.Location) -> list[str]:
+    """Hashes of the records that chose the layers; none where no window was tried."""
+    return [record_hash(record) for record in location.records] if tried(location.measured.rows["trial"]) else []
 
 
 def _measured(location: locating.Location) -> str:
