@@ -80,5 +80,5 @@ def _site(editor: Editor) -> str:
 
 
 def _key(editor: Editor) -> Any:
-    """What targets depend on besides the records; the site, too, since they are sought among what it can bring about."""
+    """What targets depend on besides the records; also the site, as they are sought among what it can bring about."""
     return editor.target_settings(), _site(editor)

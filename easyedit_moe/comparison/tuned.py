@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from easyedit_moe.errors import DataError
 from easyedit_moe.facts.records import EvaluationRecord
 from easyedit_moe.hparams.models import LOCATED
-from easyedit_moe.storage.strict_json import read_json
-from easyedit_moe.storage.tensors import digest
+from easyedit_moe.storage.schema import content_of, read_value
+from easyedit_moe.storage.strict_json import digest, read_checked_json
 
 TUNING = "tuning.json"
 """File beside tuned settings: the records that were used, and all trials."""
@@ -43,8 +44,8 @@ def check_held_out(
     if hparams is None:
         return
     given = Path(hparams)
-    used = [given] if files is None and not given.is_dir() else list(files or [])
-    folders = dict.fromkeys([given if given.is_dir() else given.parent, *(file.parent for file in used)])
+    used = [given] if files is None and not os.path.isdir(given) else list(files or [])
+    folders = dict.fromkeys([given if os.path.isdir(given) else given.parent, *(file.parent for file in used)])
     for folder in folders:
         _check(folder / TUNING, records, f"tune {hparams}", "tuning", "tune")
     for file in used:
@@ -53,14 +54,13 @@ def check_held_out(
 
 def _check(path: Path, records: Sequence[EvaluationRecord], purpose: str, doing: str, command: str) -> None:
     """DataError where a file, if it is there, names one of the records."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         return
-    saved = read_json(path)
-    used = saved.get("records") if isinstance(saved, dict) else None
-    if not isinstance(used, list):
-        raise DataError(f"{path} does not say which records were used for {doing}; delete it, or run {command} again.")
-    known = set(used)
-    seen = [record for record in records if record_hash(record) in known]
+    advice = f"delete it, or run {command} again"
+    saved = read_checked_json(path, DataError, advice)
+    with content_of(path, DataError, f"it does not say which records were used for {doing}; {advice}"):
+        used = set(read_value(saved.get("records"), list[str], "records"))
+    seen = [record for record in records if record_hash(record) in used]
     if seen:
         raise DataError(
             f"{len(seen)} of the {len(records)} records were used to {purpose} (so says {path}), the first: "
