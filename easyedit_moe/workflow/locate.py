@@ -252,7 +252,8 @@ class _Job:
         """Edit all facts at a window, score them, and put the model back; the unedited model is scored once."""
         name, hp = window_name(window), at_layers(self.hparams, window, self._targets)
         before = measured.rows["trial"].get(PRE_EDIT)
-        earlier = [] if before is None else [row_of(before, self.task.protocol)]
+        values = {key: value for key, value in (before or {}).items() if key != "name"}
+        earlier = [] if before is None else [row_of(values, self.task.protocol)]
         found = compare(self.task, [hp], labels=[name], earlier=earlier, progress=self.progress)
         for row in found.rows:
             values = row.to_dict()
