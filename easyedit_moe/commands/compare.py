@@ -45,8 +45,9 @@ def compare(
     """Edit the same records by several methods and print a side-by-side table, scored after all edits."""
     from easyedit_moe import host
     from easyedit_moe.comparison.report import check_folder, notes, tables, write_results
-    from easyedit_moe.comparison.settings import chosen_methods, loading_settings, resolve_methods
+    from easyedit_moe.comparison.settings import chosen_methods, loading_settings, method_files, resolve_methods
     from easyedit_moe.comparison.task import load_task
+    from easyedit_moe.comparison.tuned import check_held_out
     from easyedit_moe.host.baseline_hparams import HOST_METHODS
 
     by_seed, real = read_seeds(seeds), read_judge(answers, judge, judge_model)
@@ -63,7 +64,7 @@ def compare(
         model, data, edits, skip, batch_size, dtype or first.dtype, device or first.device, first.model_parallel,
         first.trust_remote_code, shows_progress(), any(getattr(hp, "chat", False) for hp in settings), protocol or None,
     )  # fmt: skip
-    _check_held_out(hparams, task)
+    check_held_out(hparams, task.records, method_files(names, model, hparams))
     task = task.asking(retention, real)
     result = _run(task, settings, folder, easyedit_metrics, resume, by_seed)
     paths = write_results(result, folder)
@@ -72,12 +73,6 @@ def compare(
     for line in notes(result):
         say(line)
     note("Written: " + ", ".join(str(path) for path in paths))
-
-
-def _check_held_out(hparams: str | None, task: Task) -> None:
-    from easyedit_moe.comparison.tuned import check_held_out
-
-    check_held_out(hparams, task.records)
 
 
 def _run(
