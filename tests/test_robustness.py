@@ -1,4 +1,8 @@
-"""Artefacts with another content than was written are refused or made anew, and the page of counts is that of its file."""
+<<<<<<< HEAD
+"""Artefacts of another content than was written are refused or made anew, and the page of counts is that of its file."""
+=======
+"""Artefacts with another content are refused or made anew, and the page of counts is that of its file."""
+>>>>>>> disk
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def check_saved(folder: str | Path, trust_remote_code: bool = False) -> None:
     shapes = {name: (entry.shape, entry.dtype) for name, entry in checkpoint.tensors.items()}
     try:
         model = empty_model(str(folder), trust_remote_code=trust_remote_code)
-        settings = getattr(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code), _QUANTIZED, None)
+        settings = getattr(_config(folder, trust_remote_code), _QUANTIZED, None)
         if settings is not None:
             setattr(model.config, _QUANTIZED, settings)
         _, report = empty_load(model, shapes)
@@ -121,6 +121,14 @@ def source_folder(source: str) -> Path:
         raise DataError(f"{source!r} is no folder and not in the hub's cache: {error}") from error
 
 
+def _config(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The config in a folder; CheckpointError where it can't be read, or has code of its own that is not trusted."""
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        raise CheckpointError(f"The config in {folder} can't be read: {error}") from error
+
+
 def _check_savable(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
@@ -134,7 +142,7 @@ def _check_savable(model: nn.Module) -> None:
 
 def _changes(model: PreTrainedModel, origin: Path) -> tuple[StoredParameters, list[tuple[str, Row]]] | None:
     """What of a model differs from the checkpoint it came from; None where that can't hold it bit by bit."""
-    if quant_method(AutoConfig.from_pretrained(origin)) not in (None, "mxfp4"):
+    if quant_method(_config(origin)) not in (None, "mxfp4"):
         return None
     checkpoint = Checkpoint.of_folder(origin)
     stored = StoredParameters(CheckpointNames(origin, checkpoint))
@@ -193,14 +201,14 @@ def _save_onto(
 
 def _save_dense(model: PreTrainedModel, tok: PreTrainedTokenizerBase, partial: Path, origin: Path) -> None:
     """Write all parameters, in the dtype they have in memory, and what else came with the source."""
-    whole = type(AutoConfig.from_pretrained(origin))
+    whole = type(_config(origin))
     if whole is not type(model.config):
         raise CheckpointError(
             f"{origin} holds more than the {type(model).__name__} in memory, and not in its dtype, so the whole can't "
             "be saved. Load the model in the checkpoint's dtype."
         )
     with (
-        _as_float(model, quant_method(AutoConfig.from_pretrained(origin)) is not None),
+        _as_float(model, quant_method(_config(origin)) is not None),
         quiet_transformers(),
         system_errors(),
     ):

@@ -18,6 +18,7 @@ from easyedit_moe.comparison.seeds import pooled, seeded
 from easyedit_moe.comparison.task import Task
 from easyedit_moe.editors import Editor, EditResult, Patch, make_editor
 from easyedit_moe.errors import EditingWarning, HyperParamsError
+from easyedit_moe.evaluation.context import check_fit
 from easyedit_moe.evaluation.metrics import EvaluationResult, evaluate
 from easyedit_moe.evaluation.routing import RoutingSnapshot, routing_similarity, routing_snapshot
 from easyedit_moe.evaluation.summary import Score
@@ -154,6 +155,8 @@ class _Judge:
         edited = [record.request.prompt for record in task.records]
         near = sorted({prompt for record in task.records for prompt, _ in record.neighbours})
         self._prompts = {"edit": edited, "preservation": list(task.preserved) or near or edited}
+        asked = [prompt for prompts in self._prompts.values() for prompt in prompts]
+        check_fit(task.model, task.tok, [(prompt, "") for prompt in (*asked, *near)], task.chat)
         self._before = {name: self._snapshot(name) for name in self._prompts}
 
     def _snapshot(self, name: str) -> RoutingSnapshot:
@@ -214,6 +217,7 @@ def _run_method(
     memory, reached = None, None
     patches: list[Patch] = []
     told: list[str] = []
+    editor.check_requests(model, task.tok, [record.request for record in task.records])
     targets.before(editor)
     with _restored(model, patches):
         for start in range(0, len(task.records), task.batch_size):

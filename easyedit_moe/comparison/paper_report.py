@@ -13,7 +13,8 @@ from easyedit_moe.comparison.rows import PRE_EDIT, Row
 from easyedit_moe.comparison.saved import RESULTS, read_results, save_rows
 from easyedit_moe.evaluation.routing import NAMES as WINDOWS
 from easyedit_moe.facts.records import PROTOCOLS
-from easyedit_moe.storage.files import replacing
+from easyedit_moe.storage.figures import save_figure
+from easyedit_moe.storage.files import write_text
 
 PROMPTS = ("edit", "preservation")
 """What routing is compared on: prompts that are edited, and those that are to stay as they are."""
@@ -122,10 +123,7 @@ def write_overview(out: Path) -> Path:
     """Write ``tables.md``: all tables in a folder that have all of their rows, in the paper's order."""
     places = [folder_of(table, data, out) / RESULTS for table in TABLES.values() for data in table.data]
     found = [read_results(place) for place in places if place.is_file()]
-    path = out / "tables.md"
-    with replacing(path) as partial:
-        partial.write_text("\n".join(markdown(one) for one in found if one.complete), encoding="utf-8")
-    return path
+    return write_text(out / "tables.md", "\n".join(markdown(one) for one in found if one.complete))
 
 
 def write_table(comparison: Comparison, folder: Path) -> list[Path]:
@@ -133,8 +131,7 @@ def write_table(comparison: Comparison, folder: Path) -> list[Path]:
     table = TABLES[comparison.provenance["table"]]
     path = folder / "table.md"
     paths = [save_rows(comparison, folder), path, folder / "comparison.png"]
-    with replacing(path) as partial:
-        partial.write_text(markdown(comparison), encoding="utf-8")
+    write_text(path, markdown(comparison))
     chart = routing_chart if "routing" in table.columns else report.chart
     chart(comparison, paths[-1])
     return paths
@@ -147,16 +144,15 @@ def routing_chart(comparison: Comparison, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(PROMPTS), figsize=(13, 4.5), sharey=True, layout="constrained")
+    edited = [row for row in comparison.rows if row.method != PRE_EDIT]
+    figure, axes = plt.subplots(1, len(PROMPTS), figsize=(15, 4.5), sharey=True, layout="constrained")
     for axis, prompts in zip(axes, PROMPTS, strict=True):
-        for row in comparison.rows:
-            if row.method != PRE_EDIT:
-                per_layer = row.routing[prompts]["per_layer"]
-                axis.plot(list(per_layer), list(per_layer.values()), marker=".", label=row.method)
+        for number, row in enumerate(edited):
+            found = row.routing[prompts]["per_layer"]
+            colour = plt.get_cmap("tab20")(number % 20)
+            axis.plot(list(found), list(found.values()), marker=".", color=colour, label=row.method)
         axis.set(title=f"{prompts} prompts", xlabel="layer", ylim=(0, 104))
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("Jaccard similarity of the routed experts, percent")
-    axes[0].legend(frameon=False)
-    with replacing(path) as partial:
-        figure.savefig(partial, dpi=110)
-    plt.close(figure)
+    axes[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    save_figure(figure, path)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from easyedit_moe.algebra.ranks import resolve_rank
 from easyedit_moe.algebra.tucker import TuckerBasis, tucker_basis
 from easyedit_moe.errors import DamagedCacheError
 from easyedit_moe.hparams import MoTEHyperParams
@@ -33,8 +32,8 @@ _PARTS = ("u_expert", "u_out", "u_in")
 class BasisKey:
     """All that a file with a Tucker basis depends on.
 
-    ``weights`` is the hash of the layer's down-projections, which the model's fingerprint leaves out; ``statistics``
-    that of the moments that whiten, empty where nothing does.
+    ``ranks`` are zeros where ``energy`` chooses them. ``weights`` is the hash of the layer's down-projections, which
+    the model's fingerprint leaves out; ``statistics`` that of the moments that whiten, empty where nothing does.
     """
 
     fingerprint: str
@@ -46,11 +45,12 @@ class BasisKey:
     hooi_sweeps: int
     statistics: str
     site: str = EXPERTS
+    energy: tuple[float, ...] = ()
 
     def content(self) -> dict[str, Any]:
-        """As JSON; see `easyedit_moe.statistics.cache.StatisticsKey.content`."""
-        content = {name: value for name, value in asdict(self).items() if name != "site"}
-        return {**content, **site_entry(self.site)}
+        """As JSON; see `easyedit_moe.statistics.cache.StatisticsKey.content`. No energy leaves no trace either."""
+        content = {name: value for name, value in asdict(self).items() if name not in ("site", "energy")}
+        return {**content, **site_entry(self.site), **({"energy": list(self.energy)} if self.energy else {})}
 
     def file_name(self) -> str:
         """``basis-layer3-<hash of the key>.safetensors``."""
@@ -76,14 +76,11 @@ def basis_key(
         HyperParamsError: a rank out of range.
     """
     layout, hp = moe.experts.layout, hparams
-    ranks = (
-        resolve_rank(hp.expert_rank, layout.num_experts, "rank_expert"),
-        resolve_rank(hp.rank_out, layout.d_model, "rank_out"),
-        resolve_rank(hp.rank_in, layout.d_hidden, "rank_in"),
-    )
+    ranks = hp.ranks(layout.num_experts, layout.d_model, layout.d_hidden) or (0, 0, 0)
     return BasisKey(
         fingerprint, moe.index, content_hash(moe.experts.matrices()), ranks, hp.whitening, hp.whitening_eps,
         hp.hooi_sweeps, content_hash(whitening_moments) if whitening_moments else "", hp.site,
+        tuple(hp.tucker_energy),
     )  # fmt: skip
 
 
@@ -105,10 +102,11 @@ def layer_basis(moe: MoELayer, hparams: MoTEHyperParams, moments: LayerMoments |
     found = read_or_warn(path, lambda file: load_basis(file, key, device, moe.experts.layout))
     if found is not None:
         return found
+    ranks = (1, 1, 1) if hp.tucker_energy else key.ranks
     check_writable(path)
     basis = tucker_basis(
-        moe.experts.matrices(), hp.expert_rank, hp.rank_out, hp.rank_in, hp.hooi_sweeps, hp.whitening, sigma_in,
-        sigma_out, hp.whitening_eps,
+        moe.experts.matrices(), *ranks, hp.hooi_sweeps, hp.whitening, sigma_in,
+        sigma_out, hp.whitening_eps, energy=hp.tucker_energy or None,
     )  # fmt: skip
     save_basis(path, key, basis)
     return basis

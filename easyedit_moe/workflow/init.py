@@ -67,10 +67,7 @@ def init(
             a file that can't be written. MethodError: an unknown method, or EasyEdit's own. LayoutError,
             DenseModelError: no experts that can be edited. Further what `locate` raises. Then nothing is written.
     """
-    if budget is not None and not locate:
-        raise DataError(f"A budget of {budget:g} minutes bounds what is measured; pass --locate with it.")
-    if locate and site != EXPERTS:
-        raise DataError(f"Layers are located for routed experts only; found site {site}. Leave out --locate.")
+    _check_choices(locate, budget, site)
     settings = LocateSettings(stages=STAGES, budget=budget)
     files = [] if out is None else [Path(out), *([rows_file(out)] if locate else [])]
     for file in files:
@@ -94,6 +91,13 @@ def init(
         texts = [json_text(location.to_dict())]
     _write(files, [found.yaml(), *texts])
     return found
+
+
+def _check_choices(locate: bool, budget: float | None, site: str) -> None:
+    if budget is not None and not locate:
+        raise DataError(f"A budget of {budget:g} minutes bounds what is measured; pass --locate with it.")
+    if locate and site != EXPERTS:
+        raise DataError(f"Layers are located for routed experts only; found site {site}. Leave out --locate.")
 
 
 def rows_file(out: str | Path) -> Path:

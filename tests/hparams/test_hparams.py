@@ -234,7 +234,8 @@ TOO_LOW = {
     "batch_size": 0, "max_length": 0, "v_num_grad_steps": 0, "target_batch_size": 0, "capture_batch_size": 0,
     "mom2_n_samples": 0, "mom2_n_tokens": 0, "generated_length": 1, "coverage_target": 0, "min_coverage": -1,
     "v_weight_decay": -0.1, "kl_factor": -1e-9, "early_stop_loss": -0.1,
-    "nullspace_threshold": -0.1, "covariance_ridge": -1e-9, "lambda_reg": -1e-9, "v_lr": 0, "clamp_norm_factor": 0,
+    "nullspace_threshold": -0.1, "covariance_ridge": -1e-9, "lambda_reg": -1e-9, "lambda_relative": -0.1, "rounds": 0,
+    "nullspace_energy": 0, "nullspace_rank": 0, "v_lr": 0, "clamp_norm_factor": 0,
     "rank_expert": 0, "rank_out": -3, "rank_in": 0, "whitening_eps": 0, "hooi_sweeps": -1, "layers": [-1, 2],
 }  # fmt: skip
 OF_OTHERS = {

@@ -168,3 +168,18 @@ def test_content_hash_sees_bits_shapes_and_dtypes() -> None:
     others = [[-one], [one.reshape(2, 3)], [one.to(torch.float64)], [one.flip(0)], [one, one], [one[:3], one[3:]]]
     assert len({content_hash(other) for other in [*others, [one]]}) == 7
     assert content_hash([one.bfloat16()]) == content_hash([one.bfloat16()])
+
+
+def test_ranks_by_energy_have_a_file_of_their_own(view: MoELayerView, calls: list[Any], tmp_path: Path) -> None:
+    by_energy = {"rank_expert": None, "rank_out": None, "rank_in": None, "tucker_energy": [0.9, 0.8, 0.7]}
+    hp = hparams(tmp_path, whitening="none", **by_energy)
+    first = layer_basis(view.layers[1], hp, None, FINGERPRINT)
+    again = layer_basis(view.layers[1], hp, None, FINGERPRINT)
+    assert len(calls) == 1
+    assert torch.equal(first.u_in, again.u_in)
+    wanted = tucker_basis(view.layers[1].experts.stacked(), 1, 1, 1, energy=(0.9, 0.8, 0.7))
+    assert torch.equal(first.u_in, wanted.u_in)
+    assert first.u_in.shape[1] < view.layers[1].experts.layout.d_hidden
+    by_energy["tucker_energy"] = [0.9, 0.8, 0.75]
+    layer_basis(view.layers[1], hparams(tmp_path, whitening="none", **by_energy), None, FINGERPRINT)
+    assert len(calls) == 2
