@@ -25,3 +25,11 @@ def test_the_page_s_tables_are_those_of_the_files() -> None:
     assert {one.provenance["model_fingerprint"] for one in found.values()} == {
         read_results(DOCS / "comparison.json").provenance["model_fingerprint"]
     }
+
+
+def test_results_of_earlier_versions_are_read() -> None:
+    """Files of this package's comparisons, the oldest of which say neither state nor intervals."""
+    for name in ("comparison", "ablations", "easyedit", "init"):
+        found = read_results(DOCS / f"{name}.json")
+        assert found.complete
+        assert found.rows[0].method == "pre-edit"
