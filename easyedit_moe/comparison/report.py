@@ -13,11 +13,12 @@ from easyedit_moe.comparison.compare import Comparison
 from easyedit_moe.comparison.differences import MEANING, differences, said
 from easyedit_moe.comparison.rows import SCORES, Row
 from easyedit_moe.comparison.saved import save_rows
+from easyedit_moe.errors import DataError
 from easyedit_moe.evaluation.summary import Score, legend, shown
 from easyedit_moe.facts.records import PROTOCOLS
 from easyedit_moe.host.baseline_hparams import PROTOCOL
 from easyedit_moe.storage.figures import save_figure
-from easyedit_moe.storage.files import check_writable, make_folder, write_text
+from easyedit_moe.storage.files import check_writable, path_of, write_text
 
 COLUMNS = (
     "method", "code", "edits", "protocol", "efficacy", "generalisation", "specificity", "utility",
@@ -112,12 +113,12 @@ def markdown_rows(columns: Sequence[str], texts: int, rows: Sequence[Sequence[st
 
 
 def check_folder(out: str | Path) -> Path:
-    """The folder for results, made if need be.
+    """The folder for results, which is made when the first of them is written.
 
     Raises:
-        WriteError: it can't be made or written to.
+        DataError: no path. WriteError: it can't be made or written to.
     """
-    folder = make_folder(out)
+    folder = path_of(out, "the output folder", DataError)
     check_writable(folder / "results.json")
     return folder
 
