@@ -298,7 +298,8 @@ def _rows_of(
         end, target = len(context.ids), context.answer
         predict = tuple(range(end - 1, end - 1 + len(target)))
         rows.append(_Row(owner, context.ids + target[:-1], context.fact, predict, target, bare=not rows))
-    text = KL_PROMPT.format(request.named_subject)
+    asked = settings.kl_factor > 0 or request.subject is not None
+    text = KL_PROMPT.format(request.named_subject) if asked else request.prompt  # then it weighs nothing
     kl = encode_prompt(tok, text, request.subject, settings.fact_token, chat=settings.chat)
     # Tokens behind the fact token can't change what it predicts.
     rows.append(_Row(owner, kl.ids[: kl.fact + 1], kl.fact, (kl.fact,), (), bare=False))
