@@ -144,14 +144,15 @@ def routing_chart(comparison: Comparison, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(PROMPTS), figsize=(13, 4.5), sharey=True, layout="constrained")
+    edited = [row for row in comparison.rows if row.method != PRE_EDIT]
+    figure, axes = plt.subplots(1, len(PROMPTS), figsize=(15, 4.5), sharey=True, layout="constrained")
     for axis, prompts in zip(axes, PROMPTS, strict=True):
-        for row in comparison.rows:
-            if row.method != PRE_EDIT:
-                per_layer = row.routing[prompts]["per_layer"]
-                axis.plot(list(per_layer), list(per_layer.values()), marker=".", label=row.method)
+        for number, row in enumerate(edited):
+            found = row.routing[prompts]["per_layer"]
+            colour = plt.get_cmap("tab20")(number % 20)
+            axis.plot(list(found), list(found.values()), marker=".", color=colour, label=row.method)
         axis.set(title=f"{prompts} prompts", xlabel="layer", ylim=(0, 104))
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("Jaccard similarity of the routed experts, percent")
-    axes[0].legend(frameon=False)
+    axes[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     save_figure(figure, path)

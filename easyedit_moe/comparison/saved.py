@@ -157,12 +157,12 @@ class _SavedRow:
 
 @dataclass(frozen=True)
 class _Saved:
-    """Content of ``results.json``."""
+    """Content of ``results.json``; the first files had no state, and were written once all rows were there."""
 
     schema: Literal[1, 2]
-    state: Literal["complete", "interrupted"]
     rows: list[_SavedRow]
     provenance: dict[str, Any]
+    state: Literal["complete", "interrupted"] = "complete"
 
 
 def _row(saved: _SavedRow, protocol: str) -> Row:
