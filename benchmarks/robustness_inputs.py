@@ -303,11 +303,13 @@ _COMMANDS: list[tuple[str, list[str], int]] = [
 
 
 def _options(name: str) -> list[tuple[str, bool]]:
-    """A command's options, each with whether a value follows; what names the model is given already."""
+    """A command's options, each with whether a value follows; what names the model is given already, and what measures
+    for minutes is left out.
+    """
     group: Any = get_command(app)
     found = []
     for parameter in group.commands[name].params:
-        if parameter.param_type_name == "option" and parameter.name != "model":
+        if parameter.param_type_name == "option" and parameter.name not in ("model", "locate"):
             found += [(option, not parameter.is_flag) for option in (*parameter.opts, *parameter.secondary_opts)]
     return found
 
@@ -405,9 +407,9 @@ def main(
                 for found in drawn(section, 100, number):
                     counts[name].add(found)
             number += 1
+            merge_counts(out, counts, minutes, number)
     for name, found in counts.items():
         typer.echo(f"{name}: {dict(found.of)}" + "".join(f"\n  {text}" for text in found.bad[:20]))
-    merge_counts(out, counts, minutes, number)
 
 
 def merge_counts(path: Path, counts: Mapping[str, Counts], minutes: float, series: int) -> None:
