@@ -90,9 +90,11 @@ class Inputs:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.runner = CliRunner()
-        (folder / "empty").mkdir(exist_ok=True)
-        (folder / "file").write_text("x", encoding="utf-8")
-        (folder / "facts.csv").write_text("prompt,subject,target_new\nAngola is in,Angola,Russia\n", encoding="utf-8")
+        self.place = folder / "commands"
+        (self.place / "empty").mkdir(parents=True, exist_ok=True)
+        (self.place / "file").write_text("x", encoding="utf-8")
+        text = "prompt,subject,target_new\nAngola is in,Angola,Russia\n"
+        (self.place / "facts.csv").write_text(text, encoding="utf-8")
 
     # ------------------------------------------------------------ requests
 
@@ -229,7 +231,7 @@ class Inputs:
 
     def command_line(self) -> Section:
         """Arguments of every command: exit code 2 and a line for what is refused; nothing is written."""
-        inside = sorted(path.name for path in self.folder.iterdir())
+        inside = sorted(path.name for path in self.place.iterdir())
         known = ["factworld", "MoTE", "Global", "all", "nan", "cpu", "cuda:9", "ROME", *inside]
         numbers = st.one_of(st.integers(-5, 10**40), st.floats()).map(str)
         words = st.one_of(TEXTS, numbers, st.sampled_from(known))
@@ -250,7 +252,7 @@ class Inputs:
 
         def check(line: list[str]) -> Outcome:
             here = os.getcwd()
-            os.chdir(self.folder)
+            os.chdir(self.place)
             try:
                 done = self.runner.invoke(app, line)
             finally:
@@ -264,7 +266,7 @@ class Inputs:
                 return Outcome(SUCCESS)
             if not text:
                 return Outcome(RAW, f"{line}: exit code {done.exit_code} without a message")
-            left = sorted(path.name for path in self.folder.iterdir()) != inside
+            left = sorted(path.name for path in self.place.iterdir()) != inside
             self.clean(inside)
             return Outcome(CHANGED, f"{line}: {text}") if left else Outcome(TYPED)
 
@@ -274,7 +276,7 @@ class Inputs:
         """Remove what a command made."""
         import shutil
 
-        for path in self.folder.iterdir():
+        for path in self.place.iterdir():
             if path.name not in inside:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -303,11 +305,13 @@ _COMMANDS: list[tuple[str, list[str], int]] = [
 
 
 def _options(name: str) -> list[tuple[str, bool]]:
-    """A command's options, each with whether a value follows; what names the model is given already."""
+    """A command's options, each with whether a value follows; what names the model is given already, and what measures
+    for minutes is left out.
+    """
     group: Any = get_command(app)
     found = []
     for parameter in group.commands[name].params:
-        if parameter.param_type_name == "option" and parameter.name != "model":
+        if parameter.param_type_name == "option" and parameter.name not in ("model", "locate"):
             found += [(option, not parameter.is_flag) for option in (*parameter.opts, *parameter.secondary_opts)]
     return found
 
@@ -405,9 +409,9 @@ def main(
                 for found in drawn(section, 100, number):
                     counts[name].add(found)
             number += 1
+            merge_counts(out, counts, minutes, number)
     for name, found in counts.items():
         typer.echo(f"{name}: {dict(found.of)}" + "".join(f"\n  {text}" for text in found.bad[:20]))
-    merge_counts(out, counts, minutes, number)
 
 
 def merge_counts(path: Path, counts: Mapping[str, Counts], minutes: float, series: int) -> None:
