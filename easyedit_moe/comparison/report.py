@@ -12,14 +12,14 @@ from rich.table import Table
 from easyedit_moe.comparison import retention
 from easyedit_moe.comparison.compare import Comparison
 from easyedit_moe.comparison.differences import MEANING, differences, said
-from easyedit_moe.comparison.retention import lines
 from easyedit_moe.comparison.rows import SCORES, Row
 from easyedit_moe.comparison.saved import save_rows
+from easyedit_moe.errors import DataError
 from easyedit_moe.evaluation.summary import Score, legend, shown
 from easyedit_moe.facts.records import PROTOCOLS
 from easyedit_moe.host.baseline_hparams import PROTOCOL
 from easyedit_moe.storage.figures import save_figure
-from easyedit_moe.storage.files import check_writable, make_folder, write_text
+from easyedit_moe.storage.files import check_writable, path_of, write_text
 
 COLUMNS = (
     "method", "code", "edits", "protocol", "efficacy", "generalisation", "specificity", "utility",
@@ -74,7 +74,12 @@ def further(comparison: Comparison) -> list[Further]:
     """Tables of what was measured besides: EasyEdit's metrics, real answers, retention."""
     theirs = [(row, row.easyedit) for row in comparison.rows if row.easyedit is not None]
     real = [(row, row.answers) for row in comparison.rows if row.answers is not None]
-    kept = [line for row in comparison.rows if row.retention for line in lines(row.method, row.retention, row.scores)]
+    kept = [
+        line
+        for row in comparison.rows
+        if row.retention
+        for line in retention.lines(row.method, row.retention, row.scores)
+    ]
     return [
         *_of_scores(f"The same edits by the protocol of {PROTOCOL}", EASYEDIT_COLUMNS, theirs),
         *_of_scores(
@@ -114,7 +119,7 @@ def tables(comparison: Comparison) -> list[Table]:
     of += f"{provenance['model']}, scored after all of them, percent"
     main = f"{of}; by the papers' protocol: {PROTOCOLS[provenance['protocol']]}"
     out = []
-    for one in [Further(main, COLUMNS, 4, _lines(comparison)), *further(comparison)]:
+    for one in [Further(main, COLUMNS, 4, lines(comparison)), *further(comparison)]:
         out.append(_table(one.title, one.columns, one.texts))
         for line in one.lines:
             out[-1].add_row(*line)
@@ -128,7 +133,8 @@ def _table(title: str, columns: Sequence[str], texts: int) -> Table:
     return out
 
 
-def _lines(comparison: Comparison) -> list[list[str]]:
+def lines(comparison: Comparison) -> list[list[str]]:
+    """The cells of every row, in the order of `COLUMNS`."""
     found = differences(comparison.rows)
     return [cells(row, said(one)) for row, one in zip(comparison.rows, found, strict=True)]
 
@@ -144,7 +150,7 @@ def notes(comparison: Comparison) -> list[str]:
 
 def markdown(comparison: Comparison) -> str:
     """The same tables for a README."""
-    text = markdown_rows(COLUMNS, 4, _lines(comparison))
+    text = markdown_rows(COLUMNS, 4, lines(comparison))
     for one in further(comparison):
         text += f"\n{one.title}:\n\n" + markdown_rows(one.columns, one.texts, one.lines)
     return "\n".join([text, *(f"{line}\n" for line in notes(comparison))])
@@ -158,12 +164,12 @@ def markdown_rows(columns: Sequence[str], texts: int, rows: Sequence[Sequence[st
 
 
 def check_folder(out: str | Path) -> Path:
-    """The folder for results, made if need be.
+    """The folder for results, which is made when the first of them is written.
 
     Raises:
-        WriteError: it can't be made or written to.
+        DataError: no path. WriteError: it can't be made or written to.
     """
-    folder = make_folder(out)
+    folder = path_of(out, "the output folder", DataError)
     check_writable(folder / "results.json")
     return folder
 
