@@ -194,9 +194,10 @@ class EditCalls(ABC):
         """As `edit`, with request dicts (EasyEdit's or ROME's) or `EditRequest` values."""
         options["test_generation"] = test_generation
         self._check_keywords("edit_requests", options)
+        retention = _asked_retention(sequential_edit, options)
         scorer = self.scorer(**options)
         single = [[request] for request in listed_requests(requests)]
-        return self._run(single, sequential_edit, verbose, scorer, measure_first=True)
+        return self._run(single, sequential_edit, verbose, scorer, measure_first=True, retention=retention)
 
     @_with_columns
     def batch_edit(
@@ -206,7 +207,8 @@ class EditCalls(ABC):
         size = replace(self.hparams).batch_size  # checked anew, since fields can be set after reading
         listed = listed_requests(requests)
         batches = [listed[start : start + size] for start in range(0, len(listed), size)]
-        return self._run(batches, sequential, verbose, self.scorer(**options))
+        retention = _asked_retention(sequential, options)
+        return self._run(batches, sequential, verbose, self.scorer(**options), retention=retention)
 
     @_with_columns
     def generate_edit(
@@ -246,12 +248,14 @@ class EditCalls(ABC):
         verbose: bool,
         scorer: Scorer,
         measure_first: bool = False,
+        retention: bool = False,
     ) -> Results:
         checked = checked_batches(batches)
         editor = self._current_editor()
         self._check_all([request for batch in checked for request in batch])
         metrics: list[dict[str, Any]] = []
         weights: dict[str, Tensor] = {}
+        kept = _Retained(scorer)
         with held(self.model), self._scope(), _bars_of(editor, editor.progress and verbose):
             before = [scorer.before(batch) for batch in checked] if measure_first else []
             if measure_first:
@@ -266,6 +270,8 @@ class EditCalls(ABC):
                     metrics.append({**entry, **scorer.entry(request, was, now)})
                     if verbose:
                         self._report(metrics[-1])
+                if retention:
+                    kept.batch_done(batch, old, metrics)
         if measure_first:
             self._finished(metrics)
         return metrics, self.model, weights
@@ -329,6 +335,40 @@ class EditCalls(ABC):
         logger.info("%d requests were edited one by one.", len(metrics))
 
 
+def _asked_retention(sequential: bool, options: dict[str, Any]) -> bool:
+    """Whether ``retention`` is among the options, which lose it.
+
+    Raises:
+        KeywordError: it is, but each edit is taken back before the next.
+    """
+    asked = bool(options.pop("retention", False))
+    if asked and not sequential:
+        raise KeywordError("retention=True needs sequential_edit=True: else each edit is reverted before the next.")
+    return asked
+
+
+class _Retained:
+    """Scores earlier requests again after each later batch."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        self.scorer = scorer
+        self.batches: list[tuple[Sequence[HostRequest], Sequence[Any]]] = []
+
+    def batch_done(self, batch: Sequence[HostRequest], before: Sequence[Any], metrics: list[dict[str, Any]]) -> None:
+        """``metrics`` has an entry for each request up to this batch, which gets what holds of it now."""
+        number = 0
+        for earlier, was in self.batches:
+            now = self.scorer.after(number, earlier)
+            for entry, request, old, new in zip(metrics[number:], earlier, was, now, strict=False):
+                post = self.scorer.entry(request, old, new)["post"]
+                entry["after_batches"].append(post)
+                entry["after_all"] = post
+            number += len(earlier)
+        for entry in metrics[number:]:
+            entry["after_batches"], entry["after_all"] = [], entry["post"]
+        self.batches.append((batch, before))
+
+
 @contextmanager
 def _bars_of(editor: Editor, shown: bool) -> Iterator[None]:
     before, editor.progress = editor.progress, shown
@@ -347,7 +387,13 @@ class MoEEditor(EditCalls):
     """Edits a model by one method and reports EasyEdit's metrics (teacher-forced token accuracies), without EasyEdit.
 
     ``undo()`` reverts the newest of its `patches` bit-exactly.
+
+    `edit`, `edit_requests` and `batch_edit` take ``retention=True`` with ``sequential_edit=True``: each request is
+    scored not only right after its own batch ("post"), but again after every later one ("after_batches", a list), and
+    "after_all" has its scores after the last.
     """
+
+    options = ("retention",)
 
     def __init__(self, hparams: MoEHyperParams, model: nn.Module, tok: PreTrainedTokenizerBase) -> None:
         self.hparams, self.model, self.tok = _checked_parts(hparams, model, tok)
