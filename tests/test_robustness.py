@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""Artefacts of another content than was written are refused or made anew, and the page of counts is that of its file."""
-=======
 """Artefacts with another content are refused or made anew, and the page of counts is that of its file."""
->>>>>>> disk
 
 from __future__ import annotations
 

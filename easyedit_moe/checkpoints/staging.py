@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from easyedit_moe.checkpoints.shards import read_json
 from easyedit_moe.errors import CheckpointError
 from easyedit_moe.storage import files
-from easyedit_moe.storage.files import check_writable, flush, flush_folder, writing
+from easyedit_moe.storage.files import check_writable, flush, flush_folder, path_of, writing
 
 PARTIAL = ".easyedit_moe_partial"
 BACKUP = "easyedit_moe_backup"
@@ -35,17 +35,20 @@ def new_folder(out: Path) -> Iterator[Path]:
         yield partial
 
 
-def check_free(out: Path) -> None:
-    """Refuse a folder that holds something, or that can't be made.
+def check_free(out: str | Path) -> Path:
+    """The path of a new folder, which holds nothing yet and can be made.
 
     Raises:
-        CheckpointError: it exists and is not an empty folder. WriteError: nothing can be written there.
+        CheckpointError: no path, or one that exists and is not an empty folder. WriteError: nothing can be written
+            there.
     """
+    out = path_of(out, "the output folder", CheckpointError)
     check_writable(out)
     with writing(out):
         taken = os.path.lexists(out) and (not os.path.isdir(out) or any(out.iterdir()))
     if taken:
         raise CheckpointError(f"{out} exists and is not an empty folder. Give another one, or delete it.")
+    return out
 
 
 def copy_files(source: Path, target: Path, without: set[str]) -> None:

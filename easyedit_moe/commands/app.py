@@ -25,6 +25,7 @@ from easyedit_moe.commands.revert import revert
 from easyedit_moe.commands.statistics import statistics
 from easyedit_moe.commands.tables import tables
 from easyedit_moe.commands.tune import tune
+from easyedit_moe.commands.values import Command
 
 app = typer.Typer(
     name="easyedit-moe",
@@ -76,7 +77,7 @@ def _setup(
 
 
 for command, example in EXAMPLES.items():
-    app.command(epilog=example)(command)
+    app.command(cls=Command, epilog=example)(command)
 
 
 def main() -> None:

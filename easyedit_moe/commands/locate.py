@@ -119,7 +119,12 @@ def whole_numbers(text: str) -> tuple[int, ...]:
     found: set[int] = set()
     for part in split_names([text]):
         first, sign, last = part.partition("-")
-        if not first.isdecimal() or (sign and not (last.isdecimal() and int(first) <= int(last))):
+        if not _is_layer(first) or (sign and not (_is_layer(last) and int(first) <= int(last))):
             raise LayerError(f"Layers and widths are whole numbers such as 3, or ranges such as 3-7; found {part!r}.")
         found.update(range(int(first), int(last if sign else first) + 1))
     return tuple(sorted(found))
+
+
+def _is_layer(text: str) -> bool:
+    """Whether a text can be the number of a layer; there are no models of more than some hundred."""
+    return text.isdecimal() and text.isascii() and len(text) <= 4

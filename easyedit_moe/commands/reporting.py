@@ -67,7 +67,8 @@ def say_error(text: str) -> None:
 
     from easyedit_moe.commands.printing import output
 
-    line = Text.assemble(("error:", "bold red"), " ", " ".join(text.split()))
+    plain = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    line = Text.assemble(("error:", "bold red"), " ", " ".join(plain.split()))
     output(stderr=True).print(line, soft_wrap=True)
 
 

@@ -13,11 +13,12 @@ from easyedit_moe.comparison.compare import Comparison
 from easyedit_moe.comparison.differences import MEANING, differences, said
 from easyedit_moe.comparison.rows import SCORES, Row
 from easyedit_moe.comparison.saved import save_rows
+from easyedit_moe.errors import DataError
 from easyedit_moe.evaluation.summary import Score, legend, shown
 from easyedit_moe.facts.records import PROTOCOLS
 from easyedit_moe.host.baseline_hparams import PROTOCOL
 from easyedit_moe.storage.figures import save_figure
-from easyedit_moe.storage.files import check_writable, make_folder, write_text
+from easyedit_moe.storage.files import check_writable, path_of, write_text
 
 COLUMNS = (
     "method", "code", "edits", "protocol", "efficacy", "generalisation", "specificity", "utility",
@@ -62,7 +63,7 @@ def tables(comparison: Comparison) -> list[Table]:
     of = f"{provenance['edits']} {provenance['protocol']} edits in batches of {provenance['batch_size']} on "
     of += f"{provenance['model']}, scored after all of them, percent"
     out = [_table(f"{of}; by the papers' protocol: {PROTOCOLS[provenance['protocol']]}", COLUMNS, 4)]
-    for line in _lines(comparison):
+    for line in lines(comparison):
         out[0].add_row(*line)
     measured = [row for row in comparison.rows if row.easyedit is not None]
     if measured:
@@ -79,7 +80,8 @@ def _table(title: str, columns: Sequence[str], texts: int) -> Table:
     return out
 
 
-def _lines(comparison: Comparison) -> list[list[str]]:
+def lines(comparison: Comparison) -> list[list[str]]:
+    """The cells of every row, in the order of `COLUMNS`."""
     found = differences(comparison.rows)
     return [cells(row, said(one)) for row, one in zip(comparison.rows, found, strict=True)]
 
@@ -95,7 +97,7 @@ def notes(comparison: Comparison) -> list[str]:
 
 def markdown(comparison: Comparison) -> str:
     """The same tables for a README."""
-    text = markdown_rows(COLUMNS, 4, _lines(comparison))
+    text = markdown_rows(COLUMNS, 4, lines(comparison))
     measured = [row for row in comparison.rows if row.easyedit is not None]
     if measured:
         text += f"\nThe same edits by the protocol of {PROTOCOL}:\n\n"
@@ -111,12 +113,12 @@ def markdown_rows(columns: Sequence[str], texts: int, rows: Sequence[Sequence[st
 
 
 def check_folder(out: str | Path) -> Path:
-    """The folder for results, made if need be.
+    """The folder for results, which is made when the first of them is written.
 
     Raises:
-        WriteError: it can't be made or written to.
+        DataError: no path. WriteError: it can't be made or written to.
     """
-    folder = make_folder(out)
+    folder = path_of(out, "the output folder", DataError)
     check_writable(folder / "results.json")
     return folder
 

@@ -23,6 +23,7 @@ from easyedit_moe.hparams import (
     read_with_defaults,
 )
 from easyedit_moe.hparams.models import model_file
+from easyedit_moe.storage.files import is_file, is_folder, path_of
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ ALL_METHODS = tuple(method.name for method in presets.own_methods())
 """Every method of ours that ships, in the order of the papers' tables."""
 DEFAULT_METHODS = ("MoTE", "MoEEdit-BCD", "BCD+speedup", "Global", "Global+speedup")
 
+_HPARAMS = "a file or folder of hparams"
 _PASS_HPARAMS = "Pass --hparams with a file, or with a folder of <METHOD>/<model>.yaml."
 
 AnyHyperParams = MoEHyperParams | BaselineHyperParams
@@ -43,7 +45,7 @@ def chosen_methods(names: Sequence[str], path: str | Path | None) -> list[str]:
     """
     if list(names) == ["all"]:
         return list(ALL_METHODS)
-    if not names and path is not None and Path(path).is_file():
+    if not names and path is not None and is_file(path_of(path, _HPARAMS, HyperParamsError)):
         return [_method_of(Path(path)).name]
     return list(names) or list(DEFAULT_METHODS)
 
@@ -169,9 +171,9 @@ def hparams_file(name: str, model_name: str, path: str | Path | None = None) -> 
 
 
 def _found_file(name: str, model_name: str, path: str | Path | None) -> tuple[Path, str]:
-    if path is not None and Path(path).is_file():
+    if path is not None and is_file(path_of(path, _HPARAMS, HyperParamsError)):
         return Path(path), ""
-    if path is not None and not Path(path).is_dir():
+    if path is not None and not is_folder(path):
         raise HyperParamsError(f"{path} does not exist. {_PASS_HPARAMS}")
     folder = (Path(path) if path is not None else hparams_folder()) / name
     file, line = model_file(folder, model_name)

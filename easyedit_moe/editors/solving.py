@@ -167,7 +167,7 @@ class SolvingEditor(Editor):
                     seen.setdefault(layer, []).append(keys)
                 solved.append(batch.solved(used[-1]))
             with watch.stage("write"):
-                patch = writer.finish(provenance(self.hparams, facts), prepared.fingerprint)
+                patch = writer.finish(provenance(self.hparams, facts, used), prepared.fingerprint)
             with watch.stage("diagnose"):
                 earlier = memory if self.hparams.remember_edits else EditMemory()
                 diagnosis = diagnose_solved(self.hparams, view, prepared, patch, seen, earlier, solved)

@@ -122,7 +122,7 @@ class UnKEEditor(Editor):
             with watch.stage("write"):
                 for name, value in values.items():
                     writer.write(name, value)
-                patch = writer.finish(provenance(hp, facts))
+                patch = writer.finish(provenance(hp, facts, [targets]))
             with watch.stage("diagnose"):
                 with trainable(model), torch.no_grad():
                     shares = _residual_shares(moe.layer, problem, targets.delta)

@@ -41,8 +41,8 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0 or self.temperature == float("inf"):
-            raise RequestError(f"temperature must be 0 (greedy) or greater; found {self.temperature}.")
+        if self.temperature != 0 and not 1e-6 <= self.temperature < float("inf"):
+            raise RequestError(f"temperature must be 0 (greedy) or at least 1e-6; found {self.temperature}.")
         if not 0 < self.top_p <= 1:
             raise RequestError(f"top_p must lie in (0, 1]; found {self.top_p}.")
 

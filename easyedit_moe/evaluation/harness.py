@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.errors import DataError, DependencyError, did_you_mean
 from easyedit_moe.moe.capture import inference_mode_of
+from easyedit_moe.storage.files import is_folder, path_of
 
 BOOTSTRAP = 1000  # resamples for standard errors that have no closed form
 SEED = 1234  # the harness's own
@@ -144,7 +145,7 @@ def _import(name: str) -> Any:
 
 def _manager(tasks: Sequence[str], tasks_dir: str | Path | None) -> Any:
     manager_class = _import("lm_eval.tasks").TaskManager
-    if tasks_dir is not None and not Path(tasks_dir).is_dir():
+    if tasks_dir is not None and not is_folder(path_of(tasks_dir, "tasks_dir", DataError)):
         raise DataError(f"The folder of tasks {tasks_dir} does not exist.")
     where = {} if tasks_dir is None else {"include_path": str(tasks_dir)}
     manager = manager_class(**where, include_defaults=False) if where else None

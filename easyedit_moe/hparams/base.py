@@ -19,6 +19,7 @@ import yaml
 
 from easyedit_moe.errors import HyperParamsError, did_you_mean, shown
 from easyedit_moe.hparams import presets
+from easyedit_moe.hparams.devices import device_named
 from easyedit_moe.hparams.files import read_with_defaults
 from easyedit_moe.hparams.overlay import overlaid
 from easyedit_moe.storage.files import write_text
@@ -66,7 +67,7 @@ class MoEHyperParams:
     def __post_init__(self) -> None:
         if not self.methods:
             raise HyperParamsError("MoEHyperParams is abstract; use the class of your method.")
-        self.alg_name = presets.canonical_name(str(self.alg_name))
+        self.alg_name = presets.canonical_name(_name(self.alg_name))
         if self.alg_name not in self.methods:
             raise HyperParamsError(
                 f"{type(self).__name__} is for {', '.join(self.methods)}; found alg_name {self.alg_name!r}."
@@ -107,6 +108,7 @@ class MoEHyperParams:
         for name in ("model_name", *(name for name in ("stats_dir", "target_cache_dir") if hasattr(self, name))):
             self._require(name, getattr(self, name) is None or bool(getattr(self, name).strip()), "not blank")
         self._require_one_of({"dtype": DTYPES})
+        device_named(self.device)
         ordered = all(b > a for a, b in zip(self.layers, self.layers[1:], strict=False))
         self._require("layers", bool(self.layers) and ordered and min(self.layers) >= 0, "increasing and not empty")
 
@@ -153,7 +155,7 @@ class MoEHyperParams:
         ]
         if missing:
             raise HyperParamsError(f"{where}: missing {', '.join(missing)}.")
-        fixed = presets.METHODS.get(presets.canonical_name(str(values["alg_name"])), {})
+        fixed = presets.METHODS.get(presets.canonical_name(_name(values["alg_name"])), {})
         return cls(**{**{k: v for k, v in fixed.items() if k in known}, **values})
 
     def to_dict(self) -> dict[str, Any]:
@@ -194,6 +196,12 @@ def _fit(value: Any, hint: Any) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value) if abs(value) <= sys.float_info.max else _MISFIT
     return value if type(value) is hint else _MISFIT
+
+
+def _name(value: Any) -> str:
+    if not isinstance(value, str):
+        raise HyperParamsError(f"alg_name must be the name of a method; found {shown(value)}.")
+    return value
 
 
 def _is_plain(text: str) -> bool:

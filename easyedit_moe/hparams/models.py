@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from easyedit_moe.errors import HyperParamsError
-from easyedit_moe.storage.files import is_file
+from easyedit_moe.storage.files import is_file, path_of
 from easyedit_moe.storage.strict_json import parse_json
 
 Outline = dict[str, Any]
@@ -45,6 +45,7 @@ def model_file(folder: Path, model_name: str) -> tuple[Path | None, str]:
     Raises:
         HyperParamsError: a file by that name is for a model of another architecture or size.
     """
+    path_of(model_name, "the model", HyperParamsError)
     files, name, found = _files(folder), short_name(model_name), config_outline(model_name)
     candidates = [name] if name in files else _related(name, files)
     fitting = [stem for stem in candidates if not found or stem not in OUTLINES or OUTLINES[stem] == found]
@@ -70,6 +71,7 @@ def short_name(model_name: str) -> str:
 
 def config_outline(model_name: str) -> Outline:
     """Architecture and sizes that a model's ``config.json`` says; empty where it is not on this machine."""
+    path_of(model_name, "the model", HyperParamsError)
     path = _config_path(model_name)
     try:
         config = parse_json(path.read_text(encoding="utf-8")) if path else {}

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from easyedit_moe.errors import MethodError, did_you_mean
+from easyedit_moe.errors import MethodError, did_you_mean, shown
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def find_method(name: str) -> Method:
         own = [method.name for method in own_methods()]
         hint = did_you_mean(name, [*_TABLE, *ALIASES])
         theirs = ", ".join(method.name for method in host_methods())
-        raise MethodError(f"Unknown method {name!r}.{hint} Known: {', '.join(own)}. EasyEdit's: {theirs}.")
+        raise MethodError(f"Unknown method {shown(name)}.{hint} Known: {', '.join(own)}. EasyEdit's: {theirs}.")
     return _TABLE[resolved]
 
 
@@ -155,7 +155,7 @@ def canonical_name(name: str) -> str:
     own = [method.name for method in own_methods()]
     if resolved not in own:
         hint = did_you_mean(name, [*own, *ALIASES])
-        raise MethodError(f"Unknown method {name!r}.{hint} Known: {', '.join(own)}.")
+        raise MethodError(f"Unknown method {shown(name)}.{hint} Known: {', '.join(own)}.")
     return resolved
 
 

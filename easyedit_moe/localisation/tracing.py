@@ -42,12 +42,22 @@ class TraceSettings:
         samples: draws of the noise per fact. ROME: 10.
         seed: of the draws; those of a fact do not depend on the other facts.
         batch_size: token sequences in one forward.
+
+    Raises:
+        DataError: on construction, for a value out of range.
     """
 
     noise: float = 3.0
     samples: int = 10
     seed: int = 0
     batch_size: int = 128
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.batch_size < 1 or not 0 < self.noise < float("inf"):
+            raise DataError(
+                f"Tracing takes samples and a batch size of at least 1 and noise greater than 0; found {self.samples}, "
+                f"{self.batch_size} and {self.noise}."
+            )
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES as 
 from transformers.utils import logging as logging_of_transformers
 from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
-from easyedit_moe.errors import DataError, EditingError, HyperParamsError, shown
+from easyedit_moe.errors import DataError, EditingError, HyperParamsError
 from easyedit_moe.hparams import DTYPES
+from easyedit_moe.hparams.devices import device_named
 from easyedit_moe.moe.hub import Source, find_source
 from easyedit_moe.progress import library_bars
 
@@ -283,12 +284,7 @@ def _dequantised(config: Any) -> Any:
 
 def _device(device: int | str) -> torch.device:
     """The device that is meant, if it is there and holds tensors."""
-    if isinstance(device, bool) or not isinstance(device, (int, str)):
-        raise HyperParamsError(f"device must be 'cpu', 'cuda', 'cuda:N' or a number; found {shown(device)}.")
-    try:
-        where = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-    except (RuntimeError, ValueError) as error:
-        raise HyperParamsError(f"device must be 'cpu', 'cuda', 'cuda:N' or a number; found {shown(device)}.") from error
+    where = device_named(device)
     if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
         raise HyperParamsError(
             f"device {device!r} is not there: this machine has {torch.cuda.device_count()} GPUs. Set device: cpu."

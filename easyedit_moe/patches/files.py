@@ -8,6 +8,7 @@ from pathlib import Path
 from easyedit_moe.errors import PatchError
 from easyedit_moe.patches.tensors import TensorPatch
 from easyedit_moe.patches.weights import WeightPatch
+from easyedit_moe.storage.files import path_of
 from easyedit_moe.storage.tensors import read_metadata
 
 _ADAPTER = "memoe-adapter"
@@ -19,7 +20,7 @@ def load_patch(path: str | Path) -> WeightPatch | TensorPatch:
     Raises:
         PatchError: missing, truncated or corrupt file, an adapter, or no patch of this version.
     """
-    path = Path(path)
+    path = path_of(path, "a patch", PatchError)
     if holds_adapter(path):
         raise _is_adapter(path)
     if os.path.isdir(path):
@@ -34,7 +35,7 @@ def holds_adapter(path: str | Path) -> bool:
     Raises:
         PatchError: a file that is missing or no safetensors file.
     """
-    path = Path(path)
+    path = path_of(path, "a patch", PatchError)
     if os.path.isdir(path):
         return os.path.isfile(path / "adapter.json") or os.path.isfile(path / "memoe_adapter.safetensors")
     return read_metadata(path, PatchError, "save the patch anew").get("kind") == _ADAPTER

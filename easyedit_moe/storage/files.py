@@ -36,18 +36,27 @@ _ADVICE = {
 }
 _OTHERWISE = "Choose another place, or mend the file system"
 
+_LONGEST_PATH, _LONGEST_NAME = 4096, 255
+"""Bytes, as Linux has them."""
+
 
 def path_of(value: Any, name: str, error: type[Exception]) -> Path:
     """The path that a user gave; ``name`` is what messages call it.
 
     Raises:
-        ``error``: neither a text nor a path, empty, or with characters that no path has.
+        ``error``: neither a text nor a path, empty, too long, or with characters that no path has.
     """
     if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
         raise error(f"{name} must be a path; found {shown(value)} ({type(value).__name__}).")
     text = os.fspath(value)
-    if not text or "\0" in text:
+    try:
+        encoded = os.fsencode(text)
+    except UnicodeEncodeError as cause:
+        raise error(f"{name} must be a path; found {shown(text)}, which can't be written as UTF-8.") from cause
+    if not text or b"\0" in encoded:
         raise error(f"{name} must be a path, which is not empty and holds no NUL; found {shown(text)}.")
+    if len(encoded) >= _LONGEST_PATH or max(map(len, encoded.split(b"/"))) > _LONGEST_NAME:
+        raise error(f"{name} must be a path of at most {_LONGEST_NAME} bytes a name; found {shown(text)}.")
     return Path(text)
 
 

@@ -29,7 +29,7 @@ from easyedit_moe.workflow.measuring import Asked, Said, ask_all, prompts_of
 from easyedit_moe.workflow.saving import chained, check_saved_kinds, save_edit
 from easyedit_moe.workflow.screening import Screened, check_chat, fact_set, fitting, screen
 from easyedit_moe.workflow.session import Loaded, Loading, load, model_name
-from easyedit_moe.workflow.settings import settings_for
+from easyedit_moe.workflow.settings import settings_for, with_batch_size
 
 Facts = str | Path | FactSet | Sequence[EditRequest | EvaluationRecord]
 
@@ -74,11 +74,11 @@ def edit(
     check_saved_kinds(save, out)
     check_limit(max_new_tokens)
     if out is not None:
-        check_free(Path(out))
+        check_free(out)
     read = load_facts(facts, strict) if isinstance(facts, (str, Path)) else facts
     if not isinstance(read, FactSet):
         read = fact_set(read)
-    settings = settings_for(model, method, hparams, {**(overrides or {}), "batch_size": batch_size})
+    settings = settings_for(model, method, hparams, with_batch_size(overrides, batch_size))
     editor, options = make_editor(settings, progress), Loading.of(settings)
     # What is wrong with the facts is said before the weights are read.
     tok = load_tokenizer(model, options.trust_remote_code) if isinstance(model, str) else model[1]

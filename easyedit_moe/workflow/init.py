@@ -19,7 +19,7 @@ from easyedit_moe.errors import DataError
 from easyedit_moe.facts.records import FactSet, load_facts
 from easyedit_moe.hparams import SolverHyperParams
 from easyedit_moe.hparams.sites import EXPERTS
-from easyedit_moe.storage.files import check_writable, replacing, writing
+from easyedit_moe.storage.files import check_writable, path_of, replacing, writing
 from easyedit_moe.storage.strict_json import json_text
 from easyedit_moe.workflow import locate as locating
 from easyedit_moe.workflow.locate_cost import Cost
@@ -69,7 +69,7 @@ def init(
     """
     _check_choices(locate, budget, site)
     settings = LocateSettings(stages=STAGES, budget=budget)
-    files = [] if out is None else [Path(out), *([rows_file(out)] if locate else [])]
+    files = [] if out is None else [path_of(out, "the YAML file", DataError), *([rows_file(out)] if locate else [])]
     for file in files:
         _check_free(file, force)
     facts = load_facts(data) if isinstance(data, (str, Path)) else data

@@ -16,6 +16,7 @@ from easyedit_moe.hparams import MoEHyperParams, SolverHyperParams
 from easyedit_moe.hparams.sites import EXPERTS
 from easyedit_moe.localisation.tracing import TraceSettings
 from easyedit_moe.localisation.windows import Window, candidate_windows, window_name
+from easyedit_moe.storage.files import is_file, path_of
 from easyedit_moe.workflow.session import Loaded
 from easyedit_moe.workflow.settings import DEFAULT_METHOD, settings_for
 
@@ -96,8 +97,8 @@ def locate_hparams(
         return _solver(settings_for(model, method, hparams, overrides))
     # As compare, and unlike edit, in the dtype that the YAML names, so that both give the same numbers.
     given = {name: value for name, value in overrides.items() if value is not None and value != ""}
-    is_file = hparams is not None and Path(hparams).is_file()
-    name = method or (chosen_methods([], hparams)[0] if is_file else DEFAULT_METHOD)
+    one_file = hparams is not None and is_file(path_of(hparams, "a file of hparams", HyperParamsError))
+    name = method or (chosen_methods([], hparams)[0] if one_file else DEFAULT_METHOD)
     return _solver(resolve_hparams(name, model, hparams, {**given, "model_name": model}))
 
 

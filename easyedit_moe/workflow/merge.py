@@ -11,7 +11,7 @@ from easyedit_moe.patches.files import load_patch
 from easyedit_moe.patches.merging import merge as merged
 from easyedit_moe.patches.tensors import TensorPatch
 from easyedit_moe.patches.weights import WeightPatch
-from easyedit_moe.storage.files import check_writable
+from easyedit_moe.storage.files import check_writable, path_of
 
 
 def merge(patches: Sequence[str | Path], out: str | Path) -> WeightPatch | TensorPatch:
@@ -32,7 +32,7 @@ def merge(patches: Sequence[str | Path], out: str | Path) -> WeightPatch | Tenso
     """
     if len(patches) < 2:
         raise PatchError(f"Merging takes at least two patches; found {len(patches)}.")
-    path = Path(out)
+    path = path_of(out, "the merged patch", PatchError)
     if os.path.exists(path):
         raise PatchError(f"{path} exists; give another name for the merged patch, or delete it.")
     if path.suffix != ".safetensors":

@@ -17,7 +17,7 @@ from easyedit_moe.hparams import MoEHyperParams
 from easyedit_moe.moe.loading import empty_model, load_tokenizer
 from easyedit_moe.workflow.saving import check_saved_kinds
 from easyedit_moe.workflow.screening import Screened, check_chat, screen
-from easyedit_moe.workflow.settings import choose_hparams
+from easyedit_moe.workflow.settings import choose_hparams, with_batch_size
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ def preview(
     check_saved_kinds(save, out)
     check_limit(max_new_tokens)
     if out is not None:
-        check_free(Path(out))
+        check_free(out)
     read = load_facts(facts, strict)
-    settings = choose_hparams(method, model, hparams, {**(overrides or {}), "batch_size": batch_size})
+    settings = choose_hparams(method, model, hparams, with_batch_size(overrides, batch_size))
     tok = load_tokenizer(model, settings.trust_remote_code)
     check_chat(settings, tok)
     screened = screen(read, make_editor(settings, progress=False), tok, strict)

@@ -14,6 +14,7 @@ from easyedit_moe.host.baseline_hparams import BaselineHyperParams
 from easyedit_moe.hparams import MoEHyperParams, read_with_defaults
 from easyedit_moe.hparams.overlay import overlaid
 from easyedit_moe.moe.loading import checkpoint_dtype
+from easyedit_moe.storage.files import is_file, path_of
 from easyedit_moe.workflow.session import Loaded, model_name
 
 DEFAULT_METHOD = "Global"
@@ -78,10 +79,15 @@ def settings_for(
     return choose_hparams(method, where, hparams, {"dtype": dtype, **overrides}, model[0])
 
 
+def with_batch_size(overrides: Mapping[str, Any] | None, batch_size: int | None) -> dict[str, Any]:
+    """Overrides with a batch size that was given by itself, which counts more; None says nothing of it."""
+    return {**(overrides or {}), **({} if batch_size is None else {"batch_size": batch_size})}
+
+
 def _ours(name: str) -> str:
     return {"FT": "MoE-FT", "FT-L": "MoE-FT-L", "LoRA": "MoE-LoRA", "ROME": "MoE-ROME", "MEMIT": "MoE-MEMIT",
             "AlphaEdit": "MoE-AlphaEdit"}.get(name, DEFAULT_METHOD)  # fmt: skip
 
 
 def _is_file(path: str | Path | None) -> bool:
-    return path is not None and Path(path).is_file()
+    return path is not None and is_file(path_of(path, "a file of hparams", HyperParamsError))

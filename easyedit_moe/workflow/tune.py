@@ -124,7 +124,7 @@ def tune(
     if not budget > 0:
         raise HyperParamsError(f"The budget must be greater than 0 minutes; found {budget}.")
     if out is not None:
-        check_free(Path(out))
+        check_free(out)
     start = choose_hparams(method, model, hparams, overrides)
     task = load_task(
         model, data, edits, skip, start.batch_size, start.dtype, start.device, start.model_parallel,

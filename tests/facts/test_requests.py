@@ -3,7 +3,9 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from tiny import requests
 
 from easyedit_moe.errors import EditingWarning, RequestError
@@ -109,6 +111,50 @@ def test_duplicates_and_conflicts() -> None:
         parse_requests([EDIT, *requests(2), requests(1)[0] | {"target_new": "Rome"}])
     with pytest.raises(RequestError, match="Requests 0 and 1 conflict"):
         parse_requests([EDIT, EDIT | {"prompt": "{} is in", "target_new": "Rome"}])
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("Angola is in", "Angola is in "), ("Angola is in", " Angola  is\tin"), ("Angola is in", "Angola is\nin"),
+        ("Angola's caf\u00e9 is in", "Angola's cafe\u0301 is in"),
+    ],
+)  # fmt: skip
+def test_what_a_reader_takes_for_one_prompt_is_one(one: str, other: str) -> None:
+    first, second = EDIT | {"prompt": one}, EDIT | {"prompt": other}
+    with pytest.raises(RequestError, match="Requests 0 and 1 are the same"):
+        parse_requests([first, second | {"target_new": " Russia"}])
+    with pytest.raises(RequestError, match="Requests 0 and 1 conflict"):
+        parse_requests([first, second | {"target_new": "Rome"}])
+
+
+@pytest.mark.parametrize("other", ["angola is in Angola", "Angola is in:", "Angola is in the"])
+def test_case_signs_and_words_make_another_prompt(other: str) -> None:
+    assert len(parse_requests([EDIT, EDIT | {"prompt": other, "target_new": "Rome"}])) == 2
+
+
+@pytest.mark.parametrize("name", ["prompt", "subject", "target_new", "ground_truth"])
+def test_half_a_character_is_no_text(name: str) -> None:
+    with pytest.raises(RequestError, match=rf"'{name}' holds half a character \(U\+D83D, a lone surrogate, at \d+\)"):
+        parse_request(EDIT | {name: "Angola is in \ud83d"})
+    assert parse_request(EDIT | {"target_new": "Russia \U0001f600"}).target_new == "Russia \U0001f600"
+
+
+def test_an_iterator_is_a_list() -> None:
+    assert parse_requests(iter(requests(3))) == parse_requests(requests(3))
+    assert parse_requests(record for record in requests(3)) == parse_requests(requests(3))
+
+
+@pytest.mark.parametrize(
+    "value", [torch.ones(3), torch.tensor(1.0), np.array(["Angola"]), b"Angola", [[["x"]]], 10**400, {1}, -(10**5000)],
+    ids=lambda value: type(value).__name__,
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["prompt", "subject", "target_new", "requested_rewrite"])
+def test_values_of_any_type_are_refused_shortly(name: str, value: Any) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse_request(EDIT | {name: value})
+    assert len(str(caught.value)) < 300
+    assert "\n" not in str(caught.value)
 
 
 def test_one_subject_in_two_prompts_is_fine() -> None:

@@ -453,3 +453,73 @@ def test_a_value_given_later_replaces_what_it_excludes(tmp_path: Path) -> None:
     with pytest.raises(HyperParamsError, match="lambda_reg and lambda_relative"):
         load_hyperparams(tmp_path / "own.yaml")
     assert load_hyperparams("Global/factworld", lambda_relative=None).lambda_reg == 0.1
+
+
+# ---------------------------------------------------------------- bounds of every field
+
+
+@pytest.mark.parametrize("cls", HYPERPARAMS, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("value", [2**31, -(2**31), 10**400, "\ud800", "a\0b", float("nan")], ids=ascii)
+def test_no_field_takes_what_no_field_can_mean(cls: type[MoEHyperParams], value: Any) -> None:
+    good = {**MINIMAL, "alg_name": cls.methods[0], "layers": [1]}
+    for item in fields(cls):
+        is_float = "float" in str(item.type) and abs(value) < 1e300 if isinstance(value, int) else False
+        for one in [] if is_float else [value, [value]]:
+            with pytest.raises(EditingError) as caught:
+                cls.from_dict({**good, item.name: one})
+            assert len(str(caught.value)) < 400, item.name
+
+
+def test_seeds_and_counts_take_what_libraries_take() -> None:
+    assert make("MoEEdit-BCD", seed=2**31 - 1).seed == 2**31 - 1
+    assert make("MoEEdit-BCD", seed=-5).seed == -5
+
+
+@pytest.mark.parametrize("values", [None, 3, "alg_name: MoTE", [1], [("alg_name", "MoTE")]])
+def test_hparams_are_made_of_a_mapping(values: Any) -> None:
+    with pytest.raises(HyperParamsError, match="must be a mapping"):
+        MoTEHyperParams.from_dict(values)
+
+
+@pytest.mark.parametrize("path", [None, 3, b"x", "", "a\0b", "x" * 5000, "\ud800", ["x"], {}])
+def test_a_path_that_is_none(path: Any) -> None:
+    with pytest.raises(HyperParamsError, match="the hparams file must be a path"):
+        load_hyperparams(path)
+
+
+@pytest.mark.parametrize("device", ["nope", "", "cuda:", "cuda:x", "\u00b2", -1])
+def test_a_device_has_a_name(device: Any) -> None:
+    refused("device must be 'cpu', 'cuda', 'cuda:N' or a number", device=device)
+
+
+@pytest.mark.parametrize("name", ["model_name", "stats_dir", "target_cache_dir"])
+def test_names_and_folders_are_not_blank(name: str) -> None:
+    refused(f"{name} must be not blank", **{name: " "})
+
+
+BAD_YAML = {
+    "lambda_reg: 1" + "0" * 400: "lambda_reg must be float",
+    "lambda_reg: 1\nlambda_reg: 2": "'lambda_reg' is given twice",
+    "lambda_reg: 2024-13-45": "can't be read as tag:yaml.org,2002:timestamp",
+    "lambda_reg: 2024-01-02": "lambda_reg must be float",
+    "lambda_reg: !ours 3": "could not determine a constructor",
+    "lambda_reg: " + "[" * 2000: "nested too deeply",
+    'stats_dir: "a\\0b"': "stats_dir must be a text without NUL",
+    "mom2_n_samples: 1" + "0" * 30: "mom2_n_samples must be a whole number of at most 2147483647",
+    "a: &a [x]\nlambda_reg: [*a, *a]": "unknown key 'a'",
+}
+
+
+@pytest.mark.parametrize(("line", "match"), BAD_YAML.items(), ids=lambda text: text[:25])
+def test_yaml_that_says_nothing_usable(line: str, match: str, tmp_path: Path) -> None:
+    file = tmp_path / "h.yaml"
+    file.write_text(f"alg_name: MoTE\nmodel_name: m\nlayers: [1]\n{line}\n", encoding="utf-8")
+    with pytest.raises(HyperParamsError, match=match):
+        load_hyperparams(file)
+
+
+def test_yaml_in_another_encoding(tmp_path: Path) -> None:
+    file = tmp_path / "h.yaml"
+    file.write_bytes("alg_name: MoTE".encode("utf-16"))
+    with pytest.raises(HyperParamsError, match="not valid YAML"):
+        load_hyperparams(file)
