@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from easyedit_moe.algebra.core import FactoredCore, expand_core, solve_mote
+from easyedit_moe.algebra.coordinates import CoreCoordinates
+from easyedit_moe.algebra.core import FactoredCore, expand_core, solve_mote, solve_mote_held
+from easyedit_moe.algebra.held import ridge_suffices
 from easyedit_moe.algebra.routed_keys import FactoredUpdate, RoutedKeys
 from easyedit_moe.algebra.tucker import TuckerBasis
+from easyedit_moe.editors.memory import Row
 from easyedit_moe.editors.prepared import PreparedLayer
 from easyedit_moe.editors.solving import SolvingEditor
 from easyedit_moe.hparams import MoTEHyperParams
@@ -30,6 +34,22 @@ class MoTEEditor(SolvingEditor):
     def solve(self, keys: RoutedKeys, residual: Tensor, prepared: PreparedLayer) -> tuple[Any, Any]:
         """A Tucker core, factored or dense, whichever is smaller."""
         return solve_mote(keys, residual, self.hparams.lambda_reg, prepared.metric, prepared.tucker_basis()), None
+
+    def solve_beside(
+        self,
+        layer: int,
+        held: Mapping[Row, RoutedKeys],
+        keys: RoutedKeys,
+        residual: Tensor,
+        prepared: PreparedLayer,
+    ) -> tuple[Any, Any]:
+        """The core of all rows, by the reduced system of the new ones."""
+        lambda_reg, coordinates = self.hparams.lambda_reg, CoreCoordinates(prepared.tucker_basis(), prepared.metric)
+        own = type(self).solve is MoTEEditor.solve
+        if not held or not own or not ridge_suffices(keys, coordinates, lambda_reg):
+            return super().solve_beside(layer, held, keys, residual, prepared)
+        system = self.holding.system(layer, prepared, held, coordinates, lambda_reg)
+        return solve_mote_held(keys, residual, system, coordinates), None
 
     def place(self, solution: FactoredCore | Tensor, prepared: PreparedLayer) -> FactoredUpdate:
         """The core mapped back by the layer's own factors and projectors."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import sqrt
 from typing import Any
 
@@ -22,8 +22,9 @@ from easyedit_moe.algebra.routed_keys import FactoredUpdate, RoutedKeys
 from easyedit_moe.algebra.tucker import TuckerBasis
 from easyedit_moe.editors.base import Editor, EditResult, provenance
 from easyedit_moe.editors.measuring import Fit, residual_shares
+from easyedit_moe.editors.memory import EditMemory, Holding, Remembered, Row
 from easyedit_moe.editors.planner import MemoryPlan, Workload, plan, shapes_of
-from easyedit_moe.editors.prepared import EditMemory, Prepared, PreparedLayer
+from easyedit_moe.editors.prepared import Prepared, PreparedLayer
 from easyedit_moe.editors.solving_diagnosis import Solved, diagnose_solved
 from easyedit_moe.errors import LayerError, LayoutError
 from easyedit_moe.facts.requests import EditRequest
@@ -62,10 +63,29 @@ class SolvingEditor(Editor):
     def __init__(self, hparams: SolverHyperParams, prepared: Prepared | None = None, progress: bool = True) -> None:
         super().__init__(hparams, progress)
         self.prepared = prepared
+        self.holding = Holding()
 
     @abstractmethod
     def solve(self, keys: RoutedKeys, residual: Tensor, prepared: PreparedLayer) -> tuple[Any, Any]:
         """A solution of one layer's system for T keys and residuals ``[T, d]``, and a report or None."""
+
+    def solve_beside(
+        self,
+        layer: int,
+        held: Mapping[Row, RoutedKeys],
+        keys: RoutedKeys,
+        residual: Tensor,
+        prepared: PreparedLayer,
+    ) -> tuple[Any, Any]:
+        """As `solve`, while what the held keys of earlier edits yield is to stay: by default rows of zero residual.
+
+        Methods that can do it at a cost that does not grow say how.
+        """
+        if held:
+            everything = RoutedKeys.cat([*held.values(), keys])
+            kept = residual.new_zeros(everything.num_tokens - keys.num_tokens, residual.shape[1])
+            keys, residual = everything, torch.cat([kept, residual])
+        return self.solve(keys, residual, prepared)
 
     def place(self, solution: Any, prepared: PreparedLayer) -> FactoredUpdate:
         """The update of a layer that a solution means; the solution itself unless a method says otherwise."""
@@ -124,7 +144,7 @@ class SolvingEditor(Editor):
         used: list[TargetVectors] = []
         reports: list[Any] = []
         solved: list[Solved] = []
-        seen: dict[int, list[RoutedKeys]] = {}
+        seen: list[Remembered] = []
         memory = memory or EditMemory()
         with writing(view) as writer:
             for start in range(0, len(facts), group):
@@ -134,14 +154,13 @@ class SolvingEditor(Editor):
                 batch.aim(used[-1])
                 batch.spread()
                 reports += batch.reports
-                for layer, keys in batch.keys.items():
-                    seen.setdefault(layer, []).append(keys)
+                seen.append(Remembered(tuple(fact.prompt for fact in chunk), batch.keys))
                 solved.append(batch.solved(used[-1]))
             with watch.stage("write"):
                 patch = writer.finish(provenance(self.hparams, facts), prepared.fingerprint)
             with watch.stage("diagnose"):
                 held = memory if self.hparams.remember_edits else EditMemory()
-                diagnosis = diagnose_solved(self.hparams, view, prepared, patch, seen, held, solved)
+                diagnosis = diagnose_solved(self.hparams, view, prepared, patch, EditMemory(seen).keys, held, solved)
         kept = memory.extended(seen) if self.hparams.remember_edits else memory
         return EditResult(patch, watch.seconds, kept, used, reports, diagnosis)
 
@@ -303,12 +322,13 @@ class BatchSolve:
         tail = self.prepared.layers[layer].tail
         residual = tail.pull_back(layer, residual.to(keys.key.device), weight, places)
         self.keys[layer], self.residuals[layer] = keys, residual
-        kept_keys = [*self.memory.keys.get(layer, []), *self._keys_before(layer, tail.reach, weight)]
-        if kept_keys:
-            everything = RoutedKeys.cat([*kept_keys, keys])
+        before = self._keys_before(layer, tail.reach, weight)
+        if before:
+            everything = RoutedKeys.cat([*before, keys])
             kept = residual.new_zeros(everything.num_tokens - keys.num_tokens, residual.shape[1])
             keys, residual = everything, torch.cat([kept, residual])
-        solution, report = self.editor.solve(keys, residual, self.prepared.layers[layer])
+        held = self.memory.rows(layer, [fact.prompt for fact in self.facts])
+        solution, report = self.editor.solve_beside(layer, held, keys, residual, self.prepared.layers[layer])
         if report is not None:
             self.reports.append(report)
         return solution
