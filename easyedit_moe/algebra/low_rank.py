@@ -43,13 +43,20 @@ def low_rank(left: Tensor, right: Tensor, rank: int | None = None) -> tuple[Tens
     return left_basis @ (turned[:, :kept] * root), (root[:, None] * other[:kept]) @ right_basis.T
 
 
-def product_norm(left: Tensor, right: Tensor) -> float:
-    """``||left @ right^T||`` (Frobenius) of ``left [d, r]`` and ``right [h, r]``, without the product.
+def rounded_difference(b: Tensor, a: Tensor, b_rounded: Tensor, a_rounded: Tensor) -> float:
+    """``||b @ a - b' @ a'||`` (Frobenius) for factors of `low_rank` and what was made of their leading ranks.
 
-    Computed from both QR decompositions rather than from Gram matrices: a difference that cancels almost keeps its
-    digits.
+    The difference is a sum of what was cut off, ``(b - b') @ a`` and ``b' @ (a - a')``, each as small as it is, so that
+    Gram matrices of these factors do not cancel and nothing is decomposed.
+
+    Args:
+        b: ``[d, s]`` float64, as `low_rank` returns it.
+        a: ``[s, h]``, likewise.
+        b_rounded: b', the leading ``t <= s`` columns of b in any float dtype.
+        a_rounded: a', the leading t rows of a.
     """
-    if left.shape[1] == 0:
-        return 0.0
-    rests = [torch.linalg.qr(factor.to(torch.float64), mode="r").R for factor in (left, right)]
-    return float(torch.linalg.matrix_norm(rests[0] @ rests[1].T))
+    kept = len(a_rounded)
+    b_rounded, a_rounded = b_rounded.to(b), a_rounded.to(a)
+    left = torch.cat([b[:, kept:], b[:, :kept] - b_rounded, b_rounded], dim=1)
+    right = torch.cat([a[kept:], a[:kept], a[:kept] - a_rounded])
+    return float(((left.T @ left) * (right @ right.T)).sum().clamp_min(0).sqrt())

@@ -33,10 +33,10 @@ def is_stored(checkpoint: Checkpoint, name: str) -> bool:
     return all(tensor in checkpoint.tensors for tensor in tensors_of(name))
 
 
-def read(checkpoint: Checkpoint, name: str, row: int | None = None) -> Tensor:
-    """A parameter ``[E, rows, columns]`` as loading dequantises it to bfloat16, or one expert's ``[rows, columns]``."""
+def read(checkpoint: Checkpoint, name: str, row: int | range | None = None) -> Tensor:
+    """A parameter ``[E, rows, columns]`` as loading dequantises it to bfloat16, or one or neighbouring entries."""
     blocks, scales = (checkpoint.read(tensor, row) for tensor in tensors_of(name))
-    if row is None:
+    if row is None or isinstance(row, range):
         return convert_moe_packed_tensors(blocks, scales, dtype=DTYPE)
     return convert_moe_packed_tensors(blocks[None], scales[None], dtype=DTYPE)[0]
 

@@ -23,6 +23,9 @@ from easyedit_moe.checkpoints.shards import Checkpoint
 from easyedit_moe.errors import CheckpointError
 from easyedit_moe.moe.loading import empty_load, empty_model
 
+Row = int | range | None
+"""A part of a parameter: an entry of its first dimension, neighbouring ones as one block, or, for None, all of it."""
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -135,9 +138,16 @@ class _Traced(Tensor):
         return super().__torch_function__(func, types, args, kwargs or {})
 
 
-def read_parameter(checkpoint: Checkpoint, pieces: Sequence[Piece], shape: Sequence[int], row: int | None) -> Tensor:
-    """A parameter of this shape as in memory, or one entry of its first dimension, put together from its pieces."""
-    shape = tuple(shape if row is None else shape[1:])
+def part_shape(shape: Sequence[int], row: Row) -> tuple[int, ...]:
+    """Shape of a part of a parameter."""
+    if isinstance(row, range):
+        return (len(row), *shape[1:])
+    return tuple(shape if row is None else shape[1:])
+
+
+def read_parameter(checkpoint: Checkpoint, pieces: Sequence[Piece], shape: Sequence[int], row: Row) -> Tensor:
+    """A parameter of this shape as in memory, or a part of it, put together from its pieces."""
+    shape = part_shape(shape, row)
     out: Tensor | None = None
     for piece, inner in _parts(pieces, row):
         part = _in_memory(piece, checkpoint.read(piece.tensor, inner), len(shape))
@@ -148,22 +158,38 @@ def read_parameter(checkpoint: Checkpoint, pieces: Sequence[Piece], shape: Seque
     return out
 
 
-def write_parameter(checkpoint: Checkpoint, pieces: Sequence[Piece], value: Tensor, row: int | None) -> None:
-    """Write a parameter, or one entry of its first dimension, into the tensors that hold it."""
+def write_parameter(checkpoint: Checkpoint, pieces: Sequence[Piece], value: Tensor, row: Row) -> None:
+    """Write a parameter, or a part of it, into the tensors that hold it."""
     for piece, inner in _parts(pieces, row):
         checkpoint.write(piece.tensor, _on_disk(piece, _block(piece, value)), inner)
 
 
-def row_tensors(pieces: Sequence[Piece], row: int | None) -> list[str]:
-    """Names of the tensors that hold a parameter, or one entry of its first dimension."""
+def row_tensors(pieces: Sequence[Piece], row: Row) -> list[str]:
+    """Names of the tensors that hold a parameter, or a part of it."""
     return [piece.tensor for piece, _ in _parts(pieces, row)]
 
 
-def _parts(pieces: Sequence[Piece], row: int | None) -> list[tuple[Piece, int | None]]:
-    """What of each piece holds a parameter or one entry of it, and which entry of the piece's tensor that is."""
+def _parts(pieces: Sequence[Piece], row: Row) -> list[tuple[Piece, Row]]:
+    """What of each piece holds a parameter or a part of it, and which part of the piece's tensor that is."""
     if row is None:
         return [(piece, None) for piece in pieces]
+    if isinstance(row, range):
+        return _of_rows(pieces, row)
     return [(_without_row(piece), inner) for piece, inner in _of_row(pieces, row)]
+
+
+def _of_rows(pieces: Sequence[Piece], rows: range) -> list[tuple[Piece, Row]]:
+    """What the pieces hold of neighbouring rows, and where in each piece's tensor it is."""
+    found: list[tuple[Piece, Row]] = []
+    for piece in pieces:
+        if piece.axes[0] != 0:
+            raise CheckpointError(f"{piece.tensor} does not hold the rows of its parameter one after the other.")
+        first, last = max(rows.start, piece.origin[0]), min(rows.stop, piece.origin[0] + piece.shape[0])
+        if first < last:
+            origin = (first - rows.start, *piece.origin[1:])
+            part = Piece(piece.tensor, (last - first, *piece.shape[1:]), origin, piece.axes)
+            found.append((part, range(first - piece.origin[0], last - piece.origin[0])))
+    return found
 
 
 def _of_row(pieces: Sequence[Piece], row: int) -> list[tuple[Piece, int | None]]:

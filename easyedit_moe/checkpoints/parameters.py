@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from easyedit_moe.checkpoints import mxfp4
-from easyedit_moe.checkpoints.naming import CheckpointNames, Piece, read_parameter, row_tensors, write_parameter
+from easyedit_moe.checkpoints.naming import (
+    CheckpointNames,
+    Piece,
+    Row,
+    part_shape,
+    read_parameter,
+    row_tensors,
+    write_parameter,
+)
 from easyedit_moe.errors import CheckpointError
 
 
@@ -33,25 +41,25 @@ class StoredParameters:
             return mxfp4.DTYPE
         return self.checkpoint.tensors[self.pieces(name)[0].tensor].dtype
 
-    def tensors(self, name: str, row: int | None = None) -> list[str]:
-        """Names in the checkpoint of what holds the parameter, or one entry of its first dimension."""
+    def tensors(self, name: str, row: Row = None) -> list[str]:
+        """Names in the checkpoint of what holds the parameter, or a part of it."""
         return mxfp4.tensors_of(name) if self.is_mxfp4(name) else row_tensors(self.pieces(name), row)
 
-    def read(self, name: str, row: int | None = None) -> Tensor:
-        """The parameter, or one entry of its first dimension; MXFP4 is dequantised."""
+    def read(self, name: str, row: Row = None) -> Tensor:
+        """The parameter, or a part of it; MXFP4 is dequantised."""
         if self.is_mxfp4(name):
             return mxfp4.read(self.checkpoint, name, row)
         return read_parameter(self.checkpoint, self.pieces(name), self.shape(name), row)
 
-    def write(self, name: str, value: Tensor, row: int | None = None) -> None:
-        """Overwrite the parameter, or one entry of its first dimension, in its files.
+    def write(self, name: str, value: Tensor, row: Row = None) -> None:
+        """Overwrite the parameter, or a part of it, in its files.
 
         Raises:
             CheckpointError: it is stored quantised, or in another shape or dtype than ``value``.
         """
         if self.is_mxfp4(name):
             raise CheckpointError(f"{name} is stored as MXFP4, which takes no update; it must be made dense first.")
-        expected = tuple(self.shape(name)) if row is None else tuple(self.shape(name)[1:])
+        expected = part_shape(self.shape(name), row)
         if tuple(value.shape) != expected or value.dtype != self.dtype(name):
             raise CheckpointError(
                 f"{name} is stored as {expected} of {self.dtype(name)}; found {tuple(value.shape)} of {value.dtype}."

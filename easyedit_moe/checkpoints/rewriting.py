@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from easyedit_moe.checkpoints import mxfp4
+from easyedit_moe.checkpoints.naming import Row
 from easyedit_moe.checkpoints.parameters import StoredParameters
 from easyedit_moe.checkpoints.shards import INDEX, SINGLE, Checkpoint
 
@@ -16,10 +17,10 @@ class Rewriting:
 
     Args:
         stored: the parameters as they are.
-        changing: name, and entry of the first dimension or None, of what will be written.
+        changing: name and part of what will be written.
     """
 
-    def __init__(self, stored: StoredParameters, changing: Sequence[tuple[str, int | None]]) -> None:
+    def __init__(self, stored: StoredParameters, changing: Sequence[tuple[str, Row]]) -> None:
         checkpoint = stored.checkpoint
         self.stored = stored
         self.modules = mxfp4.dense_modules(checkpoint, {name for name, _ in changing})

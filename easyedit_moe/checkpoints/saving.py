@@ -19,7 +19,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from easyedit_moe.checkpoints.history import EDITS, Edit, history_text, read_history
-from easyedit_moe.checkpoints.naming import CheckpointNames
+from easyedit_moe.checkpoints.naming import CheckpointNames, Row
 from easyedit_moe.checkpoints.parameters import StoredParameters
 from easyedit_moe.checkpoints.rewriting import Rewriting
 from easyedit_moe.checkpoints.shards import INDEX, Checkpoint
@@ -130,7 +130,7 @@ def _check_savable(model: nn.Module) -> None:
             )
 
 
-def _changes(model: PreTrainedModel, origin: Path) -> tuple[StoredParameters, list[tuple[str, int | None]]] | None:
+def _changes(model: PreTrainedModel, origin: Path) -> tuple[StoredParameters, list[tuple[str, Row]]] | None:
     """What of a model differs from the checkpoint it came from; None where that can't hold it bit by bit."""
     if quant_method(AutoConfig.from_pretrained(origin)) not in (None, "mxfp4"):
         return None
@@ -144,7 +144,7 @@ def _changes(model: PreTrainedModel, origin: Path) -> tuple[StoredParameters, li
             f"The model holds {len(unknown)} parameters that {origin} lacks; the first is {unknown[0]}. Detach "
             "adapters and save them beside the checkpoint."
         )
-    changed: list[tuple[str, int | None]] = []
+    changed: list[tuple[str, Row]] = []
     for name, parameter in model.named_parameters():
         rows = range(len(parameter)) if parameter.dim() == 3 and parameter.shape[1] > 1 else [None]
         for row in rows:
@@ -175,7 +175,7 @@ def _save_onto(
     partial: Path,
     origin: Path,
     stored: StoredParameters,
-    changed: list[tuple[str, int | None]],
+    changed: list[tuple[str, Row]],
 ) -> None:
     """Copy the source, and write the parameters that differ."""
     rewriting = Rewriting(stored, sorted(set(changed), key=str))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from easyedit_moe.errors import CheckpointError
+from easyedit_moe.storage.strict_json import parse_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -76,7 +77,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > _LONGEST_HEADER:
                 raise ValueError(f"a header of {length} bytes")
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length))
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
     except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} can't be read as safetensors: {error}. Get the file anew.") from error
@@ -113,15 +114,15 @@ class Checkpoint:
         """
         return Checkpoint({file: folder / file for file in weight_files(folder)})
 
-    def read(self, name: str, row: int | None = None) -> Tensor:
-        """A tensor, or one entry of its first dimension, as a new tensor."""
+    def read(self, name: str, row: int | range | None = None) -> Tensor:
+        """A tensor, or one entry or neighbouring ones of its first dimension, as a new tensor."""
         entry = self.tensors[name]
         shape, start, size = _part(entry, row)
         data = np.fromfile(self.files[entry.file], dtype=np.uint8, count=size, offset=start)
         return torch.from_numpy(data).view(entry.dtype).view(shape)
 
-    def write(self, name: str, value: Tensor, row: int | None = None) -> None:
-        """Overwrite a tensor, or one entry of its first dimension, in its file; shape and dtype must be the same."""
+    def write(self, name: str, value: Tensor, row: int | range | None = None) -> None:
+        """Overwrite what `read` returns in its file; shape and dtype must be the same."""
         entry = self.tensors[name]
         shape, start, _ = _part(entry, row)
         if tuple(value.shape) != shape or value.dtype != entry.dtype:
@@ -148,7 +149,10 @@ def weight_files(folder: Path) -> list[str]:
     if (folder / SINGLE).is_file():
         return [SINGLE]
     if index.is_file():
-        return sorted(set(read_json(index)["weight_map"].values()))
+        places = read_json(index).get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+            raise CheckpointError(f"{index} has no weight_map, or one that names no files. Get the file anew.")
+        return sorted(set(places.values()))
     raise CheckpointError(
         f"{folder} holds neither {SINGLE} nor {INDEX}. Give the folder of a checkpoint in safetensors; another format "
         "(.bin, .gguf) is converted by loading it with transformers and saving it."
@@ -158,7 +162,7 @@ def weight_files(folder: Path) -> list[str]:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; CheckpointError where the file is missing or holds none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} can't be read: {error}") from error
     if not isinstance(content, dict):
@@ -224,10 +228,12 @@ def _copy_range(old: BinaryIO, new: BinaryIO, start: int, size: int, chunk: int 
         size -= len(data)
 
 
-def _part(entry: StoredTensor, row: int | None) -> tuple[tuple[int, ...], int, int]:
-    """Shape, first byte and bytes of a tensor, or of one entry of its first dimension."""
+def _part(entry: StoredTensor, row: int | range | None) -> tuple[tuple[int, ...], int, int]:
+    """Shape, first byte and bytes of a tensor, or of one entry or neighbouring ones of its first dimension."""
     if row is None:
         return entry.shape, entry.start, entry.size
     shape = entry.shape[1:]
     size = math.prod(shape) * entry.dtype.itemsize
+    if isinstance(row, range):
+        return (len(row), *shape), entry.start + row.start * size, len(row) * size
     return shape, entry.start + row * size, size

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from easyedit_moe.checkpoints.history import Edit
-from easyedit_moe.checkpoints.naming import CheckpointNames
+from easyedit_moe.checkpoints.naming import CheckpointNames, Row
 from easyedit_moe.checkpoints.parameters import StoredParameters
 from easyedit_moe.errors import AlreadyAppliedError, PatchError
+from easyedit_moe.hparams.sites import EXPERTS
 from easyedit_moe.moe.layers import MoELayer, MoELayerView
 from easyedit_moe.patches.tensors import TensorPatch
 from easyedit_moe.patches.weights import WeightPatch
@@ -25,8 +26,9 @@ class Target:
     """One matrix that a patch changes.
 
     Attributes:
-        key: by which the patch and the history know it: "12.7" for layer 12, expert 7, or a parameter's name.
-        parameter, row: where it is in memory: a parameter, and the entry of its first dimension or None for all of it.
+        key: by which the patch and the history know it: "12.7" for layer 12, expert 7, "dense.12.0" at another site, or
+            a parameter's name.
+        parameter, row: where it is in memory: a parameter, and which part of it.
         turned: whether the matrix ``[d, h]`` is stored as ``[h, d]``.
         before, after: its checksums.
         dtype: in which the patch was made.
@@ -34,7 +36,7 @@ class Target:
 
     key: str
     parameter: str
-    row: int | None
+    row: Row
     turned: bool
     before: int
     after: int
@@ -58,7 +60,7 @@ def targets_of(patch: Patch, names: CheckpointNames) -> list[Target]:
     """
     if isinstance(patch, TensorPatch):
         return [_tensor_target(patch, names, name) for name in patch.names]
-    view = MoELayerView(names.model, without_weights=True)
+    view = MoELayerView(names.model, without_weights=True, site=patch.site)
     for layer, update in patch.steps:
         if layer not in view.layers:
             raise PatchError(f"This patch changes layer {layer}; the checkpoint has {sorted(view.layers)}.")
@@ -71,26 +73,30 @@ def targets_of(patch: Patch, names: CheckpointNames) -> list[Target]:
 
 
 def expert_target(patch: WeightPatch, moe: MoELayer, expert: int) -> Target:
-    """One expert's down-projection.
-
-    Raises:
-        PatchError: experts that lie below one another in one matrix, which no part of this package reads from files.
-    """
-    name, parameter = moe.experts.parameters_of(expert)
-    if moe.experts.layout.storage == "packed" and parameter.dim() == 2:
-        raise PatchError(
-            f"{moe.experts_name}.{name} holds all experts as one matrix, and single experts of it can't be written "
-            "into a checkpoint's files. Apply the patch to the model in memory and save that."
-        )
+    """One expert's down-projection; at another site than the routed experts its key names the site."""
+    name, row = place_of(moe, expert)
+    site = "" if patch.site == EXPERTS else f"{patch.site}."
     return Target(
-        f"{moe.index}.{expert}",
-        f"{moe.experts_name}.{name}",
-        expert if parameter.dim() == 3 else None,
+        f"{site}{moe.index}.{expert}",
+        name,
+        row,
         moe.experts.layout.transposed,
         patch.before[moe.index][expert],
         patch.after[moe.index][expert],
         dtype_named(patch.dtypes[moe.index]),
     )
+
+
+def place_of(moe: MoELayer, expert: int) -> tuple[str, Row]:
+    """Full name of the parameter that holds an expert's down-projection, and which part of it that is."""
+    name, parameter = moe.experts.parameters_of(expert)
+    full, count = f"{moe.experts_name}.{name}", moe.experts.layout.num_experts
+    if parameter.dim() == 3:
+        return full, expert
+    if moe.experts.layout.storage != "packed" or count == 1:
+        return full, None
+    rows = len(parameter) // count  # the experts lie below one another
+    return full, range(expert * rows, (expert + 1) * rows)
 
 
 def check_applicable(patch: Patch, stored: StoredParameters, targets: Sequence[Target], edits: Sequence[Edit]) -> None:
@@ -187,4 +193,7 @@ def _tensor_target(patch: TensorPatch, names: CheckpointNames, name: str) -> Tar
 
 def _named(target: Target, stored: StoredParameters) -> str:
     tensors = stored.tensors(target.parameter, target.row)
-    return tensors[0] if len(tensors) == 1 and target.row is None else f"{tensors[0]} (entry {target.row})"
+    if len(tensors) == 1 and target.row is None:
+        return tensors[0]
+    part = f"rows {target.row[0]} to {target.row[-1]}" if isinstance(target.row, range) else f"entry {target.row}"
+    return f"{tensors[0]} ({part})"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from easyedit_moe.checkpoints.parameters import StoredParameters
-from easyedit_moe.checkpoints.targets import Patch, Target
+from easyedit_moe.checkpoints.targets import Patch, Target, place_of
 from easyedit_moe.errors import NumericalError, PatchError
 from easyedit_moe.moe.layers import MoELayer, MoELayerView
 from easyedit_moe.patches.flips import flipped
@@ -55,13 +55,13 @@ def flips_of(patch: Patch, target: Target) -> Tensor:
     """The compressed bits of one matrix."""
     if isinstance(patch, TensorPatch):
         return patch.flips[target.parameter]
-    layer, expert = target.key.split(".")
+    layer, expert = target.key.split(".")[-2:]
     return patch.flips[int(layer)][int(expert)]
 
 
 def write_steps(patch: WeightPatch, stored: StoredParameters) -> None:
     """Add the factored updates, in the groups and tiles in which they are added in memory, so with the same bits."""
-    view = MoELayerView(stored.names.model, without_weights=True)
+    view = MoELayerView(stored.names.model, without_weights=True, site=patch.site)
     scratch = Scratch()
     for layer, update in patch.steps:
         moe = view.layers[layer]
@@ -75,16 +75,10 @@ def write_steps(patch: WeightPatch, stored: StoredParameters) -> None:
 
 
 def _read_run(stored: StoredParameters, moe: MoELayer, experts: Sequence[int]) -> Tensor:
-    return torch.stack([stored.read(*_place(moe, expert)) for expert in experts])
+    return torch.stack([stored.read(*place_of(moe, expert)) for expert in experts])
 
 
 def _write_run(stored: StoredParameters, moe: MoELayer, experts: Sequence[int], weights: Tensor) -> None:
     for expert, weight in zip(experts, weights, strict=True):
-        name, row = _place(moe, expert)
+        name, row = place_of(moe, expert)
         stored.write(name, weight, row)
-
-
-def _place(moe: MoELayer, expert: int) -> tuple[str, int | None]:
-    """Full name of the parameter that holds an expert, and the entry of its first dimension where it holds several."""
-    name, parameter = moe.experts.parameters_of(expert)
-    return f"{moe.experts_name}.{name}", expert if parameter.dim() == 3 else None

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from easyedit_moe.commands.tables import say
+from easyedit_moe.commands.printing import say
 
 
 def apply(

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from easyedit_moe.commands import options
+from easyedit_moe.commands.printing import say_json, show_rows
 from easyedit_moe.commands.reporting import shows_progress
-from easyedit_moe.commands.tables import say_json, show_rows
 
 
 def ask(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
+from easyedit_moe.commands import compare_options as given
 from easyedit_moe.commands import options
+from easyedit_moe.commands.printing import note, show_table
 from easyedit_moe.commands.reporting import shows_progress
-from easyedit_moe.commands.tables import note, show_table
 
 if TYPE_CHECKING:
     from easyedit_moe.comparison.compare import Comparison, Row
@@ -18,38 +17,22 @@ if TYPE_CHECKING:
 
 
 def compare(
-    more: Annotated[
-        list[str] | None, typer.Argument(metavar="[METHOD]...", help="More methods, so that --methods A B C works.")
-    ] = None,
-    model: Annotated[str, typer.Option(help="Hub name or folder; default: the bundled trained model.")] = "factworld",
-    data: Annotated[
-        str, typer.Option(help="JSON file of records; factworld and factworld-easyedit ship.")
-    ] = "factworld",
-    methods: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Methods, ours and EasyEdit's, separated by spaces or commas; all: every one of ours. "
-            "Default: that of the YAML file, or five."
-        ),
-    ] = None,
-    edits: Annotated[int, typer.Option(help="Number of records to edit.")] = 100,
-    skip: Annotated[int, typer.Option(help="Number of records to leave out at the start.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Edits per batch; batches follow each other.")] = 50,
-    hparams: Annotated[
-        str | None,
-        typer.Option(help="A YAML file of one method, or a folder of <METHOD>/<model>.yaml; default: those that ship."),
-    ] = None,
-    out: Annotated[str, typer.Option(help="Folder for results.json, table.md and comparison.png.")] = "results",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; default: that of the hparams.")] = "",
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N; default: that of the hparams.")] = "",
-    stats_dir: Annotated[str, typer.Option(help="Folder of cached statistics; default: that of the hparams.")] = "",
-    easyedit_metrics: Annotated[
-        bool | None, typer.Option(help="Score by EasyEdit's protocol, too; default: if a method is EasyEdit's.")
-    ] = None,
+    more: given.More = None,
+    model: options.Model = "factworld",
+    data: given.Data = "factworld",
+    methods: given.Methods = None,
+    edits: given.Edits = 100,
+    skip: given.Skip = 0,
+    batch_size: given.BatchSize = 50,
+    hparams: given.HParams = None,
+    out: given.Out = "results",
+    dtype: given.DType = "",
+    device: options.Device = "",
+    stats_dir: options.StatsDir = "",
+    easyedit_metrics: given.EasyEditMetrics = None,
     chat: options.EditsInChat = False,
-    resume: Annotated[
-        bool, typer.Option(help="Go on after an interruption: rows of results.json that would come out again are kept.")
-    ] = False,
+    protocol: options.Protocol = "",
+    resume: given.Resume = False,
 ) -> None:
     """Edit the same records by several methods and print a side-by-side table, scored after all edits."""
     from easyedit_moe import host
@@ -59,8 +42,8 @@ def compare(
     from easyedit_moe.host.baseline_hparams import HOST_METHODS
 
     names = chosen_methods(split_names([*(methods or []), *(more or [])]), hparams)
-    given = options.settings_of(None, device=device, dtype=dtype, stats_dir=stats_dir, chat=chat)
-    settings = resolve_methods(names, model, hparams, {**given, "model_name": model})
+    overrides = options.settings_of(None, device=device, dtype=dtype, stats_dir=stats_dir, chat=chat)
+    settings = resolve_methods(names, model, hparams, {**overrides, "model_name": model})
     folder = check_folder(out)
     if easyedit_metrics is None:
         easyedit_metrics = any(name in HOST_METHODS for name in names)
@@ -69,7 +52,7 @@ def compare(
     first = loading_settings(settings, model)
     task = load_task(
         model, data, edits, skip, batch_size, dtype or first.dtype, device or first.device, first.model_parallel,
-        first.trust_remote_code, shows_progress(), any(getattr(hp, "chat", False) for hp in settings),
+        first.trust_remote_code, shows_progress(), any(getattr(hp, "chat", False) for hp in settings), protocol or None,
     )  # fmt: skip
     _check_held_out(hparams, task)
     result = _run(task, settings, folder, easyedit_metrics, resume)

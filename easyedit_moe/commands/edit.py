@@ -8,9 +8,9 @@ import typer
 
 from easyedit_moe.commands import options
 from easyedit_moe.commands.compare import split_names
+from easyedit_moe.commands.printing import note, say, show_rows
 from easyedit_moe.commands.reporting import shows_progress
 from easyedit_moe.commands.statistics_lines import statistics_lines
-from easyedit_moe.commands.tables import note, say, show_rows
 
 if TYPE_CHECKING:
     from easyedit_moe.workflow.edit_outcome import EditReport

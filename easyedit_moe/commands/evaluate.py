@@ -8,8 +8,8 @@ import typer
 
 from easyedit_moe.commands import options
 from easyedit_moe.commands.compare import split_names
+from easyedit_moe.commands.printing import note, say, show_table
 from easyedit_moe.commands.reporting import shows_progress
-from easyedit_moe.commands.tables import note, say, show_table
 
 
 def evaluate(
@@ -27,6 +27,7 @@ def evaluate(
     tasks_dir: Annotated[str | None, typer.Option(help="Folder of tasks of your own; works offline.")] = None,
     limit: Annotated[int | None, typer.Option(help="Examples per task; default: all.")] = None,
     chat: options.Chat = None,
+    protocol: options.Protocol = "",
     out: Annotated[str, typer.Option(help="Folder for results.json and table.md; default: only shown.")] = "",
     dtype: options.DType = "",
     device: options.Device = "",
@@ -44,11 +45,12 @@ def evaluate(
     result = run(
         model, patch or [], data or None, split_names(tasks or []), tasks_dir, limit,
         options.loading_of(dtype, device, trust_remote_code), shows_progress(), chat,
+        protocol or None,
     )  # fmt: skip
     paths = write_evaluation(result, out) if out else []
     table = Table()
     for number, name in enumerate(COLUMNS):
-        table.add_column(name, justify="left" if number < 2 else "right")
+        table.add_column(name, justify="left" if number < 3 else "right")
     for measure in result.measures:
         table.add_row(*cells(measure))
     show_table(table)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from easyedit_moe.commands import options
+from easyedit_moe.commands.printing import note, say, say_json, show_rows
 from easyedit_moe.commands.reporting import shows_progress
-from easyedit_moe.commands.tables import note, say, say_json, show_rows
 
 if TYPE_CHECKING:
     from easyedit_moe.workflow.export_report import Exported

@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from easyedit_moe.commands import options
+from easyedit_moe.commands.printing import note, say
 from easyedit_moe.commands.reporting import shows_progress
-from easyedit_moe.commands.tables import note, say
 
 
 def init(

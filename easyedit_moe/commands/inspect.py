@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from easyedit_moe.commands import options
-from easyedit_moe.commands.tables import say, say_json, show_rows
+from easyedit_moe.commands.printing import say, say_json, show_rows
 
 
 def inspect(

@@ -8,8 +8,8 @@ import typer
 
 from easyedit_moe.commands import options
 from easyedit_moe.commands.compare import split_names
+from easyedit_moe.commands.printing import note, say, say_json, show_rows
 from easyedit_moe.commands.reporting import shows_progress
-from easyedit_moe.commands.tables import note, say, say_json, show_rows
 from easyedit_moe.errors import LayerError
 
 if TYPE_CHECKING:

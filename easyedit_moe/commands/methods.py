@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from easyedit_moe.commands.tables import show_table
+from easyedit_moe.commands.printing import show_table
 
 
 def methods(

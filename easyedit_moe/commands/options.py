@@ -39,6 +39,10 @@ EditsInChat = Annotated[
 Patches = Annotated[
     list[str] | None, typer.Option(metavar="PATCH", help="A patch (or MEMoE's adapter); several: laid on in order.")
 ]
+Protocol = Annotated[
+    str,
+    typer.Option(help="How records are read and judged; default: their layout's own. ZsRE: zsre or zsre-alternative."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -55,7 +59,7 @@ def settings_of(texts: Sequence[str] | None, **named: Any) -> dict[str, Any]:
     Raises:
         HyperParamsError: a text without a name, one that is no YAML, or a setting that is given twice.
     """
-    import yaml
+    from easyedit_moe.storage.strict_yaml import parse_yaml
 
     found: dict[str, Any] = {name: value for name, value in named.items() if value not in ("", None, False)}
     if isinstance(found.get("device"), str) and found["device"].isdecimal():
@@ -68,7 +72,7 @@ def settings_of(texts: Sequence[str] | None, **named: Any) -> dict[str, Any]:
         if name in found:
             raise HyperParamsError(f"{name} is given twice; keep one of both.")
         try:
-            found[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+            found[name] = parse_yaml(value)
+        except ValueError as error:
             raise HyperParamsError(f"--set {name}: {value!r} can't be read: {error}") from error
     return found

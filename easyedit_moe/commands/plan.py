@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from easyedit_moe.commands.printing import say, show_table
 from easyedit_moe.commands.statistics_lines import statistics_lines
-from easyedit_moe.commands.tables import say, show_table
 
 if TYPE_CHECKING:
     from rich.table import Table

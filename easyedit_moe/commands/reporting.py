@@ -65,7 +65,7 @@ def say_error(text: str) -> None:
     """One line on standard error, however long the text and whatever its line breaks."""
     from rich.text import Text
 
-    from easyedit_moe.commands.tables import output
+    from easyedit_moe.commands.printing import output
 
     line = Text.assemble(("error:", "bold red"), " ", " ".join(text.split()))
     output(stderr=True).print(line, soft_wrap=True)

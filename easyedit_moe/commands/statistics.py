@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from easyedit_moe.commands import options
+from easyedit_moe.commands.printing import say, show_rows
 from easyedit_moe.commands.reporting import shows_progress
-from easyedit_moe.commands.tables import say, show_rows
 
 
 def statistics(

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from easyedit_moe.comparison.ready import READY, SharedTargets
 from easyedit_moe.comparison.task import Task
 from easyedit_moe.editors import Editor, EditResult, Patch, make_editor
 from easyedit_moe.errors import EditingWarning, HyperParamsError
@@ -27,7 +28,6 @@ from easyedit_moe.host.baseline_hparams import PROTOCOL, BaselineHyperParams
 from easyedit_moe.hparams import MoEHyperParams
 from easyedit_moe.measure import Stopwatch, peak_memory_bytes, reset_peak_memory
 from easyedit_moe.storage.strict_json import json_text
-from easyedit_moe.targets.search import TargetVectors
 
 PRE_EDIT = "pre-edit"
 SCORES = ("efficacy", "generalisation", "specificity", "utility", "exact_match")
@@ -62,6 +62,7 @@ class Row:
             "method": self.method,
             "edits": self.edits,
             "code": self.code,
+            "protocol": self.scores.protocol,
             **{name: scores[name] for name in SCORES},
             "routing_similarity": self.routing,
             "seconds": self.seconds,
@@ -102,11 +103,14 @@ def compare(
     earlier: Sequence[Row] = (),
     save: Callable[[Comparison], Any] | None = None,
     progress: bool = True,
+    ready_targets: bool = False,
 ) -> Comparison:
     """A pre-edit row, then one row per hparams; the model is bit-equal to before after each.
 
     Methods with the same target settings share the target vectors of the first batch, which all of them edit at the
-    same weights; the seconds they took count for each. Later batches find their own, at the method's own weights.
+    same weights; the seconds they took count for each. Later batches find their own, at the method's own weights,
+    unless ``ready_targets`` asks for those that are found at the unedited weights for all records ("z ready"): shifts
+    that each batch adds to the hidden states as they are when it begins. EasyEdit's methods find their own.
 
     Args:
         task: the model and the records.
@@ -118,21 +122,24 @@ def compare(
             are taken over instead of being made again.
         save: called after each row with all that are there.
         progress: show bars.
+        ready_targets: give every batch of each method the same targets, so that only what is done with them differs.
 
     Raises:
         HostError: EasyEdit is asked for, by a method or for its metrics, and is not there.
     """
     _check_chat(task, hparams)
+    if ready_targets:
+        task = replace(task, provenance={**task.provenance, READY: True})
     names = [PRE_EDIT, *(labels or [hp.alg_name for hp in hparams])]
     settings = [None, *hparams]
     kept = [_reusable(earlier, name, hp, easyedit_metrics) for name, hp in zip(names, settings, strict=True)]
     rows = {number: row for number, row in enumerate(kept) if row is not None}
     judge = _Judge(task, easyedit_metrics, progress) if len(rows) < len(names) else None
-    ready: ReadyTargets = {}
+    targets = SharedTargets(task, ready_targets, progress)
     for number, (name, hp) in enumerate(zip(names, settings, strict=True)):
         if judge is None or number in rows:
             continue
-        rows[number] = _unedited(judge) if hp is None else _run_method(judge, hp, name, ready)
+        rows[number] = _unedited(judge) if hp is None else _run_method(judge, hp, name, targets)
         if on_row:
             on_row(rows[number])
         if save:
@@ -208,7 +215,6 @@ def _unedited(judge: _Judge) -> Row:
     return Row(PRE_EDIT, "nothing", "easyedit_moe", scores, judge.routing(), watch.seconds, peak, easyedit=theirs)
 
 
-ReadyTargets = dict[Any, tuple[TargetVectors, float]]
 Quality = Callable[[str], dict[str, Score]]
 
 
@@ -218,20 +224,23 @@ def _easyedit_quality(task: Task) -> Quality:
     return EasyEditQuality(task.model, task.tok, task.records).measure
 
 
-def _run_method(judge: _Judge, hparams: MoEHyperParams | BaselineHyperParams, label: str, ready: ReadyTargets) -> Row:
+def _run_method(
+    judge: _Judge, hparams: MoEHyperParams | BaselineHyperParams, label: str, targets: SharedTargets
+) -> Row:
     watch, task, model = Stopwatch(), judge.task, judge.task.model
     reset_peak_memory()
     editor = make_editor(hparams, judge.progress)
     memory, reached = None, None
     patches: list[Patch] = []
     told: list[str] = []
+    targets.before(editor)
     with _restored(model, patches):
         for start in range(0, len(task.records), task.batch_size):
             batch = [record.request for record in task.records[start : start + task.batch_size]]
             with warnings.catch_warnings():
                 # They stand in the row instead of being told batch by batch.
                 warnings.simplefilter("ignore", EditingWarning)
-                result = _edit_batch(editor, task, batch, memory, ready, first=start == 0)
+                result = _edit_batch(editor, task, batch, memory, targets, start)
             memory = result.memory
             patches.append(result.patch)
             told += result.warnings
@@ -251,17 +260,10 @@ def _run_method(judge: _Judge, hparams: MoEHyperParams | BaselineHyperParams, la
 
 
 def _edit_batch(
-    editor: Editor, task: Task, batch: list[EditRequest], memory: Any, ready: ReadyTargets, first: bool
+    editor: Editor, task: Task, batch: list[EditRequest], memory: Any, targets: SharedTargets, start: int
 ) -> EditResult:
-    settings = editor.target_settings()
-    shared = first and settings is not None and getattr(editor.hparams, "edits_per_solve", None) is None
-    targets, seconds = ready.get(settings, (None, 0.0)) if shared else (None, 0.0)
-    result = editor.edit(task.model, task.tok, batch, memory, targets)
-    if targets is not None:
-        return replace(result, seconds={**result.seconds, "targets": seconds})
-    if shared:
-        ready[settings] = (result.targets[0], result.seconds["targets"])
-    return result
+    given = targets.of_batch(editor, start, start + len(batch))
+    return targets.after(editor, start, given, editor.edit(task.model, task.tok, batch, memory, given))
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from easyedit_moe.host.baseline_hparams import PROTOCOL
 from easyedit_moe.storage.files import replacing
 
 COLUMNS = (
-    "method", "code", "edits", "efficacy", "generalisation", "specificity", "utility", "routing (kept)",
+    "method", "code", "edits", "protocol", "efficacy", "generalisation", "specificity", "utility", "routing (kept)",
     "targets s", "solve s", "write s", "peak MiB",
 )  # fmt: skip
 
@@ -32,6 +32,7 @@ def cells(row: Row) -> list[str]:
         row.method,
         row.code,
         row.edits,
+        scores.protocol,
         _score(scores.efficacy),
         _score(scores.generalisation),
         _score(scores.specificity),
@@ -62,7 +63,7 @@ def tables(comparison: Comparison) -> list[Table]:
     provenance = comparison.provenance
     of = f"{provenance['edits']} {provenance['protocol']} edits in batches of {provenance['batch_size']} on "
     of += f"{provenance['model']}, scored after all of them, percent"
-    out = [_table(f"{of}; by the papers' protocol: {PROTOCOLS[provenance['protocol']]}", COLUMNS, 3)]
+    out = [_table(f"{of}; by the papers' protocol: {PROTOCOLS[provenance['protocol']]}", COLUMNS, 4)]
     for row in comparison.rows:
         out[0].add_row(*cells(row))
     measured = [row for row in comparison.rows if row.easyedit is not None]
@@ -82,7 +83,7 @@ def _table(title: str, columns: Sequence[str], texts: int) -> Table:
 
 def markdown(comparison: Comparison) -> str:
     """The same tables for a README."""
-    text = _markdown(COLUMNS, 3, [cells(row) for row in comparison.rows])
+    text = _markdown(COLUMNS, 4, [cells(row) for row in comparison.rows])
     measured = [row for row in comparison.rows if row.easyedit is not None]
     if measured:
         text += f"\nThe same edits by the protocol of {PROTOCOL}:\n\n"
@@ -150,7 +151,7 @@ def chart(comparison: Comparison, path: Path) -> None:
             label=name,
             error_kw={"elinewidth": 1, "ecolor": "#333333"},
         )
-    scores.set(xlim=(0, 104), xlabel="percent (mean and standard error)")
+    scores.set(xlim=(0, 104), xlabel=f"percent (mean and standard error), protocol {comparison.provenance['protocol']}")
     scores.set_yticks(range(len(rows)), names)
     scores.invert_yaxis()
     scores.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=3, frameon=False)

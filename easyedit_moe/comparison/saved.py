@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from easyedit_moe.comparison.compare import PRE_EDIT, SCORES, Comparison, Row
+from easyedit_moe.comparison.ready import READY
 from easyedit_moe.errors import DataError
 from easyedit_moe.evaluation.metrics import EvaluationResult, Score
 from easyedit_moe.storage.strict_json import json_text, read_json, write_json
@@ -43,7 +44,7 @@ def earlier_rows(folder: Path, provenance: Mapping[str, Any], wanted: Sequence[s
         raise DataError(f"{path} is no result of compare ({error!r}); choose another --out.") from error
     differing = [
         f"{name}: {found.get(name)!r} there, {value!r} now"
-        for name, value in provenance.items()
+        for name, value in {READY: None, **provenance}.items()
         if json_text(found.get(name)) != json_text(value)
     ]
     if differing:

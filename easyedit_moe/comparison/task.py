@@ -38,13 +38,14 @@ class Task:
 def load_task(
     model_name: str, data: str, edits: int, skip: int, batch_size: int, dtype: str, device: int | str,
     model_parallel: bool = False, trust_remote_code: bool = False, progress: bool = True, chat: bool = False,
+    protocol: str | None = None,
 ) -> Task:  # fmt: skip
-    """Load model and records; record ``skip`` is the first to be edited.
+    """Load model and records; record ``skip`` is the first to be edited, ``protocol`` that of `load_records`.
 
     Raises:
         DataError: unusable data or model, or fewer records than asked for. HyperParamsError: bad dtype or device.
     """
-    found = load_records(data)
+    found = load_records(data, protocol)
     if edits < 1 or skip < 0 or batch_size < 1:
         raise DataError(f"edits and batch-size must be >= 1 and skip >= 0; found {edits}, {batch_size}, {skip}.")
     records = found.records[skip : skip + edits]

@@ -134,7 +134,7 @@ class Editor(ABC):
         self.progress = progress
 
     edits = _FromTable("edits")
-    """What is changed: "experts", "dense site", "layer" or "adapter"."""
+    """What is changed: "experts", "shared expert", "dense FFN", "dense site", "layer" or "adapter"."""
     code = _FromTable("code")
     """Whose code does it: "easyedit_moe" or "easyeditor"."""
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from easyedit_moe.algebra.coordinates import CoreCoordinates
 from easyedit_moe.algebra.core import FactoredCore, expand_core, solve_mote, solve_mote_held
+from easyedit_moe.algebra.gauge import aligned_basis
 from easyedit_moe.algebra.held import ridge_suffices
 from easyedit_moe.algebra.routed_keys import FactoredUpdate, RoutedKeys
 from easyedit_moe.algebra.tucker import TuckerBasis
@@ -25,7 +27,8 @@ class MoTEEditor(SolvingEditor):
     """Ridge on the Tucker core, ``Delta_j = U_out (sum_a U_e[j,a] G_a) U_in^T P_j``.
 
     As in its paper with ``spread: update`` (eq. 14: the core, divided by the layers left, is mapped back by each
-    layer's own factors and projectors); ``spread: residual`` solves a core per layer and is ours.
+    layer's own factors and projectors). The factors are brought into the gauge of the last layer's first, which the
+    paper leaves open (`easyedit_moe.algebra.gauge`). Other spreads solve a core per layer and are ours.
     """
 
     method = "MoTE"
@@ -54,6 +57,13 @@ class MoTEEditor(SolvingEditor):
     def place(self, solution: FactoredCore | Tensor, prepared: PreparedLayer) -> FactoredUpdate:
         """The core mapped back by the layer's own factors and projectors."""
         return expand_core(solution, prepared.tucker_basis(), prepared.metric)
+
+    def combined(self, layers: dict[int, PreparedLayer]) -> dict[int, PreparedLayer]:
+        """Where the last layer's core is mapped back by all layers' factors, those in its gauge."""
+        if self.hparams.spread != "update":
+            return layers
+        last = layers[self.hparams.layers[-1]].tucker_basis()
+        return {n: replace(one, basis=aligned_basis(one.tucker_basis(), last)) for n, one in layers.items()}
 
     def basis(self, view: MoELayerView, layer: int, moments: LayerMoments | None, fingerprint: str) -> TuckerBasis:
         """The layer's Tucker basis, from the cache where it is there."""

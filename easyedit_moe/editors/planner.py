@@ -17,6 +17,7 @@ from torch import nn
 from easyedit_moe.algebra.tucker import CHUNK_NUMBERS, resolve_rank
 from easyedit_moe.errors import DenseModelError, HyperParamsError, LayoutError
 from easyedit_moe.hparams import MoTEHyperParams, SolverHyperParams
+from easyedit_moe.hparams.sites import EXPERTS
 from easyedit_moe.moe.config import text_config
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.patches.groups import tile_size
@@ -145,16 +146,18 @@ class MemoryPlan:
         return {**asdict(self), "peaks": self.peaks(), "peak": self.peak, "fits": self.fits}
 
 
-def shapes_of(model: nn.Module, layers: list[int] | tuple[int, ...]) -> Shapes:
-    """Shapes of a model, which may lie on the meta device.
+def shapes_of(model: nn.Module, layers: list[int] | tuple[int, ...], site: str = EXPERTS) -> Shapes:
+    """Shapes of a model, which may lie on the meta device, of what is edited at one site.
 
     Raises:
         LayerError: layers that can't be edited. LayoutError: experts of unknown layout, or a config that does not say
             how many experts a token uses.
     """
-    layouts = [moe.experts.layout for moe in MoELayerView(model, without_weights=True).require(layers)]
+    view = MoELayerView(model, without_weights=True, site=site)
+    layouts = [moe.experts.layout for moe in view.require(layers)]
     config = text_config(model)
-    active = next((getattr(config, name) for name in _EXPERTS_PER_TOKEN if getattr(config, name, None)), None)
+    named = (getattr(config, name) for name in _EXPERTS_PER_TOKEN if getattr(config, name, None))
+    active = next(named, None) if site == EXPERTS else 1
     if active is None:
         raise LayoutError(
             f"The config of {type(model).__name__} names the experts per token by none of "
@@ -285,7 +288,7 @@ def metric_stage(shapes: Shapes, hparams: SolverHyperParams) -> Stage:
 
 def _ranks(shapes: Shapes, hparams: MoTEHyperParams) -> tuple[int, int, int]:
     return (
-        resolve_rank(hparams.rank_expert, shapes.experts, "rank_expert"),
+        resolve_rank(hparams.expert_rank, shapes.experts, "rank_expert"),
         resolve_rank(hparams.rank_out, shapes.d_model, "rank_out"),
         resolve_rank(hparams.rank_in, shapes.d_hidden, "rank_in"),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from easyedit_moe.editors.base import Editor
+from easyedit_moe.errors import HyperParamsError, shown
 from easyedit_moe.hparams import presets
 
 
@@ -22,10 +23,16 @@ def make_editor(hparams: Any, progress: bool = True) -> Editor:
     """The editor that ``hparams.alg_name`` asks for.
 
     Raises:
-        MethodError: unknown method. HyperParamsError: hyper-parameters of another method. HostError: one of EasyEdit's
-            own methods, and EasyEdit is not there.
+        MethodError: unknown method. HyperParamsError: hyper-parameters of another method, or something else.
+        HostError: one of EasyEdit's own methods, and EasyEdit is not there.
     """
-    return editor_class(hparams.alg_name)(hparams, progress=progress)
+    name = getattr(hparams, "alg_name", None)
+    if not isinstance(name, str):
+        raise HyperParamsError(
+            f"An editor needs hyper-parameters of a method; found {shown(hparams)} ({type(hparams).__name__}). Read "
+            "them by load_hyperparams, or make the method's class from a dict by its from_dict."
+        )
+    return editor_class(name)(hparams, progress=progress)
 
 
 def method_names() -> list[str]:

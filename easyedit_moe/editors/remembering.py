@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from easyedit_moe.hparams import MoEHyperParams
+from easyedit_moe.hparams.sites import EXPERTS
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.patches.weights import WeightPatch
 from easyedit_moe.storage.checksums import checksum
@@ -26,7 +27,8 @@ class _Call:
     memory: Any
     left: dict[int, dict[int, int]]
 
-    def lies_on(self, view: MoELayerView) -> bool:
+    def lies_on(self, model: nn.Module) -> bool:
+        view = MoELayerView(model, site=getattr(self.hparams, "site", EXPERTS))
         return all(
             checksum(view.layers[layer].experts.read(expert)) == found
             for layer, experts in self.left.items()
@@ -43,8 +45,7 @@ def remembered(model: nn.Module, hparams: MoEHyperParams) -> Any:
     Calls are forgotten, newest first, until one is found whose weights lie on the model: the later ones were put back.
     """
     calls = _CALLS.get(model, [])
-    view = MoELayerView(model) if calls else None
-    while calls and view is not None and not calls[-1].lies_on(view):
+    while calls and not calls[-1].lies_on(model):
         calls.pop()
     for call in reversed(calls):
         if type(call.hparams) is type(hparams) and call.hparams == replace(hparams, batch_size=1):

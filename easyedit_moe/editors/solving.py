@@ -30,6 +30,7 @@ from easyedit_moe.errors import LayerError, LayoutError
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.facts.tokens import encode_text, pad_id
 from easyedit_moe.hparams import SolverHyperParams
+from easyedit_moe.hparams.sites import CALLED, EXPERTS
 from easyedit_moe.measure import Stopwatch
 from easyedit_moe.moe.capture import FactStates, LayerInputs, capture_facts
 from easyedit_moe.moe.fingerprint import model_fingerprint
@@ -64,6 +65,8 @@ class SolvingEditor(Editor):
         super().__init__(hparams, progress)
         self.prepared = prepared
         self.holding = Holding()
+        if hparams.site != EXPERTS:
+            vars(self)["edits"] = CALLED[hparams.site]
 
     @abstractmethod
     def solve(self, keys: RoutedKeys, residual: Tensor, prepared: PreparedLayer) -> tuple[Any, Any]:
@@ -98,10 +101,14 @@ class SolvingEditor(Editor):
         """The Tucker basis of a layer, for methods that have one."""
         return None
 
+    def combined(self, layers: dict[int, PreparedLayer]) -> dict[int, PreparedLayer]:
+        """The layers as they are used together: as each was prepared, unless a method relates them to each other."""
+        return layers
+
     @classmethod
     def plan_for(cls, hparams: SolverHyperParams, model: nn.Module, workload: Workload) -> MemoryPlan:
         """See `Editor.plan_for` and `easyedit_moe.editors.planner.plan`."""
-        shapes = shapes_of(model, hparams.layers)
+        shapes = shapes_of(model, hparams.layers, hparams.site)
         edits, earlier, device = workload.edits, workload.earlier_edits, workload.device_of(hparams)
         return plan(shapes, hparams, edits, earlier, budget=workload.budget, device=device)
 
@@ -113,7 +120,7 @@ class SolvingEditor(Editor):
         """
         watch = Stopwatch()
         with watch.stage("statistics"):
-            view = MoELayerView(model)
+            view = MoELayerView(model, site=self.hparams.site)
             self._check_model(view)
             self._log_plan(view)
             layers = self.hparams.layers
@@ -129,6 +136,7 @@ class SolvingEditor(Editor):
                 moments = layer_statistics(view, tok, self.hparams, layers, fingerprint, self.progress)
             # The moments of a layer are let go as soon as its metric and basis are made.
             made = {n: self._prepared_layer(view, n, tails[n], moments.pop(n, None), fingerprint) for n in layers}
+            made = self.combined(made)
         self.prepared = Prepared(fingerprint, made, resumable, watch.seconds["statistics"])
         return self.prepared
 
@@ -136,7 +144,7 @@ class SolvingEditor(Editor):
         self, model: nn.Module, tok: PreTrainedTokenizerBase, facts: list[EditRequest], memory: Any, targets: Any
     ) -> EditResult:
         """Solve and write, group by group; raises what `prepare` and the solvers raise."""
-        watch, view = Stopwatch(), MoELayerView(model)
+        watch, view = Stopwatch(), MoELayerView(model, site=self.hparams.site)
         self._check_model(view)
         with watch.stage("statistics"):
             prepared = self._prepared_for(view, model, tok)
@@ -188,7 +196,7 @@ class SolvingEditor(Editor):
         if not logger.isEnabledFor(logging.INFO):
             return
         try:
-            found = plan(shapes_of(view.model, self.hparams.layers), self.hparams)
+            found = plan(shapes_of(view.model, self.hparams.layers, self.hparams.site), self.hparams)
         except LayoutError as error:  # a config that does not tell the sizes is no reason not to edit
             logger.info("No memory plan: %s", error)
         else:

@@ -56,12 +56,12 @@ def plan_statistics(hparams: Any, model: nn.Module) -> StatisticsPlan | None:
     """
     if not isinstance(hparams, SolverHyperParams) or not hparams.needs_statistics:
         return None
-    hp, shapes = hparams, shapes_of(model, hparams.layers)
+    hp, shapes = hparams, shapes_of(model, hparams.layers, hparams.site)
     e, d, h, k = shapes.experts, shapes.d_model, shapes.d_hidden, shapes.active
     item = 8 if hp.mom2_dtype == "float64" else 4
     disk = item * (e * h * h + d * d) + 8 * e
     if isinstance(hp, MoTEHyperParams):
-        pairs = ((hp.rank_expert, e, "rank_expert"), (hp.rank_out, d, "rank_out"), (hp.rank_in, h, "rank_in"))
+        pairs = ((hp.expert_rank, e, "rank_expert"), (hp.rank_out, d, "rank_out"), (hp.rank_in, h, "rank_in"))
         disk += 8 * sum(size * resolve_rank(rank, size, name) for rank, size, name in pairs)
     sampled = hp.mom2_dataset == GENERATED
     most = hp.mom2_n_samples * (min(hp.max_length, hp.generated_length) if sampled else hp.max_length)

@@ -72,8 +72,9 @@ def evaluate(
 
     "counterfact": efficacy is P(new) > P(true) after the prompt, generalisation the same after paraphrases, specificity
     P(true) > P(new) after neighbourhood prompts; probabilities are per-token geometric means, as in ROME and MEMIT.
-    "zsre" and "token_accuracy": token accuracy of the new target after the prompt and the paraphrases, and of the true
-    answer after prompts that the edit does not concern. Portability groups are not scored here. With ``chat`` every
+    All others: token accuracy of the new target after the prompt and the paraphrases, and of the true answer after
+    prompts that the edit does not concern; which answer that is, and how they are asked, the records say (see
+    `easyedit_moe.facts.records.PROTOCOLS`). Portability groups are not scored here. With ``chat`` every
     prompt is the user's turn in the tokenizer's template.
 
     Raises:
@@ -88,7 +89,7 @@ def evaluate(
         asked += _pairs(record, protocol)
     unique = list(dict.fromkeys(asked))
     scores = dict(zip(unique, score_targets(model, tok, unique, batch_size, max_length, progress, chat), strict=True))
-    judge = _judge_counterfact if protocol == "counterfact" else _judge_zsre
+    judge = _judge_counterfact if protocol == "counterfact" else _judge_tokens
     rows = [judge(record, scores) for record in records]
     exact = [float(scores[record.request.prompt, record.request.target_new].exact) for record in records]
     columns = [[value for row in rows if (value := row[i]) is not None] for i in range(3)]
@@ -131,7 +132,7 @@ def _judge_counterfact(record: EvaluationRecord, scores: _Scores) -> _Row:
     return changed(request.prompt), _mean([changed(p) for p in record.paraphrases]), _mean(kept)
 
 
-def _judge_zsre(record: EvaluationRecord, scores: _Scores) -> _Row:
+def _judge_tokens(record: EvaluationRecord, scores: _Scores) -> _Row:
     def accuracy(prompt: str) -> float:
         return scores[prompt, record.request.target_new].token_accuracy
 

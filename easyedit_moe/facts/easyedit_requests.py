@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from easyedit_moe.errors import EditingWarning, RequestError
-from easyedit_moe.facts.requests import EditRequest, check_batch, parse_request
+from easyedit_moe.errors import EditingWarning, RequestError, shown
+from easyedit_moe.facts.requests import EditRequest, check_batch, listed_requests, parse_request
+from easyedit_moe.facts.texts import checked_text
 
 _SECTIONS = ("locality", "portability")
 
@@ -41,7 +42,7 @@ def requests_from_columns(
             for request, value in zip(requests, _column(name, values, count), strict=True):
                 request[name] = value
     for section, inputs in (("locality", locality_inputs), ("portability", portability_inputs)):
-        for key, value in (inputs or {}).items():
+        for key, value in _mapping(f"{section}_inputs", inputs).items():
             if _is_empty(value):
                 continue
             name = f"{section}_inputs[{key!r}]"
@@ -54,15 +55,15 @@ def requests_from_columns(
 
 
 def _column(name: str, values: Any, count: int | None = None) -> list[Any]:
-    listed = _as_list(values)
+    listed = _as_list(name, values)
     if count is not None and len(listed) != count:
         raise RequestError(f"{name} has {len(listed)} entries for {count} prompts.")
     return listed
 
 
-def _as_list(value: Any) -> list[Any]:
-    if not isinstance(value, Sequence):
-        raise RequestError(f"Expected a text or a list of texts; found {value!r}.")
+def _as_list(name: str, value: Any) -> list[Any]:
+    if not isinstance(value, Sequence) or isinstance(value, (bytes, bytearray)):
+        raise RequestError(f"{name} must be a text or a list of texts; found {shown(value)}.")
     return [value] if isinstance(value, str) else list(value)
 
 
@@ -86,7 +87,7 @@ def checked_batches(batches: Sequence[Sequence[Mapping[str, Any] | EditRequest]]
     if not batches:
         raise RequestError("There is nothing to edit: the list of requests is empty.")
     numbers = itertools.count()
-    checked = [[_host_request(next(numbers), record) for record in batch] for batch in batches]
+    checked = [[_host_request(next(numbers), record) for record in listed_requests(batch)] for batch in batches]
     with warnings.catch_warnings():
         # The editor checks each batch again when its turn comes, and warns then.
         warnings.simplefilter("ignore", EditingWarning)
@@ -108,9 +109,22 @@ def _host_request(number: int, record: Mapping[str, Any] | EditRequest) -> HostR
 
 def _groups(section: str, given: Any) -> dict[str, Any]:
     """A request's locality or portability without groups in which nothing is asked, at which EasyEdit fails."""
-    if given is not None and not isinstance(given, Mapping):
-        raise RequestError(f"{section!r} must be a dict of groups; found {given!r:.80}.")
-    return {key: value for key, value in (given or {}).items() if not _is_empty(value)}
+    return {key: value for key, value in _mapping(section, given).items() if not _is_empty(value)}
+
+
+def _mapping(name: str, given: Any) -> Mapping[str, Any]:
+    """Groups by their names; an empty list, as None, is no group.
+
+    Raises:
+        RequestError: something else, or a name that is no text.
+    """
+    if is_nothing(given):
+        return {}
+    if not isinstance(given, Mapping):
+        raise RequestError(f"'{name}' must be a dict of groups; found {shown(given)}.")
+    for key in given:
+        checked_text(f"{name}: the name of a group", key)
+    return given
 
 
 def _is_empty(value: Any) -> bool:
@@ -118,28 +132,48 @@ def _is_empty(value: Any) -> bool:
     if not isinstance(value, Mapping):
         return False
     unknown = value.keys() - {"prompt", "ground_truth"}
-    return not unknown and all(text is None or (not isinstance(text, str) and not len(text)) for text in value.values())
+    return not unknown and all(is_nothing(text) for text in value.values())
+
+
+def is_nothing(value: Any) -> bool:
+    """Whether an argument says as little as None: an empty list, dict or array; an empty text says something."""
+    if value is None or isinstance(value, str):
+        return value is None
+    try:
+        return len(value) == 0
+    except TypeError:  # a number, or an array without dimensions, which has a length in name only
+        return False
 
 
 def prompts_of(request: Mapping[str, Any]) -> list[tuple[tuple[str, ...], str, str]]:
-    """Every prompt of a request by its place in the result, with the answer that is scored."""
-    asked: list[tuple[tuple[str, ...], str, str]] = [(("rewrite",), request["prompt"], request["target_new"])]
-    if request.get("rephrase_prompt"):
-        asked.append((("rephrase",), request["rephrase_prompt"], request["target_new"]))
+    """Every prompt of a request by its place in the result, with the answer that is scored.
+
+    Raises:
+        RequestError: one that is no text, or groups of another form.
+    """
+    asked: list[tuple[tuple[str, ...], Any, Any]] = [(("rewrite",), request["prompt"], request["target_new"])]
+    rephrase = request.get("rephrase_prompt")
+    if not is_nothing(rephrase) and not (isinstance(rephrase, str) and not rephrase):
+        asked.append((("rephrase",), rephrase, request["target_new"]))
     for section in _SECTIONS:
-        for key, value in (request.get(section) or {}).items():
-            value = _prompt_and_answer(f"{section}[{key!r}]", value)
-            prompts, answers = _as_list(value["prompt"]), _as_list(value["ground_truth"])
+        for key, value in _mapping(section, request.get(section)).items():
+            name = f"{section}[{key!r}]"
+            value = _prompt_and_answer(name, value)
+            prompts, answers = _as_list(name, value["prompt"]), _as_list(name, value["ground_truth"])
             if len(prompts) != len(answers):
-                raise RequestError(f"{section}[{key!r}] has {len(prompts)} prompts, but {len(answers)} answers.")
+                raise RequestError(f"{name} has {len(prompts)} prompts, but {len(answers)} answers.")
             asked += [((section, key), p, a) for p, a in zip(prompts, answers, strict=True)]
     for place, prompt, answer in asked:
-        if not all(isinstance(text, str) and text.strip() for text in (prompt, answer)):
-            raise RequestError(f"{' '.join(place)}: prompts and answers must be texts; found {prompt!r}, {answer!r}.")
+        for text in (prompt, answer):
+            if not isinstance(text, str) or not text.strip():
+                raise RequestError(
+                    f"{' '.join(place)}: prompts and answers must be texts; found {shown(prompt)}, {shown(answer)}."
+                )
+            checked_text(" ".join(place), text)
     return asked
 
 
 def _prompt_and_answer(name: str, value: Any) -> Mapping[str, Any]:
     if not isinstance(value, Mapping) or not {"prompt", "ground_truth"} <= value.keys():
-        raise RequestError(f"{name} must hold 'prompt' and 'ground_truth'; found {value!r}.")
+        raise RequestError(f"{name} must hold 'prompt' and 'ground_truth'; found {shown(value)}.")
     return value

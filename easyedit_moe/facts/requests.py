@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from easyedit_moe.errors import EditingWarning, RequestError
+from easyedit_moe.errors import EditingWarning, RequestError, shown
 from easyedit_moe.facts.subjects import mentions
+from easyedit_moe.facts.texts import check_encodable, checked_text, same_text
 from easyedit_moe.facts.tokens import subject_span
 
 
@@ -29,12 +30,14 @@ class EditRequest:
     ground_truth: str | None = None
 
     def __post_init__(self) -> None:
-        _text("prompt", self.prompt)
-        _text("target_new", self.target_new)
-        if self.ground_truth is not None and not isinstance(self.ground_truth, str):
-            raise RequestError(f"'ground_truth' must be a string or None; found {self.ground_truth!r}.")
+        checked_text("prompt", self.prompt)
+        checked_text("target_new", self.target_new)
+        if self.ground_truth is not None:
+            if not isinstance(self.ground_truth, str):
+                raise RequestError(f"'ground_truth' must be a string or None; found {shown(self.ground_truth)}.")
+            check_encodable("ground_truth", self.ground_truth)
         if self.subject is not None:
-            subject_span(self.prompt, _text("subject", self.subject))
+            subject_span(self.prompt, checked_text("subject", self.subject))
 
     @property
     def named_subject(self) -> str:
@@ -59,10 +62,10 @@ def parse_request(record: Mapping[str, Any] | EditRequest) -> EditRequest:
     if isinstance(record, EditRequest):
         return record
     if not isinstance(record, Mapping):
-        raise RequestError(f"A request must be a dict; found {type(record).__name__}: {str(record)[:80]!r}.")
+        raise RequestError(f"A request must be a dict; found {type(record).__name__}: {shown(record)}.")
     rewrite = record.get("requested_rewrite", record)
     if not isinstance(rewrite, Mapping):
-        raise RequestError(f"'requested_rewrite' must be a dict; found {rewrite!r}.")
+        raise RequestError(f"'requested_rewrite' must be a dict; found {shown(rewrite)}.")
     prompt = _required_text(rewrite, "prompt")
     subject = None if rewrite.get("subject") is None else _required_text(rewrite, "subject")
     target = _required_text(rewrite, "target_new")
@@ -78,16 +81,25 @@ def parse_request(record: Mapping[str, Any] | EditRequest) -> EditRequest:
     return EditRequest(filled, subject, target, truth)
 
 
-def parse_requests(records: Sequence[Mapping[str, Any] | EditRequest]) -> list[EditRequest]:
+def listed_requests(records: Any) -> list[Any]:
+    """Requests, whatever they come in: a list, a tuple or an iterator, which is used up; what is in it is not checked.
+
+    Raises:
+        RequestError: a single request, a text, or nothing that can be iterated over.
+    """
+    if isinstance(records, (Mapping, EditRequest, str, bytes)) or not isinstance(records, Iterable):
+        raise RequestError(f"Requests must be a list; found {type(records).__name__}. Wrap a single request in [ ].")
+    return list(records)
+
+
+def parse_requests(records: Iterable[Mapping[str, Any] | EditRequest]) -> list[EditRequest]:
     """All requests of one batch, checked against each other; see `check_batch` for its warning.
 
     Raises:
         RequestError: no request, one that is unusable, one given twice, or two with different targets for one prompt.
     """
-    if isinstance(records, (Mapping, EditRequest, str)) or not isinstance(records, Iterable):
-        raise RequestError(f"Requests must be a list; found {type(records).__name__}. Wrap a single request in [ ].")
     requests: list[EditRequest] = []
-    for number, record in enumerate(records):
+    for number, record in enumerate(listed_requests(records)):
         try:
             requests.append(parse_request(record))
         except RequestError as error:
@@ -98,6 +110,8 @@ def parse_requests(records: Sequence[Mapping[str, Any] | EditRequest]) -> list[E
 
 def check_batch(requests: Sequence[EditRequest]) -> None:
     """Check the requests of one batch against each other; what is wrong with a single one was found when it was made.
+
+    Prompts and targets are compared as `same_text` has them, so spaces and ways to write a letter make no other fact.
 
     Warns (`EditingWarning`) where a target equals the ground truth.
 
@@ -116,15 +130,16 @@ def check_batch(requests: Sequence[EditRequest]) -> None:
                 f"Request {number}: an editor takes EditRequest values; found {type(request).__name__}. Read dicts "
                 "with easyedit_moe.facts.requests.parse_requests first."
             )
-        if request.prompt in seen:
-            other, target = seen[request.prompt]
-            if target == request.target_new.strip():
+        prompt = same_text(request.prompt)
+        if prompt in seen:
+            other, target = seen[prompt]
+            if same_text(target) == same_text(request.target_new):
                 raise RequestError(f"Requests {other} and {number} are the same: {request.prompt!r} -> {target!r}.")
             raise RequestError(
                 f"Requests {other} and {number} conflict: {request.prompt!r} -> {target!r} and {request.target_new!r}. "
                 "Keep one, or edit them in successive batches, where the later one wins."
             )
-        seen[request.prompt] = (number, request.target_new.strip())
+        seen[prompt] = (number, request.target_new.strip())
         if request.ground_truth is not None and request.ground_truth.strip() == request.target_new.strip():
             warnings.warn(
                 f"Request {number}: the target {request.target_new!r} equals the ground truth; nothing is to change.",
@@ -135,14 +150,4 @@ def check_batch(requests: Sequence[EditRequest]) -> None:
 
 def _required_text(record: Mapping[str, Any], name: str) -> str:
     value = record.get(name)
-    return _text(name, value.get("str") if isinstance(value, Mapping) else value)
-
-
-def _text(name: str, value: Any) -> str:
-    if value is None:
-        raise RequestError(f"'{name}' is missing or empty.")
-    if not isinstance(value, str):
-        raise RequestError(f"'{name}' must be a string; found {value!r}.")
-    if not value.strip():
-        raise RequestError(f"'{name}' is empty or blank.")
-    return value
+    return checked_text(name, value.get("str") if isinstance(value, Mapping) else value)

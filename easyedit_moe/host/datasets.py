@@ -36,6 +36,7 @@ WIKIBIGEDIT_FIELDS = {
 DROPPED_FIELDS = ("subject", "portability", "rephrase_prompt")
 """What the host drops of a file's record, and we read back."""
 UNGROUPED = "neighborhood"
+ZSRE_PROTOCOL = "zsre-alternative"
 """The locality group under which EasyEdit's own examples ask CounterFact's and ZsRE's neighbours."""
 
 
@@ -43,7 +44,8 @@ def records_from(dataset: Any, path: str | Path | None = None) -> RecordSet:
     """Records of an instance of EasyEdit's CounterFactDataset, ZsreDataset, KnowEditDataset or WikiBigEditDataset.
 
     The result is that of `easyedit_moe.facts.records.load_records` on the dataset's file, as far as the dataset
-    goes: one that was given a ``size`` yields the records of the first ``size``.
+    goes: one that was given a ``size`` yields the records of the first ``size``. ZsreDataset edits to ``alt``, so its
+    records are those of the protocol "zsre-alternative".
 
     ZsreDataset drops the subject, which is therefore read back from the file; KnowEditDataset drops
     ``rephrase_prompt``, which is read back where ``path`` is given and missing from the records otherwise. The other
@@ -69,13 +71,14 @@ def records_from(dataset: Any, path: str | Path | None = None) -> RecordSet:
         raws = [{**_raw_knowedit(item), "case_id": number} for number, item in enumerate(items)]
         return parse_records(raws, where) if path is None else _read_back(raws, path, where, _knowedit_key, False)
     if all("subject" in item for item in items):  # a host that has stopped dropping it
-        return parse_records([{**_raw_zsre(item), "subject": item["subject"]} for item in items], where)
+        raws = [{**_raw_zsre(item), "subject": item["subject"]} for item in items]
+        return parse_records(raws, where, ZSRE_PROTOCOL)
     if path is None:
         raise DataError(
             "ZsreDataset drops the subject of each record, which editing needs. Pass path=, the JSON file that the "
             "dataset was made from."
         )
-    return _read_back([_raw_zsre(item) for item in items], path, where, _zsre_key, True)
+    return _read_back([_raw_zsre(item) for item in items], path, where, _zsre_key, True, ZSRE_PROTOCOL)
 
 
 def easyedit_requests(records: Sequence[EvaluationRecord]) -> list[dict[str, Any]]:
@@ -205,7 +208,12 @@ def _part(raw: Item, name: str) -> Item:
 
 
 def _read_back(
-    items: Sequence[Item], path: str | Path, where: str, key: Callable[[Item], Any], omits_blank_targets: bool
+    items: Sequence[Item],
+    path: str | Path,
+    where: str,
+    key: Callable[[Item], Any],
+    omits_blank_targets: bool,
+    protocol: str | None = None,
 ) -> RecordSet:
     """Records of the file that the items came from, at their positions in the file.
 
@@ -222,7 +230,7 @@ def _read_back(
     if len(items) + len(omitted) < len(file):
         omitted = [i for i in omitted if i < max(positions)]
     order = sorted(positions + omitted) if positions == sorted(positions) else positions + omitted
-    found = parse_records([file[i] for i in order], str(path))
+    found = parse_records([file[i] for i in order], str(path), protocol)
     return RecordSet(
         found.records,
         found.protocol,

@@ -6,6 +6,7 @@ value that contradicts the method named by ``alg_name`` (see `easyedit_moe.hpara
 
 from __future__ import annotations
 
+import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -16,11 +17,13 @@ from typing import Any, ClassVar
 
 import yaml
 
-from easyedit_moe.errors import HyperParamsError, did_you_mean
+from easyedit_moe.errors import HyperParamsError, did_you_mean, shown
 from easyedit_moe.hparams import presets
 from easyedit_moe.hparams.files import read_with_defaults
 
 DTYPES = ("float32", "bfloat16", "float16")
+LARGEST = 2**31 - 1
+"""Bound on the size of every whole number, seeds included: what all libraries below take."""
 
 
 class _Methods:
@@ -69,7 +72,7 @@ class MoEHyperParams:
         for name, value in presets.METHODS[self.alg_name].items():
             if getattr(self, name) != value:
                 raise HyperParamsError(
-                    f"{self.alg_name} means {name} = {value!r}; found {getattr(self, name)!r}. "
+                    f"{self.alg_name} means {name} = {value!r}; found {shown(getattr(self, name))}. "
                     "Remove the key, or choose the method that you mean."
                 )
         self._check_types()
@@ -82,7 +85,7 @@ class MoEHyperParams:
             fitted = _fit(value, hints[item.name])
             if fitted is _MISFIT:
                 raise HyperParamsError(
-                    f"{item.name} must be {_describe(hints[item.name])}; found {value!r} ({type(value).__name__})."
+                    f"{item.name} must be {_describe(hints[item.name])}; found {shown(value)} ({type(value).__name__})."
                 )
             setattr(self, item.name, fitted)
 
@@ -90,7 +93,17 @@ class MoEHyperParams:
         self._require_at_least({"batch_size": 1, "max_length": 1})
         for item in fields(self):
             value = getattr(self, item.name)
-            self._require(item.name, not isinstance(value, float) or isfinite(value), "finite")
+            for one in value if isinstance(value, list) else [value]:
+                self._require(item.name, not isinstance(one, float) or isfinite(one), "finite")
+                small = not isinstance(one, int) or abs(one) <= LARGEST
+                self._require(item.name, small, f"a whole number of at most {LARGEST} in size")
+                self._require(
+                    item.name,
+                    not isinstance(one, str) or _is_plain(one),
+                    "a text without NUL and halves of characters (lone surrogates)",
+                )
+        for name in ("model_name", *(name for name in ("stats_dir", "target_cache_dir") if hasattr(self, name))):
+            self._require(name, getattr(self, name) is None or bool(getattr(self, name).strip()), "not blank")
         self._require_one_of({"dtype": DTYPES})
         ordered = all(b > a for a, b in zip(self.layers, self.layers[1:], strict=False))
         self._require("layers", bool(self.layers) and ordered and min(self.layers) >= 0, "increasing and not empty")
@@ -105,7 +118,7 @@ class MoEHyperParams:
 
     def _require(self, name: str, fine: bool, expected: str) -> None:
         if not fine:
-            raise HyperParamsError(f"{name} must be {expected}; found {getattr(self, name)!r}.")
+            raise HyperParamsError(f"{name} must be {expected}; found {shown(getattr(self, name))}.")
 
     @classmethod
     def from_hparams(cls, path: str | Path, **overrides: Any) -> MoEHyperParams:
@@ -120,7 +133,13 @@ class MoEHyperParams:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "hparams") -> MoEHyperParams:
-        """Build from a mapping; fixed settings of the method are filled in."""
+        """Build from a mapping; fixed settings of the method are filled in.
+
+        Raises:
+            HyperParamsError: not a mapping, an unknown or missing key, a wrong type or value.
+        """
+        if not isinstance(values, Mapping):
+            raise HyperParamsError(f"{where} must be a mapping of names to values; found {shown(values)}.")
         known = {f.name: f for f in fields(cls)}
         unknown = [key for key in values if key not in known]
         if unknown:
@@ -167,8 +186,17 @@ def _fit(value: Any, hint: Any) -> Any:
         except ValueError:
             return _MISFIT
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return float(value) if abs(value) <= sys.float_info.max else _MISFIT
     return value if type(value) is hint else _MISFIT
+
+
+def _is_plain(text: str) -> bool:
+    """Whether a text can be a path and be written to a file."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in text
 
 
 def _describe(hint: Any) -> str:

@@ -6,10 +6,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from easyedit_moe.errors import HyperParamsError, did_you_mean
+from easyedit_moe.errors import HyperParamsError, did_you_mean, shown
 from easyedit_moe.hparams import presets
+from easyedit_moe.storage.files import is_file, is_folder, path_of
+from easyedit_moe.storage.strict_yaml import parse_yaml
 
 DEFAULTS = "defaults"
 """Key of an hparams file that names the file of what all methods share of its model."""
@@ -26,14 +26,15 @@ def find_yaml(path: str | Path) -> Path:
     """The file that a path means: itself, or a name without folder, like ``MoTE/factworld``, of those that ship.
 
     Raises:
-        HyperParamsError: there is none.
+        HyperParamsError: there is none, or it is no path.
     """
+    path = path_of(path, "the hparams file", HyperParamsError)
     ends = ("", ".yaml", ".yml")
     candidates = [Path(f"{folder}{path}{end}") for folder in ("", f"{hparams_folder()}/") for end in ends]
-    if Path(path).parts[:1] == ("hparams",):
-        candidates.append(hparams_folder() / Path(*Path(path).parts[1:]))
-    found = next((c for c in candidates if c.is_file()), None)
-    if found is None and Path(path).is_dir():
+    if path.parts[:1] == ("hparams",):
+        candidates.append(hparams_folder() / Path(*path.parts[1:]))
+    found = next((c for c in candidates if is_file(c)), None)
+    if found is None and is_folder(path):
         raise HyperParamsError(f"{path} is a folder; name one hparams file in it.")
     if found is None:
         shipped = sorted(str(p.relative_to(hparams_folder())) for p in hparams_folder().glob("*/*.yaml"))
@@ -58,8 +59,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """
     found = find_yaml(path)
     try:
-        values = yaml.safe_load(found.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = parse_yaml(found.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise HyperParamsError(f"{found} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise HyperParamsError(f"{found} must hold a mapping of names to values.")
@@ -84,11 +85,11 @@ def read_layers(path: str | Path) -> tuple[dict[str, Any], dict[str, Any], Path 
     named = own.pop(DEFAULTS, None)
     if named is None:
         return own, {}, None
-    if not isinstance(named, str):
-        raise HyperParamsError(f"{path}: {DEFAULTS} must name a YAML file; found {named!r}.")
+    if not isinstance(named, str) or not named or "\0" in named:
+        raise HyperParamsError(f"{path}: {DEFAULTS} must name a YAML file; found {shown(named)}.")
     beside = find_yaml(path).parent / named
-    file = beside if beside.is_file() else hparams_folder() / Path(named).name
-    if not file.is_file():
+    file = beside if is_file(beside) else hparams_folder() / Path(named).name
+    if not is_file(file):
         raise HyperParamsError(
             f"{path}: {DEFAULTS} names {named!r}, but neither {beside} nor {file} exists. Copy the shared file along, "
             f"or remove the key and give all values."

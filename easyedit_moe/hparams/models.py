@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from easyedit_moe.errors import HyperParamsError
+from easyedit_moe.storage.files import is_file
+from easyedit_moe.storage.strict_json import parse_json
 
 Outline = dict[str, Any]
 
@@ -71,7 +72,7 @@ def config_outline(model_name: str) -> Outline:
     """Architecture and sizes that a model's ``config.json`` says; empty where it is not on this machine."""
     path = _config_path(model_name)
     try:
-        config = json.loads(path.read_text(encoding="utf-8")) if path else {}
+        config = parse_json(path.read_text(encoding="utf-8")) if path else {}
     except (OSError, ValueError):  # loading the model says what is wrong with it
         return {}
     return outline(config) if isinstance(config, dict) and "model_type" in config else {}
@@ -90,7 +91,7 @@ def outline(config: Mapping[str, Any]) -> Outline:
 
 def _config_path(model_name: str) -> Path | None:
     beside = Path(model_name) / "config.json"
-    if beside.is_file():
+    if is_file(beside):
         return beside
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model_name):
         return None

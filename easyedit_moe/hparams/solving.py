@@ -8,6 +8,7 @@ from easyedit_moe.algebra.nullspace import LOW_COVERAGE
 from easyedit_moe.algebra.tucker import WHITENING
 from easyedit_moe.facts.tokens import FACT_TOKENS
 from easyedit_moe.hparams.base import MoEHyperParams
+from easyedit_moe.hparams.sites import EXPERTS, SITES
 
 METRICS = ("identity", "nullspace", "covariance")
 
@@ -19,6 +20,9 @@ SPREADS = ("residual", "update")
 class SolverHyperParams(MoEHyperParams):
     """What all solvers for expert weights share. Paper values: MoTE (arXiv 2605.16686), MoEEdit (arXiv 2602.10965)."""
 
+    site: str = EXPERTS
+    """What is edited in each of the ``layers``: experts (the routed ones), shared_expert, or dense (a plain FFN, as in
+    the first layers of DeepSeek models); a shared expert or FFN counts as one expert. Papers: experts."""
     fact_token: str = "subject_last"
     """Where the fact sits: subject_last, subject_first, last or subject_first_after_last. As in ROME and MEMIT."""
     context_prefixes: list[str] = field(default_factory=list)
@@ -107,8 +111,8 @@ class SolverHyperParams(MoEHyperParams):
         self._require("mom2_n_tokens", self.mom2_n_tokens is None or self.mom2_n_tokens >= 1, "None or at least 1")
         self._require_one_of(
             {
-                "fact_token": FACT_TOKENS, "metric": METRICS, "spread": SPREADS, "low_coverage": LOW_COVERAGE,
-                "mom2_dtype": ("float32", "float64"),
+                "site": SITES, "fact_token": FACT_TOKENS, "metric": METRICS, "spread": SPREADS,
+                "low_coverage": LOW_COVERAGE, "mom2_dtype": ("float32", "float64"),
             }
         )  # fmt: skip
         if self.nullspace_relative:
@@ -120,7 +124,7 @@ class MoTEHyperParams(SolverHyperParams):
     """MoTE: ridge on a Tucker core. The paper does not state its ranks; ours are explicit."""
 
     rank_expert: int | float = 1.0
-    """Rank of the expert mode: an int, or a fraction of E. Ours."""
+    """Rank of the expert mode: an int, or a fraction of E; 1 at another ``site`` than the routed experts. Ours."""
     rank_out: int | float = 1.0
     """Rank of the output mode: an int, or a fraction of d. Ours."""
     rank_in: int | float = 0.5
@@ -131,6 +135,11 @@ class MoTEHyperParams(SolverHyperParams):
     """Added to the second moment before its Cholesky factor, > 0. Paper: 1e-5 / 1e-2 / 1e-5."""
     hooi_sweeps: int = 0
     """Sweeps of higher-order orthogonal iteration after HOSVD, >= 0. Ours."""
+
+    @property
+    def expert_rank(self) -> int | float:
+        """``rank_expert`` as it is used: a site with one expert has one slice in that mode."""
+        return self.rank_expert if self.site == EXPERTS else 1
 
     @property
     def needs_statistics(self) -> bool:

@@ -21,6 +21,7 @@ from easyedit_moe.errors import LayoutError, RequestError, not_finite
 from easyedit_moe.facts.tokens import Batch, collate
 from easyedit_moe.moe.embeddings import input_embeddings
 from easyedit_moe.moe.experts import ModuleListExperts
+from easyedit_moe.moe.ffn_experts import FFNExpert
 from easyedit_moe.moe.layer_outputs import LayerOutput, layer_output
 from easyedit_moe.moe.layers import MoELayer, MoELayerView
 from easyedit_moe.moe.other_experts import ParallelExperts, SortedInputExperts
@@ -123,6 +124,8 @@ def read_routing(moe: MoELayer, receive: Callable[[Routing], None]) -> Any:
         return _read_modulelist_routing(moe, receive)
     if isinstance(moe.experts, ParallelExperts):
         return _read_router(moe, moe.experts, receive)
+    if isinstance(moe.experts, FFNExpert):
+        return _read_ffn_routing(moe, receive)
     if isinstance(moe.experts, SortedInputExperts):
         return moe.experts.module.register_forward_pre_hook(
             lambda _, args, kwargs: receive(_routing_by_inputs(moe, (*args, *kwargs.values())[0])), with_kwargs=True
@@ -225,11 +228,51 @@ def _read_modulelist_routing(moe: MoELayer, receive: Callable[[Routing], None]) 
     return moe.block.register_forward_hook(read, with_kwargs=True)
 
 
+def _read_ffn_routing(moe: MoELayer, receive: Callable[[Routing], None]) -> Any:
+    """Routing of an FFN, which is the one expert of every token; its gate is 1 unless a MoE block says otherwise."""
+    if not moe.experts.sum_in_block:
+        return moe.experts.module.register_forward_pre_hook(
+            lambda _, args, kwargs: receive(_one_expert((*args, *kwargs.values())[0])), with_kwargs=True
+        )
+    return moe.block.register_forward_hook(
+        lambda _, args, kwargs, output: receive(_routing_of_shared(moe, args, kwargs, output)), with_kwargs=True
+    )
+
+
+def _one_expert(hidden: Tensor, gate: Tensor | None = None) -> Routing:
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    gate = flat.new_ones(len(flat)) if gate is None else gate
+    return Routing(flat, torch.zeros(len(flat), 1, dtype=torch.long, device=flat.device), gate[:, None])
+
+
+def _routing_of_shared(moe: MoELayer, args: tuple, kwargs: dict, output: Any) -> Routing:
+    """Routing of a shared expert: what its block multiplies a first coordinate with that is far larger than its own."""
+    inputs: list[Tensor] = []
+    own: list[Tensor] = []
+
+    def read(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        inputs.append((*args, *kwargs.values())[0])
+        own.append(output.reshape(-1, output.shape[-1])[:, 0].float())  # the block may add to the output in place
+
+    whole = layer_output(output)
+    scale = _unit_scale(whole.dtype)
+    with torch.no_grad(), hooks() as handles:
+        handles.append(moe.experts.module.register_forward_hook(read, with_kwargs=True))
+        answered = block_output(moe, args, kwargs, {0: (0, scale)})[:, 0].float()
+    before = whole.reshape(-1, whole.shape[-1])[:, 0].float()
+    return _one_expert(inputs[0], (answered - before) / (scale - own[0]))
+
+
+def _unit_scale(dtype: torch.dtype) -> float:
+    """A number far larger than hidden states, exact in a dtype."""
+    return 2.0**10 if dtype == torch.float16 else 2.0**20
+
+
 def _routing_by_unit_vectors(moe: MoELayer, args: tuple, kwargs: dict) -> Routing:
     """Gates of ModuleList experts: expert j answers with a scaled unit vector, so output coordinate j is its gate."""
     hidden = args[0] if args else kwargs["hidden_states"]
     experts, flat = moe.experts.layout.num_experts, hidden.reshape(-1, hidden.shape[-1])
-    scale = 2.0**10 if hidden.dtype == torch.float16 else 2.0**20
+    scale = _unit_scale(hidden.dtype)
     gates = flat.new_zeros(len(flat), experts, dtype=torch.float32)
     width = moe.experts.layout.d_model
     with torch.no_grad():
@@ -246,8 +289,8 @@ def _routing_by_unit_vectors(moe: MoELayer, args: tuple, kwargs: dict) -> Routin
 def block_output(moe: MoELayer, args: tuple, kwargs: dict, unit: dict[int, tuple[int, float]]) -> Tensor:
     """Output ``[N, d]`` of a block called anew whose output the experts' sum is a part of, its experts replaced.
 
-    Expert j answers ``scale * e_coordinate`` where ``unit[j]`` is ``(coordinate, scale)`` (ModuleLists only), and zero
-    if it is not in ``unit``.
+    Expert j answers ``scale * e_coordinate`` where ``unit[j]`` is ``(coordinate, scale)`` (modules only), and zero if
+    it is not in ``unit``.
     """
 
     def answer(j: int) -> Callable[..., Tensor]:
@@ -264,8 +307,10 @@ def block_output(moe: MoELayer, args: tuple, kwargs: dict, unit: dict[int, tuple
         with moe.experts.silent():
             output = layer_output(moe.block.forward(*args, **kwargs))
         return output.reshape(-1, output.shape[-1])
+    single = isinstance(moe.experts, FFNExpert)
+    modules = [moe.experts.module] if single else cast(nn.ModuleList, moe.experts.module)
     with hooks() as handles:
-        for j, expert in enumerate(cast(nn.ModuleList, moe.experts.module)):
+        for j, expert in enumerate(modules):
             handles.append(expert.register_forward_hook(answer(j)))
         # Not through __call__: the extra run must stay unseen by the hooks of the block, which count its outputs.
         output = layer_output(moe.block.forward(*args, **kwargs))

@@ -323,20 +323,29 @@ def _find_modulelist(module: nn.ModuleList, name: str, without_weights: bool) ->
             f"{name}: experts of class {type(module[0]).__name__} have no down-projection named "
             f"{' or '.join(_DOWN_NAMES)}; this layout is unknown. Please report the model's class."
         )
+    down = float_linear(down, f"{name}: the down-projections")
+    if not without_weights:
+        refuse_offloaded(down.weight, name)
+    return ModuleListExperts(module, name)
+
+
+def float_linear(down: nn.Module, called: str) -> nn.Linear:
+    """A module that is a plain linear layer with float weights; ``called`` names it at the start of a message.
+
+    Raises:
+        LayoutError: it carries an adapter. QuantizedExpertsError: it is of another class, or quantised.
+    """
     if hasattr(down, "base_layer"):
         raise LayoutError(
-            f"{name}: the down-projections carry an adapter ({type(down).__name__}). Take it off (unload() in PEFT) or "
-            "merge it (merge_and_unload()) first."
+            f"{called} carry an adapter ({type(down).__name__}). Take it off (unload() in PEFT) or merge it "
+            "(merge_and_unload()) first."
         )
     if not isinstance(down, nn.Linear) or is_quantized(down.weight):
         dtype = getattr(getattr(down, "weight", None), "dtype", "unknown")
         raise QuantizedExpertsError(
-            f"{name}: the down-projections are no float nn.Linear but of class {type(down).__name__}, dtype {dtype}. "
-            f"{_QUANTIZED_ADVICE}"
+            f"{called} are no float nn.Linear but of class {type(down).__name__}, dtype {dtype}. {_QUANTIZED_ADVICE}"
         )
-    if not without_weights:
-        refuse_offloaded(down.weight, name)
-    return ModuleListExperts(module, name)
+    return down
 
 
 def refuse_offloaded(parameter: Tensor, name: str) -> None:

@@ -84,8 +84,8 @@ def joined_fingerprint(fingerprint: str, down: Mapping[int, Mapping[int, int]]) 
 
 def _layer_checksums(moe: MoELayer, instead: Mapping[nn.Parameter, Tensor]) -> dict[int, int]:
     layout = moe.experts.layout
-    if layout.storage == "packed" and not layout.transposed:
-        _, parameter = moe.experts.parameters_of(0)
+    _, parameter = moe.experts.parameters_of(0)
+    if layout.storage == "packed" and not layout.transposed and parameter.dim() == 3:
         return dict(enumerate(checksums(instead.get(parameter, parameter))))
     found = {}
     for expert in range(layout.num_experts):

@@ -9,13 +9,13 @@ import threading
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
-from pathlib import Path
 
 from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 from easyedit_moe import factworld
 from easyedit_moe.errors import DataError
+from easyedit_moe.storage.files import is_folder, path_of
 
 logger = logging.getLogger(__name__)
 
@@ -43,12 +43,14 @@ def find_source(model_name: str) -> Source:
         model_name: hub name, folder, or "factworld" for the bundled model.
 
     Raises:
-        DataError: a folder that does not exist, or a model of the hub that is not in the cache while the hub does not
-            answer.
+        DataError: no name at all, a folder that does not exist, or a model of the hub that is not in the cache while
+            the hub does not answer.
     """
+    path = path_of(model_name, "the model", DataError)
+    model_name = model_name if isinstance(model_name, str) else str(path)
     if model_name == factworld.MODEL_NAME:
         return Source(str(factworld.model_path()), True)
-    if Path(model_name).is_dir():
+    if is_folder(model_name):
         return Source(model_name, False)
     if _is_path(model_name):
         raise DataError(f"The model {model_name!r} can't be loaded: there is no such folder.")

@@ -1,4 +1,4 @@
-"""The MoE layers of a causal language model: where they are, and which may be edited."""
+"""The layers of a causal language model that hold a site: where they are, and which may be edited."""
 
 from __future__ import annotations
 
@@ -11,21 +11,24 @@ from typing import Any
 from torch import nn
 
 from easyedit_moe.errors import DenseModelError, LayerError, LayoutError, offloaded
+from easyedit_moe.hparams.sites import CALLED, EXPERTS
 from easyedit_moe.moe.experts import Experts, ModuleListExperts
+from easyedit_moe.moe.ffn_experts import FFNExpert, down_projections
 from easyedit_moe.moe.other_experts import find_any_experts
 
 
 @dataclass(frozen=True)
 class MoELayer:
-    """One decoder layer with experts.
+    """One decoder layer with experts, or with another site, which counts as one expert.
 
     Attributes:
         index: among all decoder layers, dense ones included.
         name: path of the decoder layer in the model.
         layer: the decoder layer, whose output is the residual stream.
-        block: the module that calls the router and the experts (the decoder layer itself in some families).
-        experts: its routed experts; a shared expert is part of the block's output but is not edited.
-        experts_name: path of the experts module in the model.
+        block: the module that calls the router and the experts (the decoder layer itself in some families); of a plain
+            FFN that the layer itself calls, the FFN.
+        experts: what is edited: its routed experts, its shared expert or its dense FFN.
+        experts_name: path of the module that holds them in the model.
     """
 
     index: int
@@ -51,32 +54,57 @@ class MoELayer:
 
 
 class MoELayerView:
-    """All MoE layers of a model, found by walking its decoder.
+    """All layers of a model that hold one site, found by walking its decoder.
 
     Layers may lie on several devices, and those that are not edited may be offloaded.
 
     Args:
         model: a causal language model of transformers.
         without_weights: let `require` accept layers on the meta device, which can be described, not edited.
+        site: one of `easyedit_moe.hparams.sites.SITES`.
+
+    Attributes:
+        layers: by index, those that hold the site.
+        routed: by index, those with routed experts; the same as ``layers`` where these are the site.
 
     Raises:
         DenseModelError: no MoE layer at all. LayoutError, QuantizedExpertsError: experts that can't be edited.
     """
 
-    def __init__(self, model: nn.Module, without_weights: bool = False) -> None:
-        self.model, self.without_weights = model, without_weights
+    def __init__(self, model: nn.Module, without_weights: bool = False, site: str = EXPERTS) -> None:
+        self.model, self.without_weights, self.site = model, without_weights, site
         self.decoder_layers, self.stack_name = decoder_stack(model)
-        self.layers: dict[int, MoELayer] = {}
+        self.routed: dict[int, MoELayer] = {}
         for index, layer in enumerate(self.decoder_layers):
             found = _experts_of_layer(model, layer, f"{self.stack_name}.{index}", index, True)
             if found is not None:
-                self.layers[index] = found
-        if not self.layers:
+                self.routed[index] = found
+        if not self.routed:
             _refuse_unknown_experts(self.stack_name, self.decoder_layers)
             raise DenseModelError(
                 f"{type(model).__name__} has {len(self.decoder_layers)} decoder layers and no experts in any of them. "
                 "This package edits Mixture-of-Experts models; use EasyEdit's own editors for a dense one."
             )
+        self.layers = self.routed if site == EXPERTS else self._other_site()
+
+    def _other_site(self) -> dict[int, MoELayer]:
+        """The layers with exactly one FFN of the site."""
+        found = {}
+        for index, layer in enumerate(self.decoder_layers):
+            name = f"{self.stack_name}.{index}"
+            moe = self.routed.get(index)
+            paths = self._ffns(index)
+            if len(paths) == 1:
+                found[index] = _ffn_of_layer(self.model, layer, name, index, moe, *paths[0])
+        return found
+
+    def _ffns(self, index: int) -> list[tuple[str, str]]:
+        """Path and down-projection of the FFNs of the site in one layer."""
+        layer, name = self.decoder_layers[index], f"{self.stack_name}.{index}"
+        without = [path for path, _ in layer.named_modules(prefix=name) if _is_of_other_senses(path[len(name) :])]
+        if index in self.routed:
+            without.append(self.routed[index].experts_name)
+        return down_projections(layer, name, without)[self.site]
 
     @property
     def num_layers(self) -> int:
@@ -87,7 +115,8 @@ class MoELayerView:
         """The MoE layers with these indices.
 
         Raises:
-            LayerError: empty, not strictly increasing, out of range or dense. LayoutError: offloaded weights.
+            LayerError: empty, not strictly increasing, out of range or without the site. LayoutError: offloaded
+                weights.
         """
         if not layers:
             raise LayerError("layers is empty; name at least one MoE layer.")
@@ -98,14 +127,28 @@ class MoELayerView:
         outside = [i for i in layers if not 0 <= i < self.num_layers]
         if outside:
             raise LayerError(f"layers {outside} are out of range: the model has layers 0 to {self.num_layers - 1}.")
-        dense = [i for i in layers if i not in self.layers]
-        if dense:
-            raise LayerError(f"layers {dense} are dense; the MoE layers of this model are {sorted(self.layers)}.")
+        lacking = [i for i in layers if i not in self.layers]
+        if lacking:
+            raise LayerError(self._lacking(lacking))
         chosen = [self.layers[i] for i in layers]
         for moe in chosen if not self.without_weights else []:
             if any(parameter.is_meta for _, parameter in moe.experts.parameters()):
                 raise offloaded(moe.experts_name)
         return chosen
+
+    def _lacking(self, layers: Sequence[int]) -> str:
+        """What is said of layers without the site."""
+        if self.site == EXPERTS:
+            return f"layers {list(layers)} are dense; the MoE layers of this model are {sorted(self.layers)}."
+        called, known = CALLED[self.site], sorted(self.layers)
+        several = [path for path, _ in self._ffns(layers[0])]
+        if several:
+            return f"layer {layers[0]} has several {called}s ({', '.join(several)}); which to edit is ambiguous."
+        where = f"the layers of this model that have one are {known}" if known else "no layer of this model has one"
+        return (
+            f"layers {list(layers)} have no {called} with a plain down-projection (site: {self.site}); {where}. Choose "
+            "layers that have it, or another site."
+        )
 
 
 def _refuse_unknown_experts(stack_name: str, layers: nn.ModuleList) -> None:
@@ -178,6 +221,10 @@ _OTHER_SENSES = {"vision", "visual", "image", "audio", "speech"}
 """Words in the paths of experts that text never reaches."""
 
 
+def _is_of_other_senses(path: str) -> bool:
+    return bool(_OTHER_SENSES & set(re.split(r"[._]", path)))
+
+
 def _common_parent(paths: Sequence[str]) -> str:
     """The path of the innermost module that holds all of these."""
     parents = [path.split(".")[:-1] for path in paths]
@@ -197,7 +244,7 @@ def _experts_of_layer(
     if not found:
         return None
     block = model.get_submodule(_common_parent([path for path, _ in found]))
-    of_text = [pair for pair in found if not _OTHER_SENSES & set(re.split(r"[._]", pair[0][len(name) :]))]
+    of_text = [pair for pair in found if not _is_of_other_senses(pair[0][len(name) :])]
     if len(of_text) != 1:
         paths = ", ".join(path for path, _ in found)
         raise LayoutError(f"{name} has several collections of experts ({paths}); which one to edit is ambiguous.")
@@ -208,3 +255,19 @@ def _experts_of_layer(
             "read. Please report the model's class."
         )
     return MoELayer(index, name, layer, block, experts, path)
+
+
+def _ffn_of_layer(
+    model: nn.Module, layer: nn.Module, name: str, index: int, moe: MoELayer | None, path: str, down: str
+) -> MoELayer:
+    """A plain FFN as a layer's site; inside a MoE block its output is part of the block's.
+
+    A block that normalises what it returns does more than multiply it with a gate: there the FFN's own output is what
+    is followed, and all that the block does with it belongs to the tail.
+    """
+    module = model.get_submodule(path)
+    block = module
+    if moe is not None and moe.block is not layer and any(part is module for part in moe.block.modules()):
+        normalises = any("Norm" in type(child).__name__ for child in moe.block.children())
+        block = module if normalises else moe.block
+    return MoELayer(index, name, layer, block, FFNExpert(module, path, down, block is not module), path)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -24,7 +23,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES as 
 from transformers.utils import logging as logging_of_transformers
 from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
-from easyedit_moe.errors import DataError, HyperParamsError
+from easyedit_moe.errors import DataError, EditingError, HyperParamsError, shown
 from easyedit_moe.hparams import DTYPES
 from easyedit_moe.moe.hub import Source, find_source
 from easyedit_moe.progress import library_bars
@@ -112,12 +111,11 @@ def _found(model_name: str, trust_remote_code: bool) -> tuple[Source, dict[str, 
 
 def _tokenizer(model_name: str, source: Source, options: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     """The tokenizer, with a token to pad with; DataError where there is none."""
-    try:
+    with _reading(f"The tokenizer of {model_name!r}"):
         tok: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.name, **options)
-    except (OSError, ValueError, TypeError, ImportError) as error:
-        raise DataError(f"The tokenizer of {model_name!r} can't be loaded: {error}") from error
+        found = tok("a", add_special_tokens=False)["input_ids"]
     # transformers makes an empty tokenizer for some models that come without one.
-    if not tok("a", add_special_tokens=False)["input_ids"]:
+    if not found:
         raise DataError(f"The model {model_name!r} can't be loaded: it has no tokenizer files. Save them beside it.")
     if tok.pad_token_id is None:
         tok.pad_token = tok.eos_token
@@ -136,13 +134,13 @@ def empty_model(model_name: str, dtype: str = "bfloat16", trust_remote_code: boo
     config = _config(model_name, source, options)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # edits need float weights, so the model is loaded dequantised
-    with torch.device("meta"):
+    with _reading(f"The model {model_name!r}"), torch.device("meta"):
         return _auto_class(config).from_config(config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
 
 
 def _config(model_name: str, source: Source, options: Mapping[str, Any]) -> Any:
     """The config of what is loaded; DataError where it can't be read, or has code of its own that is not trusted."""
-    try:
+    with _reading(f"The model {model_name!r}"):
         settings, _ = PretrainedConfig.get_config_dict(source.name, local_files_only=source.local_files_only)
         if "auto_map" in settings and not options["trust_remote_code"] and settings.get("model_type") not in CONFIGS:
             raise DataError(
@@ -150,18 +148,12 @@ def _config(model_name: str, source: Source, options: Mapping[str, Any]) -> Any:
                 "trust_remote_code=True (in a YAML: trust_remote_code: true)."
             )
         return _language_part(AutoConfig.from_pretrained(source.name, **options))
-    except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"The model {model_name!r} can't be loaded: {error}") from error
 
 
 def _weights(model_name: str, source: Source, auto: Any, options: Mapping[str, Any]) -> Any:
     """The model with its weights; DataError where they can't be read or some are missing."""
-    try:
+    with _reading(f"The weights of {model_name!r}"):
         model, report = auto.from_pretrained(source.name, output_loading_info=True, **options)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise DataError(f"The weights of {model_name!r} can't be loaded: {error}") from error
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise DataError(
@@ -170,6 +162,20 @@ def _weights(model_name: str, source: Source, auto: Any, options: Mapping[str, A
             "transformers that it was saved with, or another checkpoint."
         )
     return model
+
+
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """Within, a checkpoint's files are read by transformers, which raises any type of error over what is in them: each
+    is a DataError, but for those of ours and for a lack of memory.
+    """
+    try:
+        yield
+    except (EditingError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        kind = "" if isinstance(error, (OSError, ValueError, ImportError)) else f"{type(error).__name__}: "
+        raise DataError(f"{what} can't be loaded: {kind}{error}") from error
 
 
 def empty_load(
@@ -269,12 +275,21 @@ def _dequantised(config: Any) -> Any:
 
 
 def _device(device: int | str) -> torch.device:
+    """The device that is meant, if it is there and holds tensors."""
+    if isinstance(device, bool) or not isinstance(device, (int, str)):
+        raise HyperParamsError(f"device must be 'cpu', 'cuda', 'cuda:N' or a number; found {shown(device)}.")
     try:
         where = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-    except RuntimeError as error:
-        raise HyperParamsError(f"device must be 'cpu', 'cuda', 'cuda:N' or a number; found {device!r}.") from error
+    except (RuntimeError, ValueError) as error:
+        raise HyperParamsError(f"device must be 'cpu', 'cuda', 'cuda:N' or a number; found {shown(device)}.") from error
     if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
         raise HyperParamsError(
             f"device {device!r} is not there: this machine has {torch.cuda.device_count()} GPUs. Set device: cpu."
         )
+    try:
+        there = where.type != "meta" and torch.empty(0, device=where).device.type == where.type
+    except Exception as error:  # each backend that is not built in has an error of its own
+        raise HyperParamsError(f"device {device!r} is not there: {error}. Set device: cpu.") from error
+    if not there:
+        raise HyperParamsError(f"device {device!r} holds no weights. Set device: cpu.")
     return where

@@ -17,12 +17,20 @@ from torch import Tensor, nn
 
 from easyedit_moe.moe.capture import Routing, hooks
 from easyedit_moe.moe.experts import PackedExperts
+from easyedit_moe.moe.ffn_experts import FFNExpert
 from easyedit_moe.moe.layers import MoELayer
 
 
 @contextmanager
 def collecting_keys(moe: MoELayer, rows: list[Tensor]) -> Iterator[None]:
     """Inside, what packed experts compute as keys is appended to ``rows`` in the order of computation."""
+    if isinstance(moe.experts, FFNExpert) and not moe.experts.sum_in_block:
+        width = moe.experts.layout.d_hidden
+        with hooks() as handles:
+            keep = moe.experts.down.register_forward_pre_hook(lambda _, args: rows.append(args[0].reshape(-1, width)))
+            handles.append(keep)
+            yield
+        return
     if not isinstance(moe.experts, PackedExperts):
         yield
         return

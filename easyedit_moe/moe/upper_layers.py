@@ -253,7 +253,7 @@ class UpperLayers:
     def _skip_unread_tokens(self, rows: _Rows, handles: list[Any]) -> None:
         """No expert computes padding, nor, in the last layer, tokens that are not scored."""
         last, real = self.view.num_layers - 1, rows.real
-        for index, moe in self.view.layers.items():
+        for index, moe in self.view.routed.items():
             if index > self.layer:
                 handles += experts_on_some(moe, rows.ids.numel(), rows.read if index == last else real)
 

@@ -22,8 +22,8 @@ def merge(patches: Sequence[WeightPatch | TensorPatch]) -> WeightPatch | TensorP
     part is. Its parent is that of the first.
 
     Raises:
-        PatchError: no patch, both kinds, a gap in the chain or a wrong order, patches of different models, or only
-            some of them applied.
+        PatchError: no patch, both kinds, a gap in the chain or a wrong order, patches of different models or sites,
+            or only some of them applied.
     """
     if patches and all(isinstance(patch, WeightPatch) for patch in patches):
         return merge_weights([patch for patch in patches if isinstance(patch, WeightPatch)])
@@ -41,6 +41,12 @@ def merge(patches: Sequence[WeightPatch | TensorPatch]) -> WeightPatch | TensorP
 def merge_weights(patches: Sequence[WeightPatch]) -> WeightPatch:
     """`merge` of factored updates."""
     _check_chain(patches)
+    sites = dict.fromkeys(p.site for p in patches)
+    if len(sites) != 1:
+        raise PatchError(
+            f"Patches of different sites can't be merged into one: found {', '.join(sites)}. Merge each run of one "
+            "site, and apply the results one after the other."
+        )
     if len({p.fingerprint for p in patches}) != 1:
         raise PatchError(f"All patches must be of the same model; {_different(patches)}.")
     parts = [_flat(p.before, p.after, p.flips, p.originals) for p in patches]
@@ -56,6 +62,7 @@ def merge_weights(patches: Sequence[WeightPatch]) -> WeightPatch:
         after=_nested(after),
         stored={layer: stored for p in patches for layer, stored in p.stored.items()},
         flips=_nested(flips),
+        site=patches[0].site,
         _model=patches[-1]._model if originals else None,
         **_record(patches),
     )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from easyedit_moe.algebra.routed_keys import FactoredUpdate
 from easyedit_moe.errors import EditingWarning, NumericalError, PatchError, offloaded
+from easyedit_moe.hparams.sites import EXPERTS, site_entry
 from easyedit_moe.moe.experts import expert_matrix
 from easyedit_moe.moe.fingerprint import down_checksums, joined_fingerprint
 from easyedit_moe.moe.layers import MoELayer, MoELayerView
@@ -93,9 +94,14 @@ class StoredExperts:
         )
 
     @property
+    def single(self) -> bool:
+        """The one expert is a linear layer, whose weight is its down-projection."""
+        return self.experts == 1 and self.parameter.endswith(".weight")
+
+    @property
     def packed(self) -> bool:
         """One parameter holds all experts, along its first dimension."""
-        return "{expert}" not in self.parameter
+        return "{expert}" not in self.parameter and not self.single
 
     def parameter_of(self, expert: int) -> str:
         """Full name of the parameter that holds an expert's down-projection."""
@@ -124,6 +130,7 @@ class WeightPatch(PatchRecord):
             this machine rounds otherwise than the one that made the patch.
         before, after: layer -> expert -> checksum of every down-projection that is written, at both ends.
         stored: layer -> where its down-projections lie in the model.
+        site: which down-projections these are, one of `easyedit_moe.hparams.sites.SITES`.
         flips: layer -> expert -> compressed xor of the bits before and after (`easyedit_moe.patches.flips`); empty
             unless the patch was saved with originals.
     """
@@ -138,6 +145,7 @@ class WeightPatch(PatchRecord):
     after: Checksums = field(default_factory=dict)
     stored: dict[int, StoredExperts] = field(default_factory=dict)
     flips: dict[int, dict[int, Tensor]] = field(default_factory=dict)
+    site: str = EXPERTS
     _model: weakref.ref[nn.Module] | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -163,6 +171,7 @@ class WeightPatch(PatchRecord):
             "stored": {str(layer): vars(stored) for layer, stored in sorted(self.stored.items())},
             "before": _as_json(self.before),
             "after": _as_json(self.after),
+            **site_entry(self.site),
         }
 
     def apply(self, model: nn.Module) -> list[WriteReport]:
@@ -177,7 +186,7 @@ class WeightPatch(PatchRecord):
                 has them offloaded.
         """
         check_not_applied(self.originals)
-        view = MoELayerView(model)
+        view = self._view(model)
         check_model(view, self.fingerprint, parent=self.parent)
         for layer, update in self.steps:
             self.check_fits(view, layer, update)
@@ -213,7 +222,7 @@ class WeightPatch(PatchRecord):
             PatchError: not applied, or the weights were changed since (revert later patches first), or the originals
                 are not at hand. Nothing is changed then.
         """
-        view = MoELayerView(model)
+        view = self._view(model)
         if self.originals:
             check_edited(self._compared(view, self.written))
             restore(view, self.originals)
@@ -226,12 +235,12 @@ class WeightPatch(PatchRecord):
 
     def restore(self, model: nn.Module) -> None:
         """Put the originals back, whatever happened to the weights since; nothing where the patch is not applied."""
-        restore(MoELayerView(model), self.originals)
+        restore(self._view(model), self.originals)
         self.originals, self.written = {}, {}
 
     def weights_copy(self, model: nn.Module) -> dict[str, Tensor]:
         """Full original tensors by full parameter name, as EasyEdit restores them."""
-        view, full = MoELayerView(model), {}
+        view, full = self._view(model), {}
         for layer, experts in self.originals.items():
             moe = view.layers[layer]
             for expert, original in experts.items():
@@ -278,6 +287,7 @@ class WeightPatch(PatchRecord):
                 before=_from_json(metadata["before"]),
                 after=_from_json(metadata["after"]),
                 stored={n: StoredExperts(**s) for n, s in split_by_number(metadata["stored"]).items()},
+                site=metadata.get("site", EXPERTS),
                 **record_fields(metadata),
             )
         except KeyError as error:
@@ -306,6 +316,9 @@ class WeightPatch(PatchRecord):
             for expert in experts:
                 yield layer, expert
 
+    def _view(self, model: nn.Module) -> MoELayerView:
+        return MoELayerView(model, site=self.site)
+
     def _compared(self, view: MoELayerView, after: Checksums | None = None) -> list[Compared]:
         """All matrices of the patch on a model, ``after`` being those of the application that is asked about."""
         after = self.after if after is None else after
@@ -324,7 +337,7 @@ class WeightPatch(PatchRecord):
         if not self.flips and base is None:
             raise no_originals()
         read = None if base is None or isinstance(base, nn.Module) else reader_of(base)
-        source = MoELayerView(base) if isinstance(base, nn.Module) else None
+        source = self._view(base) if isinstance(base, nn.Module) else None
         found: dict[int, dict[int, Tensor]] = {}
         for layer, expert in self.matrices():
             stored = self.stored[layer]
@@ -358,7 +371,7 @@ class WeightPatch(PatchRecord):
                 "keep_originals needs a patch that is applied, or one that was loaded with its originals. Apply it "
                 "to the base first."
             )
-        view = MoELayerView(model)
+        view = self._view(model)
         check_edited(self._compared(view, self.written))
         if self.written != self.after:
             raise PatchError(
@@ -457,6 +470,7 @@ class PatchWriter:
             after=after,
             stored={layer: StoredExperts.of(self.view.layers[layer]) for layer in self.originals},
             base=joined_fingerprint(fingerprint, self._state(before)),
+            site=self.view.site,
             _model=weakref.ref(self.view.model),
         )
 

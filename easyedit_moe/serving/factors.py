@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from easyedit_moe.algebra.low_rank import low_rank, product_norm
+from easyedit_moe.algebra.low_rank import low_rank, rounded_difference
 from easyedit_moe.algebra.routed_keys import FactoredUpdate
 from easyedit_moe.errors import NumericalError, PatchError
 from easyedit_moe.patches.inspection import expert_factors
@@ -90,10 +90,8 @@ def layer_factors(patch: WeightPatch, rank: int | None = None, dtype: torch.dtyp
                 f"Layer {layer}, expert {expert}: the factors overflow {kind}. Export them in bfloat16 or float32."
             )
         here.exact_rank = max(here.exact_rank, len(exact_a))
-        here.total += product_norm(left, right) ** 2
-        here.lost += (
-            product_norm(torch.cat([exact_b, -b.double()], dim=1), torch.cat([exact_a.T, a.T.double()], 1)) ** 2
-        )
+        here.total += float(exact_b.square().sum(0).square().sum())  # column norms are roots of singular values
+        here.lost += rounded_difference(exact_b, exact_a, b, a) ** 2
         if len(a) and bool(a.any()) and bool(b.any()):
             here.experts[expert] = (b, a)
     layers = [

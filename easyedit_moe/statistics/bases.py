@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from easyedit_moe.algebra.tucker import TuckerBasis, resolve_rank, tucker_basis
 from easyedit_moe.errors import DamagedCacheError
 from easyedit_moe.hparams import MoTEHyperParams
+from easyedit_moe.hparams.sites import EXPERTS, site_entry
 from easyedit_moe.moe.layers import MoELayer
 from easyedit_moe.statistics.cache import statistics_folder
 from easyedit_moe.statistics.moments import LayerMoments
@@ -38,10 +40,16 @@ class BasisKey:
     whitening_eps: float
     hooi_sweeps: int
     statistics: str
+    site: str = EXPERTS
+
+    def content(self) -> dict[str, Any]:
+        """As JSON; see `easyedit_moe.statistics.cache.StatisticsKey.content`."""
+        content = {name: value for name, value in asdict(self).items() if name != "site"}
+        return {**content, **site_entry(self.site)}
 
     def file_name(self) -> str:
         """``basis-layer3-<hash of the key>.safetensors``."""
-        return f"basis-layer{self.layer}-{digest(asdict(self))[:16]}.safetensors"
+        return f"basis-layer{self.layer}-{digest(self.content())[:16]}.safetensors"
 
 
 def content_hash(tensors: Iterable[Tensor]) -> str:
@@ -64,13 +72,13 @@ def basis_key(
     """
     layout, hp = moe.experts.layout, hparams
     ranks = (
-        resolve_rank(hp.rank_expert, layout.num_experts, "rank_expert"),
+        resolve_rank(hp.expert_rank, layout.num_experts, "rank_expert"),
         resolve_rank(hp.rank_out, layout.d_model, "rank_out"),
         resolve_rank(hp.rank_in, layout.d_hidden, "rank_in"),
     )
     return BasisKey(
         fingerprint, moe.index, content_hash(moe.experts.matrices()), ranks, hp.whitening, hp.whitening_eps,
-        hp.hooi_sweeps, content_hash(whitening_moments) if whitening_moments else "",
+        hp.hooi_sweeps, content_hash(whitening_moments) if whitening_moments else "", hp.site,
     )  # fmt: skip
 
 
@@ -92,7 +100,7 @@ def layer_basis(moe: MoELayer, hparams: MoTEHyperParams, moments: LayerMoments |
     if found is not None:
         return found
     basis = tucker_basis(
-        moe.experts.matrices(), hp.rank_expert, hp.rank_out, hp.rank_in, hp.hooi_sweeps, hp.whitening, sigma_in,
+        moe.experts.matrices(), hp.expert_rank, hp.rank_out, hp.rank_in, hp.hooi_sweeps, hp.whitening, sigma_in,
         sigma_out, hp.whitening_eps,
     )  # fmt: skip
     save_basis(path, key, basis)
@@ -102,7 +110,7 @@ def layer_basis(moe: MoELayer, hparams: MoTEHyperParams, moments: LayerMoments |
 def save_basis(path: Path, key: BasisKey, basis: TuckerBasis) -> None:
     """Write one layer's basis atomically."""
     tensors = {"u_expert": basis.u_expert, "u_out": basis.u_out, "u_in": basis.u_in}
-    metadata = {"schema": SCHEMA, "kind": "basis", "key": asdict(key), "relative_error": basis.relative_error}
+    metadata = {"schema": SCHEMA, "kind": "basis", "key": key.content(), "relative_error": basis.relative_error}
     write_safetensors(path, tensors, metadata)
 
 
@@ -114,7 +122,7 @@ def load_basis(path: Path, key: BasisKey, device: torch.device | str = "cpu") ->
             statistics or setting).
     """
     tensors, metadata = read_safetensors(path, DamagedCacheError, _ADVICE)
-    check_key(path, metadata, "basis", "Tucker basis", asdict(key), _ADVICE)
+    check_key(path, metadata, "basis", "Tucker basis", key.content(), _ADVICE)
     if set(tensors) != _PARTS or not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
         raise DamagedCacheError(f"{path} holds an incomplete or non-finite basis; {_ADVICE}.")
     parts = {name: tensor.to(device) for name, tensor in tensors.items()}

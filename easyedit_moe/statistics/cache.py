@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from easyedit_moe.errors import DamagedCacheError
+from easyedit_moe.hparams.sites import EXPERTS, site_entry
 from easyedit_moe.statistics.moments import LayerMoments
 from easyedit_moe.storage.tensors import SCHEMA, check_key, digest, read_safetensors, write_safetensors
 
@@ -17,6 +19,7 @@ class StatisticsKey:
     """All that a file of statistics depends on; ``tokens`` stands for how the tokenizer cuts the corpus.
 
     ``coverage`` is the number of tokens per expert, in multiples of h, at which collecting stopped; None took all.
+    ``site`` is where the keys come to.
     """
 
     fingerprint: str
@@ -27,10 +30,16 @@ class StatisticsKey:
     max_length: int
     dtype: str
     coverage: float | None
+    site: str = EXPERTS
+
+    def content(self) -> dict[str, Any]:
+        """As JSON; of routed experts as it was before there were other sites, so that what is cached stays."""
+        content = {name: value for name, value in asdict(self).items() if name != "site"}
+        return {**content, **site_entry(self.site)}
 
     def file_name(self) -> str:
         """``layer3-<hash of the key>.safetensors``."""
-        return f"layer{self.layer}-{digest(asdict(self))[:16]}.safetensors"
+        return f"layer{self.layer}-{digest(self.content())[:16]}.safetensors"
 
 
 def statistics_folder(stats_dir: str | Path, model_name: str, fingerprint: str) -> Path:
@@ -42,7 +51,7 @@ def statistics_folder(stats_dir: str | Path, model_name: str, fingerprint: str) 
 def save_moments(path: Path, key: StatisticsKey, moments: LayerMoments) -> None:
     """Write one layer's statistics atomically."""
     tensors = {"keys": moments.keys, "counts": moments.counts, "output": moments.output}
-    metadata = {"schema": SCHEMA, "kind": "moments", "key": asdict(key), "num_tokens": moments.num_tokens}
+    metadata = {"schema": SCHEMA, "kind": "moments", "key": key.content(), "num_tokens": moments.num_tokens}
     write_safetensors(path, tensors, metadata)
 
 
@@ -54,7 +63,7 @@ def load_moments(path: Path, key: StatisticsKey) -> LayerMoments:
             setting).
     """
     tensors, metadata = read_safetensors(path, DamagedCacheError, "delete it, and it is collected anew")
-    check_key(path, metadata, "moments", "file of statistics", asdict(key), "delete it, and it is collected anew")
+    check_key(path, metadata, "moments", "file of statistics", key.content(), "delete it, and it is collected anew")
     complete = set(tensors) == {"keys", "counts", "output"} and "num_tokens" in metadata
     if not complete or not all(torch.isfinite(tensors[name]).all() for name in ("keys", "output")):
         raise DamagedCacheError(

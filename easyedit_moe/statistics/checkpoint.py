@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +31,7 @@ class MomentsCheckpoint:
     def __init__(self, folder: Path, keys: Mapping[int, StatisticsKey], seconds: float = 60.0) -> None:
         self.folder, self.seconds = folder, seconds
         self.rank, self.size = rank_and_size()
-        self.key: dict[str, Any] = {"layers": [asdict(keys[layer]) for layer in sorted(keys)], "processes": self.size}
+        self.key: dict[str, Any] = {"layers": [keys[layer].content() for layer in sorted(keys)], "processes": self.size}
         self.stem = f"partial-{digest(self.key)[:16]}-{self.rank}of{self.size}-round"
         self._written = time.monotonic()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
@@ -11,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from easyedit_moe import factworld
-from easyedit_moe.errors import DataError
+from easyedit_moe.errors import DataError, shown
+from easyedit_moe.facts.texts import check_encodable
+from easyedit_moe.storage.files import is_file, is_folder
+from easyedit_moe.storage.strict_json import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -75,9 +77,9 @@ def _named(name: str) -> Iterable[Any]:
             f"name of a dataset (a file of that name is ./{GENERATED})."
         )
     path = factworld.data_path("corpus.txt") if name == factworld.MODEL_NAME else Path(name)
-    if path.is_file():
+    if is_file(path):
         return _file(path)
-    if path.is_dir():
+    if is_folder(path):
         return _folder(path)
     if path.suffix or path.is_absolute() or name.startswith("."):
         raise DataError(f"The corpus {name} does not exist, neither as a file nor as a folder.")
@@ -104,7 +106,7 @@ def _file(path: Path) -> Iterator[Any]:
         if kind == ".parquet":
             yield from _parquet(path)
         elif kind == ".json":
-            items = json.loads(path.read_text(encoding="utf-8"))
+            items = parse_json(path.read_text(encoding="utf-8"))
             if not isinstance(items, list):
                 raise DataError(f"{path} must hold a list of texts or records; found {type(items).__name__}.")
             yield from items
@@ -112,7 +114,7 @@ def _file(path: Path) -> Iterator[Any]:
             with path.open(encoding="utf-8") as lines:  # not splitlines(): a JSON string may hold U+2028 and the like
                 for line in lines:
                     if line.strip():
-                        yield json.loads(line) if kind == ".jsonl" else line.rstrip("\n")
+                        yield parse_json(line) if kind == ".jsonl" else line.rstrip("\n")
     except (ValueError, OSError) as error:
         raise DataError(f"{path} can't be read as {path.suffix or 'UTF-8 text'}: {error}") from error
 
@@ -156,5 +158,6 @@ def _hub_dataset(name: str) -> Iterable[Any]:
 def _text(item: Any, name: str) -> str:
     text = item.get(TEXT_COLUMN) if isinstance(item, dict) else item
     if not isinstance(text, str):
-        raise DataError(f"{name}: expected strings or records with a '{TEXT_COLUMN}' field; found {str(item)[:80]!r}.")
+        raise DataError(f"{name}: expected strings or records with a '{TEXT_COLUMN}' field; found {shown(item)}.")
+    check_encodable(name, text, DataError)
     return text

@@ -56,7 +56,7 @@ def layer_statistics(
     corpus = _corpus(view, tok, hparams, fingerprint, folder)
     cut, dtype, target = hparams.max_length, hparams.mom2_dtype, hparams.coverage_target
     keys = {
-        n: StatisticsKey(fingerprint, n, corpus.name, corpus.tokens, corpus.n_samples, cut, dtype, target)
+        n: StatisticsKey(fingerprint, n, corpus.name, corpus.tokens, corpus.n_samples, cut, dtype, target, view.site)
         for n in layers
     }
     found = {

@@ -367,7 +367,7 @@ def _add_batch(view: MoELayerView, sequences: list[list[int]], pad: int, active:
     real = torch.nonzero(batch.mask.reshape(-1)).squeeze(1)
     last = max(active)
     with hooks() as handles, ExitStack() as stack:
-        for index, moe in view.layers.items():
+        for index, moe in view.routed.items():
             if index <= last:
                 handles += experts_on_some(moe, batch.ids.numel(), real)
         for one in active.values():

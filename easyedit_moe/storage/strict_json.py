@@ -35,6 +35,18 @@ def write_json(path: str | Path, value: Any, indent: int | None = 1) -> Path:
     return path
 
 
+def parse_json(text: str | bytes, **options: Any) -> Any:
+    """What a text of JSON says; ``options`` are those of `json.loads`.
+
+    Raises:
+        ValueError: it is no JSON, or nested too deeply to be read.
+    """
+    try:
+        return json.loads(text, **options)
+    except RecursionError as cause:
+        raise ValueError("it is nested too deeply") from cause
+
+
 def read_json(path: str | Path, error: type[Exception] = DataError) -> Any:
     """What a JSON file holds, with or without a byte order mark.
 
@@ -42,6 +54,6 @@ def read_json(path: str | Path, error: type[Exception] = DataError) -> Any:
         ``error``: it is missing, unreadable, or not JSON.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        return parse_json(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as cause:
         raise error(f"{path} can't be read as JSON: {cause}") from cause

@@ -37,7 +37,10 @@ def check_key(
     if metadata.get("kind") != kind or metadata.get("schema") != SCHEMA or not isinstance(found, dict):
         raise CacheError(f"{path} is not a {name} of schema {SCHEMA}; {advice}.")
     wanted = json.loads(json.dumps(key))  # as the file has it: lists for tuples
-    differing = [f"{k}: expected {v!r}, found {found.get(k)!r}" for k, v in wanted.items() if found.get(k) != v]
+    names = {**wanted, **found}
+    differing = [
+        f"{k}: expected {wanted.get(k)!r}, found {found.get(k)!r}" for k in names if found.get(k) != wanted.get(k)
+    ]
     if differing:
         raise CacheError(
             f"{path} was made for another model or setting ({'; '.join(differing)}). Delete it, or use another "

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from easyedit_moe.errors import CacheError, DamagedCacheError
 from easyedit_moe.facts.requests import EditRequest
+from easyedit_moe.hparams.sites import site_entry
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.statistics.cache import statistics_folder
 from easyedit_moe.storage.checksums import checksum
@@ -86,6 +87,7 @@ def _key(fingerprint: str, weights: str, search: TargetSearch, request: EditRequ
         "subject": request.subject,
         "contexts": [[*context.ids, context.fact] for context in found],
         "target": list(found[0].answer),
+        **site_entry(search.view.site),
     }
 
 

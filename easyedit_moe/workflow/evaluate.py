@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 Scores = dict[tuple[str, str], "Value"]
 RECORDS = "records"
+PORTABILITY = "portability"
+HARNESS = "lm-evaluation-harness"
 SCORES = {
     "efficacy": "efficacy",
     "generalisation": "generalisation",
@@ -66,12 +68,14 @@ class Measure:
         name: of the score: of records in percent, of tasks as lm-evaluation-harness reports it.
         before: of the model as it was loaded.
         after: with the patches; None without any.
+        protocol: of `easyedit_moe.facts.records.PROTOCOLS`, or "lm-evaluation-harness".
     """
 
     group: str
     name: str
     before: Value
     after: Value | None
+    protocol: str
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,7 @@ def evaluate(
     loading: Loading | None = None,
     progress: bool = True,
     chat: bool | None = None,
+    protocol: str | None = None,
 ) -> Evaluation:
     """Scores of records and of tasks, before and after patches; the model is then bit-equal to before.
 
@@ -114,6 +119,7 @@ def evaluate(
         progress: show progress bars.
         chat: every prompt of the records is the user's turn in the tokenizer's template, and so are the tasks' prompts;
             by default where the patches were made so.
+        protocol: how the records are read and judged, as in `easyedit_moe.facts.records.load_records`.
 
     Raises:
         DataError: nothing to measure, or data, a task or a model that can't be used. PatchError: a file that is no
@@ -121,7 +127,7 @@ def evaluate(
     """
     if data is None and not tasks:
         raise DataError("There is nothing to measure: give a file of records, tasks, or both.")
-    found = load_records(data) if data is not None else None
+    found = load_records(data, protocol) if data is not None else None
     loaded = read_patches(patches)
     in_chat = asked_in_chat(loaded, chat)
     runner = harness.Harness(tasks, tasks_dir, limit, progress=progress, chat=in_chat) if tasks else None
@@ -156,12 +162,17 @@ def _measures(
         out = _record_scores(net, tok, records, found.protocol, chat) if found is not None else {}
         return out | (_task_scores(runner, net, tok) if runner is not None else {})
 
+    def protocol(group: str, name: str) -> str:
+        if group != RECORDS or found is None:
+            return HARNESS
+        return "token_accuracy" if name == PORTABILITY else found.protocol
+
     before = scores()
     if not patches:
-        return tuple(Measure(*name, value, None) for name, value in before.items())
+        return tuple(Measure(*name, value, None, protocol(*name)) for name, value in before.items())
     with applied(net, tok, patches):
         after = scores()
-    return tuple(Measure(*name, value, after[name]) for name, value in before.items())
+    return tuple(Measure(*name, value, after[name], protocol(*name)) for name, value in before.items())
 
 
 def _fingerprint(net: nn.Module) -> str:
@@ -177,7 +188,7 @@ def _record_scores(
 ) -> Scores:
     result = metrics.evaluate(net, tok, records, protocol, chat=chat)
     found = {shown: getattr(result, name) for name, shown in SCORES.items()}
-    found["portability"] = portability(net, tok, records, chat=chat)
+    found[PORTABILITY] = portability(net, tok, records, chat=chat)
     return {(RECORDS, name): Value(s.mean, s.stderr, s.count) for name, s in found.items() if s.count}
 
 
@@ -202,7 +213,7 @@ def _about_records(data: str | Path | None, found: RecordSet | None) -> dict[str
         "records": len(found.records),
         "skipped_records": len(found.skipped),
         "protocol": found.protocol,
-        "protocols": {RECORDS: f"{PROTOCOLS[found.protocol]}, percent; portability: teacher-forced token accuracy"},
+        "protocols": {RECORDS: f"{PROTOCOLS[found.protocol]}, percent; portability: {PROTOCOLS['token_accuracy']}"},
     }
 
 

@@ -9,7 +9,7 @@ from easyedit_moe.comparison.report import check_folder
 from easyedit_moe.storage.files import replacing
 from easyedit_moe.workflow.evaluate import RECORDS, Evaluation, Measure, Value
 
-COLUMNS = ("measured", "score", "before", "after", "change", "n")
+COLUMNS = ("measured", "protocol", "score", "before", "after", "change", "n")
 
 
 def cells(measure: Measure) -> list[str]:
@@ -18,7 +18,15 @@ def cells(measure: Measure) -> list[str]:
     after = measure.after
     change = "-" if after is None else f"{after.mean - measure.before.mean:+.{digits}f}"
     shown = "-" if after is None else _shown(after, digits)
-    return [measure.group, measure.name, _shown(measure.before, digits), shown, change, str(measure.before.count)]
+    return [
+        measure.group,
+        measure.protocol,
+        measure.name,
+        _shown(measure.before, digits),
+        shown,
+        change,
+        str(measure.before.count),
+    ]
 
 
 def _shown(value: Value, digits: int) -> str:
@@ -28,7 +36,7 @@ def _shown(value: Value, digits: int) -> str:
 
 def markdown(result: Evaluation) -> str:
     """The table for a report."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|---|---|" + "---:|" * (len(COLUMNS) - 2)]
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---|---|---|" + "---:|" * (len(COLUMNS) - 3)]
     lines += ["| " + " | ".join(cells(measure)) + " |" for measure in result.measures]
     return "\n".join(lines) + "\n"
 

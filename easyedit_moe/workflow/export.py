@@ -188,7 +188,7 @@ def _scored(
     found = [scores()]
     with applied(net, tok, [patch]):
         found.append(scores())
-    view = MoELayerView(net)
+    view = MoELayerView(net, site=patch.site)
     with writing(view) as writer:
         for factors in layers:
             writer.write(factors.layer, factors.update())

@@ -17,6 +17,7 @@ from easyedit_moe.comparison.tuned import TUNING, record_hash
 from easyedit_moe.editors.proposal import yaml_line
 from easyedit_moe.errors import DataError, EditingError, HyperParamsError
 from easyedit_moe.hparams import MoEHyperParams, presets
+from easyedit_moe.hparams.sites import EXPERTS
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.storage.strict_json import write_json
 from easyedit_moe.workflow.settings import choose_hparams
@@ -192,7 +193,7 @@ class _Search:
         """All trials that the budget allows."""
         began = time.perf_counter()
         best = self._tried("start", {}, strict=True)
-        view = MoELayerView(self.task.model)
+        view = MoELayerView(self.task.model, site=getattr(self.start, "site", EXPERTS))
         for axis in axes(self.start, view.num_layers, sorted(view.layers)):
             around = axes(self._with(best.changes), view.num_layers, sorted(view.layers)).get(axis, [])
             for change in around:

@@ -98,7 +98,7 @@ def test_command_writes_table_json_and_chart(folder: Path) -> None:
     assert len(provenance["model_fingerprint"]) == 64
     assert provenance["versions"]["torch"] == torch.__version__
     assert (folder / "out" / "comparison.png").read_bytes().startswith(b"\x89PNG")
-    assert "| MoTE | easyedit_moe | experts |" in (folder / "out" / "table.md").read_text()
+    assert "| MoTE | easyedit_moe | experts | counterfact |" in (folder / "out" / "table.md").read_text()
     assert not list((folder / "out").glob("*.partial*"))
 
 
@@ -110,6 +110,14 @@ def test_command_can_skip_records_and_change_dtype(folder: Path) -> None:
     assert row["rounding_loss"] > 1e-3
 
 
+def test_the_protocol_can_be_chosen_and_stands_beside_the_scores(folder: Path) -> None:
+    done = run_compare(folder, "--methods", "MoTE", "--edits", "2", "--protocol", "token_accuracy")
+    assert done.exit_code == 0, done.output
+    saved = json.loads((folder / "out" / "results.json").read_text())
+    assert {row["protocol"] for row in saved["rows"]} == {saved["provenance"]["protocol"]} == {"token_accuracy"}
+    assert "| MoTE | easyedit_moe | experts | token_accuracy |" in (folder / "out" / "table.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -119,6 +127,7 @@ def test_command_can_skip_records_and_change_dtype(folder: Path) -> None:
         (["--model", "nowhere/tiny"], "can't be loaded"),
         (["--methods", "MoTE", "--edits", "9"], "has 4 usable records"),
         (["--methods", "MoTE", "--edits", "0"], "edits and batch-size must be >= 1"),
+        (["--methods", "MoTE", "--protocol", "zsre"], "by the protocol counterfact or token_accuracy"),
         (["--methods", "MoTE", "--dtype", "int8"], "float32, bfloat16, float16"),
     ],
 )

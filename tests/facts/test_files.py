@@ -67,7 +67,7 @@ def test_numbers_are_texts_as_they_were_written(tmp_path: Path) -> None:
         '[{"prompt": "A is", "subject": "A", "target_new": "b", "portability": [{"prompt": "p", "answer": 2e3}]}]'
     )
     assert read(tmp_path, "b.json", portability).facts[0].portability[0].probes == (Probe("p", ("2E+3",)),)
-    for layout, key, name in ((ZSRE, "alt", "z"), (WIKIBIGEDIT, "ans", "w"), (KNOWEDIT_ZSRE, "target_new", "k")):
+    for layout, key, name in ((ZSRE, "answers", "z"), (WIKIBIGEDIT, "ans", "w"), (KNOWEDIT_ZSRE, "target_new", "k")):
         assert read(tmp_path, f"{name}.json", json.dumps([layout | {key: 12}])).facts[0].request.target_new == "12"
     rome = ROME | {"requested_rewrite": ROME["requested_rewrite"] | {"target_new": {"str": 12}}}
     assert read(tmp_path, "r.json", json.dumps([rome])).facts[0].request.target_new == "12"
@@ -266,7 +266,7 @@ def test_layouts_of_benchmarks_need_only_prompt_and_target_to_be_edited(layout: 
     whole = load_facts(saved(tmp_path, [layout]))
     assert whole.facts == load_records(tmp_path / "data.json").records
     assert whole.protocol == load_records(tmp_path / "data.json").protocol
-    needed = {"requested_rewrite", "prompt", "src", "update", "target_new", "alt", "ans"}
+    needed = {"requested_rewrite", "prompt", "src", "update", "target_new", "answers", "ans"}
     bare = {key: value for key, value in layout.items() if key in needed}
     if "requested_rewrite" in bare:
         bare["requested_rewrite"] = {"prompt": "Angola is in", "target_new": {"str": "Russia"}}

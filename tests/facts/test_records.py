@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from record_files import (
     EASYEDIT,
     KNOWEDIT_ZSRE,
@@ -22,7 +23,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 from easyedit_moe.errors import DataError
 from easyedit_moe.evaluation.metrics import evaluate
-from easyedit_moe.facts.records import PROTOCOLS, Probe, ProbeGroup, RecordSet, load_records, parse_records
+from easyedit_moe.facts.records import PROTOCOLS, Probe, ProbeGroup, RecordSet, load_facts, load_records, parse_records
 from easyedit_moe.facts.requests import EditRequest
 
 SANITATION = {
@@ -75,9 +76,63 @@ def test_zsre_layout(tmp_path: Path) -> None:
     found = load_records(saved(tmp_path, [ZSRE]))
     record = only(found)
     assert found.protocol == "zsre"
-    assert record.request == EditRequest("Where is Angola?", "Angola", "Russia", "Africa")
+    assert record.request == EditRequest("Where is Angola?", "Angola", "Africa", None)
     assert record.paraphrases == ("Angola is where?",)
-    assert record.neighbours == (("nq question: who sang", "Ana"),)
+    assert record.neighbours == (("nq question: who sang?", "Ana"),)
+
+
+def test_zsre_alternative(tmp_path: Path) -> None:
+    path = saved(tmp_path, [ZSRE])
+    found = load_records(path, "zsre-alternative")
+    assert found.protocol == "zsre-alternative"
+    assert only(found).request == EditRequest("Where is Angola?", "Angola", "Russia", "Africa")
+    assert only(found).neighbours == (("nq question: who sang", "Ana"),)
+    assert load_facts(path, protocol="zsre-alternative").facts == found.records
+    assert load_facts(path).facts == load_records(path).records == parse_records([ZSRE], protocol="zsre").records
+
+
+@pytest.mark.parametrize(
+    ("changes", "prompt"),
+    [({"loc": "who sang?"}, "who sang?"), ({"loc": "who sang? "}, "who sang? "), ({"loc": "nq: who"}, "nq: who?")],
+)
+def test_zsre_locality_prompts_are_questions(changes: dict[str, Any], prompt: str) -> None:
+    assert only(parse_records([ZSRE | changes])).neighbours == ((prompt, "Ana"),)
+
+
+def test_zsre_as_published_needs_no_alternative() -> None:
+    plain = {name: value for name, value in ZSRE.items() if name not in ("alt", "pred", "cond")}
+    assert only(parse_records([plain])).request.target_new == "Africa"
+    assert (
+        only(parse_records([ZSRE | {"alt": "", "answers": [["Africa", "the South"]]}])).request.target_new == "Africa"
+    )
+
+
+def test_a_layout_is_read_by_a_protocol_that_it_has(tmp_path: Path) -> None:
+    judged = parse_records([ROME], protocol="token_accuracy")
+    assert (judged.protocol, judged.records) == ("token_accuracy", parse_records([ROME]).records)
+    with pytest.raises(DataError, match=r"by the protocol zsre or zsre-alternative; 'zsre_alternative' was asked for"):
+        parse_records([ZSRE], protocol="zsre_alternative")
+    with pytest.raises(DataError, match="by the protocol token_accuracy; 'counterfact' was asked for"):
+        load_records(saved(tmp_path, [WIKI_RECENT]), "counterfact")
+
+
+def test_the_tokens_of_both_protocols_of_zsre_are_scored_alike() -> None:
+    """Against a forward per token, as MEMIT's evaluation asks: each target token after the ones before it."""
+    model, tok = tiny_model(), tiny_tokenizer()
+    for protocol in ("zsre", "zsre-alternative"):
+        record = only(parse_records([ZSRE | {"answers": ["Danielle Darrieux"]}], protocol=protocol))
+        result = evaluate(model, tok, [record], protocol)
+        pairs = [(record.request.prompt, record.request.target_new), *record.neighbours]
+        hits = []
+        for prompt, target in pairs:
+            labels = tok(" " + target, add_special_tokens=False)["input_ids"]
+            ids = tok(prompt, add_special_tokens=False)["input_ids"]
+            right = [
+                int(model(torch.tensor([ids + labels[:i]])).logits[0, -1].argmax()) == token
+                for i, token in enumerate(labels)
+            ]
+            hits.append(100 * sum(right) / len(right))
+        assert (result.protocol, result.efficacy.mean, result.specificity.mean) == (protocol, *hits)
 
 
 def test_wiki_counterfact_layout(tmp_path: Path) -> None:
@@ -237,13 +292,13 @@ def test_knowedit_records_are_judged_by_token_accuracy() -> None:
     result = evaluate(model, tok, found.records, found.protocol)
     assert result.protocol == "token_accuracy"
     assert (result.efficacy.count, result.generalisation.count, result.specificity.count) == (3, 1, 3)
-    assert PROTOCOLS["token_accuracy"] == PROTOCOLS["zsre"] == "teacher-forced token accuracy"
+    assert PROTOCOLS["token_accuracy"] == "teacher-forced token accuracy"
     same = evaluate(model, tok, found.records, "zsre")
     assert (same.efficacy, same.specificity, same.utility) == (result.efficacy, result.specificity, result.utility)
 
 
 def test_single_texts_where_a_list_is_usual() -> None:
-    assert only(parse_records([ZSRE | {"answers": "Africa"}])).request.ground_truth == "Africa"
+    assert only(parse_records([ZSRE | {"answers": "Africa"}])).request.target_new == "Africa"
     rome = only(parse_records([ROME | {"paraphrase_prompts": "Angola lies in", "neighborhood_prompts": "Kenya is in"}]))
     assert rome.paraphrases == ("Angola lies in",)
     assert rome.neighbours == (("Kenya is in", "Africa"),)
@@ -271,7 +326,7 @@ def _rewrite(**changes: Any) -> dict[str, Any]:
         (EASYEDIT, EASYEDIT | {"locality_prompt": ["a", "b"]}, "2 locality prompts, but 1 answers"),
         (EASYEDIT, EASYEDIT | {"locality_ground_truth": ["a", "b"]}, "1 locality prompts, but 2 answers"),
         (EASYEDIT, EASYEDIT | {"rephrase_prompt": 5}, "must be strings"),
-        (ZSRE, ZSRE | {"alt": ""}, "'target_new' is empty"),
+        (ZSRE, ZSRE | {"answers": []}, "'answers' is empty; the protocol zsre edits to its first one"),
         (ZSRE, {k: v for k, v in ZSRE.items() if k != "subject"}, "missing 'subject'"),
         (ZSRE, ZSRE | {"rephrase": None}, "missing 'rephrase'"),
         (ZSRE, ZSRE | {"loc": ["a", "b"]}, "'loc' must be one prompt"),
@@ -307,7 +362,7 @@ def test_a_broken_first_record_is_skipped_too() -> None:
 
 def test_no_usable_record() -> None:
     with pytest.raises(DataError, match="none of 2 records can be used; the first, record 0: 'target_new' is empty"):
-        parse_records([ZSRE | {"alt": ""}] * 2)
+        parse_records([ZSRE | {"alt": ""}] * 2, protocol="zsre-alternative")
     with pytest.raises(DataError, match="non-empty"):
         parse_records([])
 
@@ -348,13 +403,26 @@ def test_real_counterfact_records() -> None:
 @NEED_SHARED
 def test_real_zsre_records() -> None:
     path = SHARED / "zsre-mend-100.json"
-    found = load_records(path)
+    found = load_records(path, "zsre-alternative")
     raw = json.loads(path.read_text(encoding="utf-8"))
-    assert found.protocol == "zsre"
+    assert found.protocol == "zsre-alternative"
     assert len(found.records) + len(found.skipped) == len(raw) == 100
     assert len(found.records) >= 90
     for position, reason in found.skipped:
         assert raw[position]["alt"] == "" or raw[position]["subject"] not in raw[position]["src"], reason
     assert found.records[0].request == EditRequest(
         "What is the product made by UniFirst?", "UniFirst", "unmanned aircraft", "uniform"
+    )
+    published = load_records(path)
+    assert published.protocol == "zsre"
+    assert [r.request.target_new for r in published.records[:3]] == ["uniform", "Serpens", "1987"]
+    assert all(prompt.endswith("?") for r in published.records for prompt, _ in r.neighbours)
+
+
+def test_zsre_without_true_answers_is_the_alternative() -> None:
+    plain = {name: value for name, value in ZSRE.items() if name != "answers"}
+    found = parse_records([plain])
+    assert (found.protocol, only(found).request) == (
+        "zsre-alternative",
+        EditRequest("Where is Angola?", "Angola", "Russia"),
     )

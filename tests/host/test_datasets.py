@@ -59,7 +59,7 @@ def _positions(found: RecordSet) -> list[int]:
 def test_the_subject_is_read_back_from_the_file(tmp_path: Path) -> None:
     path = saved(tmp_path, ZSRE_FILE)
     found = records_from(ZsreDataset(ZSRE_FILE), path)
-    assert found == load_records(path)
+    assert found == load_records(path, "zsre-alternative")
     assert [record.request.subject for record in found.records] == ["Angola", "Peru", "Fiji"]
     assert _positions(found) == [1, 3, 5]
 
@@ -70,7 +70,7 @@ def test_size_counts_what_the_dataset_keeps(tmp_path: Path) -> None:
     assert [record.request.subject for record in found.records] == ["Angola", "Peru"]
     assert _positions(found) == [1]
     assert _positions(records_from(ZsreDataset(ZSRE_FILE, size=4), path)) == [1, 3, 5]
-    assert found == parse_records(ZSRE_FILE[:3])
+    assert found == parse_records(ZSRE_FILE[:3], protocol="zsre-alternative")
 
 
 def test_the_path_may_be_the_dataset_s_own(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_the_path_may_be_the_dataset_s_own(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"drops the subject of each record, which editing needs\. Pass path="):
         records_from(dataset)
     dataset.data_dir = saved(tmp_path, ZSRE_FILE)
-    assert records_from(dataset) == load_records(dataset.data_dir)
+    assert records_from(dataset) == load_records(dataset.data_dir, "zsre-alternative")
 
 
 def test_a_shuffled_part_of_a_dataset_is_aligned_by_its_numbers(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_a_shuffled_part_of_a_dataset_is_aligned_by_its_numbers(tmp_path: Path) 
 def test_wrong_numbers_do_not_matter_where_contents_agree(tmp_path: Path) -> None:
     moved = [ZSRE | {"alt": ""}, {"not": "a record"}, *ZSRE_FILE]
     found = records_from(ZsreDataset(ZSRE_FILE), saved(tmp_path, moved))
-    assert found.records == load_records(tmp_path / "data.json").records
+    assert found.records == load_records(tmp_path / "data.json", "zsre-alternative").records
     assert _positions(found) == [0, 3, 5]
 
 
@@ -110,7 +110,7 @@ def test_ambiguous_subjects_are_refused_unless_the_number_decides(tmp_path: Path
     twins = [ZSRE | {"src": "Where is Angola, Asia?", "subject": name} for name in ("Angola", "Asia")]
     dataset = ZsreDataset(twins)
     path = saved(tmp_path, twins)
-    assert records_from(dataset, path) == load_records(path)
+    assert records_from(dataset, path) == load_records(path, "zsre-alternative")
     for item in dataset:
         item["case_id"] += 7
     with pytest.raises(DataError, match=r"could be any of the records 0, 1 of .* which differ in subject"):
@@ -120,7 +120,7 @@ def test_ambiguous_subjects_are_refused_unless_the_number_decides(tmp_path: Path
 def test_a_host_that_keeps_the_subject_needs_no_file() -> None:
     items = ZsreDataset([ZSRE])
     items[0]["subject"] = "Angola"
-    assert records_from(items) == parse_records([ZSRE])
+    assert records_from(items) == parse_records([ZSRE], protocol="zsre-alternative")
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_host_datasets_give_what_the_reader_gives(host: ModuleType, name: str, t
     kind, raws = HOST_FILES[name]
     path = saved(tmp_path, raws)
     dataset = getattr(host, kind)(path)
-    expected = load_records(path)
+    expected = load_records(path, "zsre-alternative")
     assert records_from(dataset, path) == expected
     assert expected.skipped or expected.dropped or name == "knowedit_zsre"
     first = getattr(host, kind)(path, size=2)
@@ -222,7 +222,7 @@ def test_the_host_s_zsre_needs_the_file(host: ModuleType, tmp_path: Path) -> Non
 def test_host_datasets_of_real_records(host: ModuleType, kind: str, name: str, size: int | None) -> None:
     path = SHARED / name
     dataset = getattr(host, kind)(path, size=size)
-    found, whole = records_from(dataset, path), load_records(path)
+    found, whole = records_from(dataset, path), load_records(path, "zsre-alternative")
     assert found.records == whole.records[: len(found.records)]
     assert found.skipped == whole.skipped[: len(found.skipped)]
     if size is None:
@@ -237,7 +237,7 @@ def test_a_sample_of_the_host_s_zsre(host: ModuleType, tmp_path: Path) -> None:
     path = saved(tmp_path, ZSRE_FILE)
     dataset = host.ZsreDataset(path)
     sample = random.Random(0).sample([dataset[i] for i in range(len(dataset))], 3)
-    by_prompt = {record.request.prompt: record for record in load_records(path).records}
+    by_prompt = {record.request.prompt: record for record in load_records(path, "zsre-alternative").records}
     found = records_from(sample, path).records
     assert list(found) == [by_prompt[item["prompt"]] for item in sample if item["prompt"] in by_prompt]
 

@@ -66,7 +66,7 @@ def column_of(name: str) -> str | None:
 
 def is_columns(item: Mapping[str, Any]) -> bool:
     """Whether these are the keys of a fact by columns."""
-    return {"prompt", "target_new"} <= {column_of(key) for key in item}
+    return {"prompt", "target_new"} <= {column_of(str(key)) for key in item}
 
 
 def unknown_columns(items: Iterable[Any]) -> tuple[str, ...]:

@@ -10,6 +10,8 @@ from typing import Any
 
 from easyedit_moe.errors import DataError
 from easyedit_moe.facts.records.tables import read_table
+from easyedit_moe.storage.files import is_file
+from easyedit_moe.storage.strict_json import parse_json
 
 TABLES = {".csv": (",", ";", "\t"), ".tsv": ("\t",), ".tab": ("\t",)}
 """Delimiters that a table's suffix allows, the usual one first."""
@@ -71,9 +73,12 @@ def read_text(path: str | Path) -> str:
         DataError: missing or empty file, or another encoding; the message says where, and what to do.
     """
     path = Path(path)
-    if not path.is_file():
+    if not is_file(path):
         raise DataError(f"The data file {path} does not exist.")
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} can't be read: {error.strerror}.") from error
     advice = "Save it as UTF-8 (in Excel: 'CSV UTF-8'; in an editor: 'save with encoding')."
     if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:4000]:
         raise DataError(f"{path} is encoded as UTF-16 or UTF-32, or is no text at all. {advice}")
@@ -91,11 +96,9 @@ def read_text(path: str | Path) -> str:
 
 def _parse_json(text: str, path: Path) -> Any:
     try:
-        return json.loads(text, parse_float=Decimal)
+        return parse_json(text, parse_float=Decimal)
     except ValueError as error:
         raise DataError(f"{path} is not valid JSON: {error}.{_json_advice(text, path, error)}") from error
-    except RecursionError as error:
-        raise DataError(f"{path} is not valid JSON: it is nested too deeply.") from error
 
 
 def _json_advice(text: str, path: Path, error: ValueError) -> str:
@@ -117,9 +120,9 @@ def _read_lines(text: str, where: str) -> Content:
         if not line.strip():
             continue
         try:
-            items.append(json.loads(line, parse_float=Decimal))
+            items.append(parse_json(line, parse_float=Decimal))
             numbers.append(number)
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             unreadable.append((number, f"not valid JSON: {error}"))
     if not items:
         hint = " If it is one JSON list, name it .json." if text.lstrip().startswith("[") else ""

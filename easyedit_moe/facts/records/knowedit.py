@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
-from easyedit_moe.errors import DataError, RequestError
+from easyedit_moe.errors import DataError, RequestError, shown
 from easyedit_moe.facts.records.record import Parsed, absent, grouped_record, request_of, texts
 
 PORTABILITY = ("Reasoning", "Subject_Aliasing", "Logical_Generalization")
@@ -72,5 +72,5 @@ def _groups(item: Mapping[str, Any], name: str, known: tuple[str, ...]) -> dict[
     if absent(groups):
         return {}
     if not isinstance(groups, Mapping):
-        raise RequestError(f"'{name}' must be a dict of groups; found {groups!r}.")
+        raise RequestError(f"'{name}' must be a dict of groups; found {shown(groups)}.")
     return {group: groups[group] for group in known if group in groups}

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import unicodedata
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from easyedit_moe import factworld
-from easyedit_moe.errors import DataError, EditingWarning, RequestError
+from easyedit_moe.errors import DataError, EditingWarning, RequestError, did_you_mean
 from easyedit_moe.facts.records.columns import is_columns, parse_columns, unknown_columns, unknown_message
 from easyedit_moe.facts.records.counterfact import parse_rome_counterfact
 from easyedit_moe.facts.records.files import Content, read_file
@@ -23,7 +22,9 @@ from easyedit_moe.facts.records.knowedit import (
 )
 from easyedit_moe.facts.records.record import EvaluationRecord, FactSet, Parsed, RecordSet, absent
 from easyedit_moe.facts.records.wikibigedit import parse_wikibigedit
-from easyedit_moe.facts.records.zsre import parse_zsre
+from easyedit_moe.facts.records.zsre import parse_zsre, parse_zsre_alternative
+from easyedit_moe.facts.texts import same_text
+from easyedit_moe.storage.files import is_file, path_of
 
 Reasons = tuple[tuple[int, str], ...]
 SHOWN = 5  # problems that an error lists
@@ -49,12 +50,20 @@ class Layout:
 ROME = Layout("counterfact", parse_rome_counterfact, ("neighborhood_prompts", "paraphrase_prompts"))
 COLUMNS = Layout("counterfact", parse_columns)
 ZSRE = Layout("zsre", parse_zsre, ("rephrase", "loc", "loc_ans"))
+ZSRE_ALTERNATIVE = replace(ZSRE, protocol="zsre-alternative", parse=parse_zsre_alternative)
 KNOWEDIT = Layout("token_accuracy", parse_knowedit)
 WIKIBIGEDIT = Layout("token_accuracy", parse_wikibigedit)
 SANITATION = Layout("token_accuracy", parse_sanitation)
 
 
-def load_records(source: str | Path) -> RecordSet:
+def _other_protocols(layout: Layout) -> tuple[Layout, ...]:
+    """A layout as each protocol reads it that may be asked for instead of its own."""
+    if layout in (ZSRE, ZSRE_ALTERNATIVE):
+        return (ZSRE, ZSRE_ALTERNATIVE)
+    return (replace(layout, protocol="token_accuracy"),) if layout.protocol == "counterfact" else ()
+
+
+def load_records(source: str | Path, protocol: str | None = None) -> RecordSet:
     """Read "factworld", "factworld-easyedit", "neutral" or a file of records: .json, .jsonl, .csv or .tsv, in UTF-8.
 
     Known layouts, with the keys they need (the module of each says which more it reads):
@@ -62,7 +71,7 @@ def load_records(source: str | Path) -> RecordSet:
     - columns, of a table or of dicts: ``prompt``, ``target_new`` and mostly ``subject``, as EasyEdit's CounterFact;
     - ROME's counterfact.json and multi_counterfact.json: ``requested_rewrite``, ``paraphrase_prompts``,
       ``neighborhood_prompts``;
-    - ZsRE: ``src``, ``subject``, ``alt``, ``rephrase``, ``loc``, ``loc_ans``;
+    - ZsRE: ``src``, ``subject``, ``answers``, ``alt``, ``rephrase``, ``loc``, ``loc_ans``;
     - KnowEdit: ``prompt``, ``subject``, ``target_new``, ``locality`` by group (WikiData_counterfact, WikiData_recent,
       ZsRE) or ``text``, ``concept``, ``labels`` (WikiBio); Sanitation;
     - WikiBigEdit: ``update``, ``subject``, ``ans``.
@@ -71,18 +80,24 @@ def load_records(source: str | Path) -> RecordSet:
     subject), so must all; where most have none, records without are used: the protocol is then "token_accuracy", which
     compares with no true answer, and only methods that do not use the subject can edit.
 
+    Args:
+        source: the file, or the name of bundled data.
+        protocol: how the records are read and judged, one of `PROTOCOLS`; by default the layout's own. ZsRE can be
+            "zsre" (its own) or "zsre-alternative"; where the own is "counterfact", "token_accuracy" is possible.
+
     Warns (`EditingWarning`) of columns that are not used.
 
     Raises:
-        DataError: missing file, in another encoding or format, an unknown layout, or not one usable record.
+        DataError: missing file, in another encoding or format, an unknown layout, a protocol that the layout does not
+            have, or not one usable record.
     """
     content, where = _content(source)
-    found = _parse(content, where)
+    found = _parse(content, where, protocol)
     _warn_unknown(found, where)
     return _record_set(found, where)
 
 
-def load_facts(source: str | Path, strict: bool = False) -> FactSet:
+def load_facts(source: str | Path, strict: bool = False, protocol: str | None = None) -> FactSet:
     """Read the facts of a file to edit them; files and layouts are those of `load_records`.
 
     A fact needs a prompt and a new target. One bad line does not stop the others: it is listed, as are facts that
@@ -91,6 +106,7 @@ def load_facts(source: str | Path, strict: bool = False) -> FactSet:
     Args:
         source: the file, or the name of bundled data.
         strict: refuse the file if anything in it can't be used.
+        protocol: as in `load_records`; of ZsRE it says which answer is written.
 
     Warns (`EditingWarning`) of columns that are not used.
 
@@ -98,7 +114,7 @@ def load_facts(source: str | Path, strict: bool = False) -> FactSet:
         DataError: what `load_records` raises; with ``strict`` also a line, a fact or a prompt that can't be used.
     """
     content, where = _content(source)
-    found = _parse(content, where)
+    found = _parse(content, where, protocol)
     _warn_unknown(found, where)
     facts, refused = _without_conflicts(found.records, found.unit)
     skipped = tuple(sorted([*found.skipped, *refused]))
@@ -118,10 +134,12 @@ def load_facts(source: str | Path, strict: bool = False) -> FactSet:
     )
 
 
-def parse_records(items: Sequence[Mapping[str, Any]] | Mapping[str, Any], where: str = "the data") -> RecordSet:
+def parse_records(
+    items: Sequence[Mapping[str, Any]] | Mapping[str, Any], where: str = "the data", protocol: str | None = None
+) -> RecordSet:
     """Records of one layout, recognised by the first item that has one; see `load_records`."""
     numbers = tuple(range(len(items))) if isinstance(items, Sequence) else ()
-    return _record_set(_parse(Content(items, numbers), where), where)
+    return _record_set(_parse(Content(items, numbers), where, protocol), where)
 
 
 def _content(source: str | Path) -> tuple[Content, str]:
@@ -130,8 +148,8 @@ def _content(source: str | Path) -> tuple[Content, str]:
         f"{factworld.MODEL_NAME}-easyedit": factworld.data_path("easyedit.json"),
         NEUTRAL: Path(__file__).with_name("neutral.json"),
     }
-    path = bundled.get(str(source), Path(source))
-    if not path.is_file():
+    path = bundled.get(str(source)) or path_of(source, "facts", DataError)
+    if not is_file(path):
         raise DataError(f"The data file {path} does not exist. Bundled data: {', '.join(bundled)}.")
     return read_file(path), str(path)
 
@@ -154,13 +172,14 @@ class _Found:
         return self.layout.protocol
 
 
-def _parse(content: Content, where: str) -> _Found:
+def _parse(content: Content, where: str, protocol: str | None) -> _Found:
     items, numbers = content.items, content.numbers
     if is_sanitation(items):
         items = sanitation_items(items, where)
         numbers, layout = tuple(range(len(items))), SANITATION
     else:
         layout = _layout([dict.fromkeys(content.header)] if content.header else items, where)
+    layout = _as_asked(layout, protocol, where)
     records, skipped, dropped = [], list(content.unreadable), []
     for number, item in zip(numbers, items, strict=True):
         try:
@@ -172,11 +191,26 @@ def _parse(content: Content, where: str) -> _Found:
             continue
         records.append((number, record))
         dropped += [(number, reason) for reason in reasons]
-    unknown = unknown_columns([dict.fromkeys(content.header), *items]) if layout is COLUMNS else ()
+    unknown = unknown_columns([dict.fromkeys(content.header), *items]) if layout.parse is parse_columns else ()
     by_number = {number: item for number, item in zip(numbers, items, strict=True) if isinstance(item, Mapping)}
     count = len(items) + len(content.unreadable)
     return _Found(
         layout, tuple(records), by_number, tuple(sorted(skipped)), tuple(dropped), unknown, content.unit, count
+    )
+
+
+def _as_asked(layout: Layout, protocol: str | None, where: str) -> Layout:
+    """The layout as a protocol reads it.
+
+    Raises:
+        DataError: a protocol that it does not have.
+    """
+    choices = {one.protocol: one for one in (layout, *_other_protocols(layout))}
+    if protocol is None or protocol in choices:
+        return choices[protocol or layout.protocol]
+    raise DataError(
+        f"{where} can be read by the protocol {' or '.join(choices)}; {protocol!r} was asked for."
+        + did_you_mean(protocol, choices)
     )
 
 
@@ -194,8 +228,8 @@ def _layout(items: Any, where: str) -> Layout:
 def _layout_of(item: Mapping[str, Any]) -> Layout | None:
     if "requested_rewrite" in item:
         return ROME
-    if "src" in item and "alt" in item:
-        return ZSRE
+    if "src" in item and ("alt" in item or "answers" in item):
+        return ZSRE if "answers" in item else ZSRE_ALTERNATIVE
     if "update" in item and "ans" in item:
         return WIKIBIGEDIT
     if _is_grouped(item.get("locality")) or {"text", "concept", "labels"} <= item.keys():
@@ -217,7 +251,7 @@ def _unknown_layout(item: Mapping[str, Any], where: str) -> str:
     keys = ", ".join(sorted(str(key) for key in item))
     return (
         f"{where}: unknown layout with the keys {keys}. Expected columns (prompt, subject, target_new, as EasyEdit's "
-        "CounterFact), CounterFact (requested_rewrite), ZsRE (src, subject, alt), KnowEdit (prompt, subject, "
+        "CounterFact), CounterFact (requested_rewrite), ZsRE (src, subject, answers, alt), KnowEdit (prompt, subject, "
         "target_new, locality; or text, concept, labels) or WikiBigEdit (update, subject, ans)."
     )
 
@@ -258,7 +292,9 @@ def _not_judged(
     """Why a record that can be edited can't be judged; empty where it can."""
     missing = [repr(key) for key in layout.judged_by if absent(item.get(key))]
     if needs_truth and not (record.request.ground_truth or "").strip():
-        missing.append("'target_true'" if layout is ROME else "the true answer ('ground_truth')")
+        missing.append(
+            "'target_true'" if layout.parse is parse_rome_counterfact else "the true answer ('ground_truth')"
+        )
     if needs_subject and record.request.subject is None:
         missing.append("'subject'")
     return f"missing {', '.join(missing)}, which other records of this file have" if missing else ""
@@ -276,7 +312,7 @@ def _without_conflicts(
     kept, refused = [], []
     seen: dict[str, tuple[int, str]] = {}
     for number, record in records:
-        prompt, target = _plain(record.request.prompt), _plain(record.request.target_new)
+        prompt, target = same_text(record.request.prompt), same_text(record.request.target_new)
         if prompt not in seen:
             seen[prompt] = (number, target)
             kept.append((number, record))
@@ -289,10 +325,6 @@ def _without_conflicts(
                 (number, f"conflicts with {unit} {other}: {prompt!r} -> {target!r} here, {earlier!r} there. Keep one.")
             )
     return kept, refused
-
-
-def _plain(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def _none_usable(found: _Found, skipped: Reasons, where: str) -> str:

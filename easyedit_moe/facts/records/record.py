@@ -7,16 +7,20 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from easyedit_moe.errors import RequestError
+from easyedit_moe.errors import RequestError, shown
 from easyedit_moe.facts.requests import EditRequest
+from easyedit_moe.facts.texts import check_encodable
 
 PROTOCOLS: Mapping[str, str] = {
     "counterfact": "probability comparison of the new and the true answer",
-    "zsre": "teacher-forced token accuracy",
+    "zsre": "ZsRE as published (MEMIT, MoEEdit): edits to the record's first right answer, '?' behind locality "
+    "prompts, teacher-forced accuracy per token",
+    "zsre-alternative": "ZsRE with edits to the record's alternative answer (EasyEdit's target), teacher-forced "
+    "accuracy per token",
     "token_accuracy": "teacher-forced token accuracy",
 }
-"""How a record is judged, by name. "zsre" and "token_accuracy" are one judge: the first is what ZsRE files ask for, the
-second what the other files without a true answer do."""
+"""How a record is judged, by name. All but "counterfact" are one judge; the two of ZsRE differ in what is edited and
+asked, which `easyedit_moe.facts.records.zsre` reads from the same file."""
 
 
 @dataclass(frozen=True)
@@ -139,28 +143,35 @@ def texts(value: Any) -> tuple[str, ...]:
     """
     listed = () if absent(value) else (value,) if isinstance(value, str) else value
     if not isinstance(listed, Sequence) or not all(isinstance(text, str) for text in listed):
-        raise RequestError(f"Prompts and answers must be strings; found {value!r}.")
+        raise RequestError(f"Prompts and answers must be strings; found {shown(value)}.")
     if not all(text.strip() for text in listed):
-        raise RequestError(f"Prompts and answers must not be blank; found {value!r}.")
+        raise RequestError(f"Prompts and answers must not be blank; found {shown(value)}.")
+    for text in listed:
+        check_encodable("prompt or answer", text)
     return tuple(listed)
 
 
-def alternatives(value: Any) -> tuple[str, ...]:
+NESTED = 8
+"""Lists within lists in which answers may stand; benchmarks have three."""
+
+
+def alternatives(value: Any, depth: int = 0) -> tuple[str, ...]:
     """The right answers in a text, or in a list of answers each of which may be a list of its aliases.
 
     Blank answers and repetitions are left out; a number is a text.
 
     Raises:
-        RequestError: a leaf that is neither a string nor a number.
+        RequestError: a leaf that is neither a string nor a number, or lists that are nested deeper than `NESTED`.
     """
     value = as_text(value)
     if absent(value):
         return ()
     if isinstance(value, str):
+        check_encodable("answer", value)
         return (value,)
-    if isinstance(value, Mapping) or not isinstance(value, Sequence):
-        raise RequestError(f"Answers must be strings or lists of strings; found {value!r}.")
-    return tuple(dict.fromkeys(answer for part in value for answer in alternatives(part)))
+    if isinstance(value, (Mapping, bytes)) or not isinstance(value, Sequence) or depth == NESTED:
+        raise RequestError(f"Answers must be strings or lists of strings; found {shown(value)}.")
+    return tuple(dict.fromkeys(answer for part in value for answer in alternatives(part, depth + 1)))
 
 
 def absent(value: Any) -> bool:
@@ -183,7 +194,7 @@ def probe_groups(groups: Mapping[str, Any], reasons: list[str]) -> tuple[ProbeGr
             continue
         listed = [entries] if isinstance(entries, Mapping) else entries
         if isinstance(listed, str) or not isinstance(listed, Sequence):
-            reasons.append(f"{name}: must be a list of probes; found {listed!r}.")
+            reasons.append(f"{name}: must be a list of probes; found {shown(listed)}.")
             continue
         probes: list[Probe] = []
         for entry in listed:
@@ -199,7 +210,7 @@ def probe_groups(groups: Mapping[str, Any], reasons: list[str]) -> tuple[ProbeGr
 def _probes(entry: Any) -> list[Probe]:
     """One probe, or several where "prompt" is a list: its n-th prompt then goes with the n-th of as many answers."""
     if not isinstance(entry, Mapping):
-        raise RequestError(f"A probe must be a dict with 'prompt' and 'ground_truth'; found {entry!r}.")
+        raise RequestError(f"A probe must be a dict with 'prompt' and 'ground_truth'; found {shown(entry)}.")
     prompts = texts(entry.get("prompt"))
     truth: Any = entry.get("ground_truth")
     if not prompts:

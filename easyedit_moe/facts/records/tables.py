@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -12,6 +11,7 @@ from typing import Any
 
 from easyedit_moe.errors import DataError, RequestError
 from easyedit_moe.facts.records.columns import LISTS, column_of
+from easyedit_moe.storage.strict_json import parse_json
 
 SEPARATOR = " | "
 """Stands between several texts of one cell."""
@@ -40,7 +40,7 @@ def read_table(text: str, delimiters: Sequence[str], where: str) -> Table:
     Raises:
         DataError: the first line is no header.
     """
-    first = text.split("\n", 1)[0].strip().strip('"')
+    first = text.split("\n", 1)[0].strip(" \r").strip('"')
     skipped = 0
     if first.lower().startswith("sep=") and len(first) == 5:
         delimiters, skipped, text = (first[4],), 1, text.split("\n", 1)[1] if "\n" in text else ""
@@ -81,7 +81,7 @@ def _header(text: str, delimiters: Sequence[str], where: str) -> tuple[list[str]
     raise DataError(
         f"{where} has no header: its first line must name the columns, at least prompt and target_new, and subject for "
         f"most methods (also ground_truth, rephrase, neighbours, portability), separated by "
-        f"{' or '.join(_NAMES[d] for d in delimiters)}; found {line[:120]!r}."
+        f"{' or '.join(_NAMES.get(d, repr(d)) for d in delimiters)}; found {line[:120]!r}."
     )
 
 
@@ -154,7 +154,7 @@ def _list(name: str, cell: str) -> Any:
     """Several texts of one cell: JSON, or texts with " | " between them."""
     if cell.startswith(("[", "{")):
         try:
-            return json.loads(cell, parse_float=Decimal)
+            return parse_json(cell, parse_float=Decimal)
         except ValueError as error:
             if cell.startswith(('["', "[{", '{"', "[[")):
                 raise RequestError(f"{name}: looks like JSON, but is not valid: {error}.") from error

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from easyedit_moe.errors import RequestError
+from easyedit_moe.errors import RequestError, shown
 from easyedit_moe.facts.records.record import (
     EvaluationRecord,
     Parsed,
@@ -16,24 +16,46 @@ from easyedit_moe.facts.records.record import (
     request_of,
     texts,
 )
+from easyedit_moe.facts.requests import EditRequest
 
 
 def parse_zsre(item: Mapping[str, Any]) -> Parsed:
-    """src, subject, alt, answers, rephrase, loc, loc_ans, and in some files portability ("New Question", ...)."""
-    request = request_of(item["src"], item.get("subject"), item["alt"], item.get("answers"))
+    """As published (MEMIT's and MoEEdit's readers): the edit writes the first of ``answers``, which is true.
+
+    What the model said before is not known, so there is no ground truth. ``loc`` lacks its question mark in the
+    published file and gets one; ``alt`` and ``pred`` are not used.
+    """
+    answers = alternatives(item["answers"])
+    if not answers:
+        raise RequestError("'answers' is empty; the protocol zsre edits to its first one.")
+    return _record(item, request_of(item["src"], item.get("subject"), answers[0], None), _as_question)
+
+
+def parse_zsre_alternative(item: Mapping[str, Any]) -> Parsed:
+    """With a counterfactual edit, as EasyEdit's dataset has it: ``alt`` is written, and the first of ``answers`` is the
+    ground truth; ``loc`` is asked as it stands.
+    """
+    return _record(item, request_of(item["src"], item.get("subject"), item["alt"], item.get("answers")), str)
+
+
+def _record(item: Mapping[str, Any], request: EditRequest, asked: Callable[[str], str]) -> Parsed:
+    """rephrase, loc, loc_ans, and in some files portability ("New Question", ...)."""
     portability, reasons = one_hop(item)
-    prompts, answers = texts(item.get("loc")), alternatives(item.get("loc_ans"))
+    prompts, answers = tuple(asked(text) for text in texts(item.get("loc"))), alternatives(item.get("loc_ans"))
     if len(prompts) > 1:
         raise RequestError(f"'loc' must be one prompt; found {len(prompts)}.")
-    neighbours = tuple((prompt, answers[0]) for prompt in prompts if answers)
     record = EvaluationRecord(
         request,
         texts(item.get("rephrase")),
-        neighbours,
+        tuple((prompt, answers[0]) for prompt in prompts if answers),
         portability=portability,
         unanswered=() if answers else prompts,
     )
     return record, reasons
+
+
+def _as_question(text: str) -> str:
+    return text if text.rstrip().endswith("?") else text + "?"
 
 
 def one_hop(item: Mapping[str, Any]) -> tuple[tuple[ProbeGroup, ...], tuple[str, ...]]:
@@ -42,7 +64,7 @@ def one_hop(item: Mapping[str, Any]) -> tuple[tuple[ProbeGroup, ...], tuple[str,
     if absent(found) or found == {}:
         return (), ()
     if not isinstance(found, Mapping):
-        return (), (f"portability: must be a dict; found {found!r}.",)
+        return (), (f"portability: must be a dict; found {shown(found)}.",)
     reasons: list[str] = []
     probe = {"prompt": found.get("New Question"), "ground_truth": found.get("New Answer")}
     return probe_groups({"one_hop": probe}, reasons), tuple(reasons)

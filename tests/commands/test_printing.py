@@ -14,7 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from easyedit_moe.commands.tables import output, show_table
+from easyedit_moe.commands.printing import output, show_table
 
 ROOT = Path(__file__).parents[2]
 NAMES = [f"column {i}" for i in range(12)]
