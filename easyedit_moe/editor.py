@@ -33,6 +33,10 @@ from easyedit_moe.facts.requests import EditRequest, listed_requests
 from easyedit_moe.hparams import MoEHyperParams, load_hyperparams
 from easyedit_moe.hparams.files import is_yaml
 from easyedit_moe.moe.loading import load_model
+from easyedit_moe.patches.checks import Base
+from easyedit_moe.patches.merging import revert_run
+from easyedit_moe.patches.runs import continues
+from easyedit_moe.patches.weights import WeightPatch
 
 logger = logging.getLogger(__name__)
 
@@ -350,22 +354,42 @@ class MoEEditor(EditCalls):
         """Token accuracies by this package's own forwards; all prompts of a batch at once."""
         return TokenScorer(self.model, self.tok, self.hparams.chat)
 
-    def undo(self) -> None:
-        """Revert the newest edit that is still in the model, bit-exactly.
+    def undo(self, count: int = 1, base: Base | None = None) -> None:
+        """Revert the newest edits that are still in the model, bit-exactly; many at once are no slower than one.
+
+        Args:
+            count: how many.
+            base: the unedited model or its weights (see `WeightPatch.revert`), for edits made with
+                ``keep_originals: false``.
 
         Raises:
-            PatchError: the weights were changed by something else since.
-            RequestError: there is nothing to undo.
+            PatchError: the weights were changed by something else since, or there are no originals and no base.
+            RequestError: there is nothing to undo, or less than that.
         """
-        if not self.patches:
-            raise RequestError("There is no edit to undo.")
-        self.patches[-1].revert(self.model)
-        self.patches.pop()
-        self.memory = self._memories.pop()
+        if not 1 <= count <= len(self.patches):
+            raise RequestError(
+                f"There are {len(self.patches)} edits to undo; found count = {count}."
+                if self.patches
+                else "There is no edit to undo."
+            )
+        newest = self.patches[-count:]
+        run = [patch for patch in newest if isinstance(patch, WeightPatch)]
+        if len(run) == len(newest):
+            revert_run(run, self.model, base)
+        else:
+            for patch in reversed(newest):
+                patch.revert(self.model)
+        del self.patches[-count:]
+        self.memory = self._memories[-count]
+        del self._memories[-count:]
         self.parent = self.patches[-1].id if self.patches else None
 
     def _settle(self, result: EditResult, kept: bool) -> None:
         if kept:
+            if isinstance(result.patch, WeightPatch):
+                last = self.patches[-1] if self.patches else None
+                keep = getattr(self.hparams, "keep_originals", True)
+                continues(result.patch, last if isinstance(last, WeightPatch) else None, keep)
             self.patches.append(result.patch)
             self._memories.append(self.memory)
         super()._settle(result, kept)

@@ -120,8 +120,10 @@ def _update(
     wanted: Tensor,
 ) -> FactoredUpdate:
     """Per expert by its own coordinates, or by those of the row space where these are fewer."""
-    own, shared = [wanted.new_zeros(0, wanted.shape[1] if basis is None else basis.shape[1])], basis is not None
-    columns, right, start = [], [], 0 if basis is None else basis.shape[1]
+    rank = wanted.shape[1] if basis is None else basis.shape[1]
+    few = {block.expert for block in blocks if basis is not None and rank <= len(coordinates[block.expert].solution)}
+    own, start = [wanted.new_zeros(0, rank)], rank if few else 0
+    columns, right = [], []
     for block in blocks:
         found = coordinates[block.expert]
         solution = found.solution.to(wanted.device)
@@ -129,8 +131,8 @@ def _update(
             factor = transposed_root(metric, block.expert, block.root, keys.d_hidden)
         else:
             factor = metric.lift(block.expert, block.root)
-        if shared and solution.shape[1] < len(solution):
-            columns.append(torch.arange(solution.shape[1], device=wanted.device))
+        if block.expert in few:
+            columns.append(torch.arange(rank, device=wanted.device))
             right.append(factor @ solution)
             continue
         columns.append(torch.arange(start, start + len(solution), device=wanted.device))
@@ -139,5 +141,5 @@ def _update(
         start += len(solution)
     left = torch.cat(own).T.contiguous()
     if basis is not None:
-        left = torch.cat([basis, basis @ left], dim=1)
+        left = torch.cat([basis, basis @ left] if few else [basis @ left], dim=1)
     return FactoredUpdate(left, tuple(block.expert for block in blocks), tuple(columns), tuple(right))

@@ -36,6 +36,7 @@ from easyedit_moe.patches.checks import (
 from easyedit_moe.patches.flips import flipped, flips_between
 from easyedit_moe.patches.groups import Scratch, groups_of, originals_of
 from easyedit_moe.patches.record import PatchRecord, check_id, read_patch, record_fields, split_by_number
+from easyedit_moe.patches.runs import overwritten
 from easyedit_moe.storage.checksums import checksum
 from easyedit_moe.storage.tensors import write_safetensors
 
@@ -125,7 +126,8 @@ class WeightPatch(PatchRecord):
         fingerprint: of the model, edits left out.
         metadata: provenance: hparams, requests, versions.
         reports: what each write did; of the last application where there was one.
-        originals: layer -> expert -> ``[d, h]`` in the parameter's dtype; only where the patch is applied.
+        originals: layer -> expert -> ``[d, h]`` in the parameter's dtype; only where the patch is applied, and in a run
+            of patches only of matrices that no earlier one changed.
         written: checksums of what lies on the model; only where the patch is applied. They differ from ``after`` where
             this machine rounds otherwise than the one that made the patch.
         before, after: layer -> expert -> checksum of every down-projection that is written, at both ends.
@@ -133,6 +135,7 @@ class WeightPatch(PatchRecord):
         site: which down-projections these are, one of `easyedit_moe.hparams.sites.SITES`.
         flips: layer -> expert -> compressed xor of the bits before and after (`easyedit_moe.patches.flips`); empty
             unless the patch was saved with originals.
+        earlier: the patch before it in a run that shares its originals (`easyedit_moe.patches.runs`).
     """
 
     steps: list[tuple[int, FactoredUpdate]]
@@ -146,7 +149,13 @@ class WeightPatch(PatchRecord):
     stored: dict[int, StoredExperts] = field(default_factory=dict)
     flips: dict[int, dict[int, Tensor]] = field(default_factory=dict)
     site: str = EXPERTS
+    earlier: WeightPatch | None = field(default=None, repr=False, compare=False)
     _model: weakref.ref[nn.Module] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def applied(self) -> bool:
+        """Whether this value knows what it overwrote on a model, by itself or from the patches before it."""
+        return bool(self.originals) or (self.earlier is not None and self.earlier.applied)
 
     @property
     def layers(self) -> list[int]:
@@ -185,7 +194,7 @@ class WeightPatch(PatchRecord):
                 not there. NumericalError: non-finite result. LayerError, LayoutError: the model lacks the layers, or
                 has them offloaded.
         """
-        check_not_applied(self.originals)
+        check_not_applied(self.applied)
         view = self._view(model)
         check_model(view, self.fingerprint, parent=self.parent)
         for layer, update in self.steps:
@@ -223,25 +232,30 @@ class WeightPatch(PatchRecord):
                 are not at hand. Nothing is changed then.
         """
         view = self._view(model)
-        if self.originals:
+        if self.applied:
             check_edited(self._compared(view, self.written))
-            restore(view, self.originals)
+            restore(view, overwritten(self, view))
         else:
             if not self.after:
                 raise PatchError("This patch is not applied, so there is nothing to revert.")
             check_edited(self._compared(view))
             restore(view, self._found_originals(view, base))
-        self.originals, self.written = {}, {}
+        self.forget()
 
     def restore(self, model: nn.Module) -> None:
         """Put the originals back, whatever happened to the weights since; nothing where the patch is not applied."""
-        restore(self._view(model), self.originals)
-        self.originals, self.written = {}, {}
+        view = self._view(model)
+        restore(view, overwritten(self, view) if self.applied else {})
+        self.forget()
+
+    def forget(self) -> None:
+        """Not be applied any more, as the weights are those from before."""
+        self.originals, self.written, self.earlier = {}, {}, None
 
     def weights_copy(self, model: nn.Module) -> dict[str, Tensor]:
         """Full original tensors by full parameter name, as EasyEdit restores them."""
         view, full = self._view(model), {}
-        for layer, experts in self.originals.items():
+        for layer, experts in (overwritten(self, view) if self.applied else {}).items():
             moe = view.layers[layer]
             for expert, original in experts.items():
                 name, parameter = moe.experts.parameters_of(expert)
@@ -333,21 +347,36 @@ class WeightPatch(PatchRecord):
         ]
 
     def _found_originals(self, view: MoELayerView, base: Base | None) -> dict[int, dict[int, Tensor]]:
-        """The originals, from the flips or from a base; checked."""
+        """The originals, from the flips or from a base (of the run, where the patch is part of one); checked."""
         if not self.flips and base is None:
             raise no_originals()
-        read = None if base is None or isinstance(base, nn.Module) else reader_of(base)
-        source = self._view(base) if isinstance(base, nn.Module) else None
-        found: dict[int, dict[int, Tensor]] = {}
+        if self.earlier is not None and base is not None:
+            return overwritten(self, view, self._of_base(base))
+        if base is not None:
+            found = self._of_base(base)
+        else:
+            found = {
+                layer: {e: flipped(_matrix(view, layer, e), bits) for e, bits in experts.items()}
+                for layer, experts in self.flips.items()
+            }
         for layer, expert in self.matrices():
-            stored = self.stored[layer]
+            name = f"Layer {layer}, expert {expert}"
+            check_original(name, checksum(found[layer][expert]), self.before[layer][expert])
+        return found
+
+    def _of_base(self, base: Base) -> dict[int, dict[int, Tensor]]:
+        """Every matrix of the patch, and of those before it in its run, as a base has it."""
+        read = None if isinstance(base, nn.Module) else reader_of(base)
+        source = self._view(base) if isinstance(base, nn.Module) else None
+        found: dict[int, dict[int, Tensor]] = {} if self.earlier is None else self.earlier._of_base(base)
+        for layer, expert in self.matrices():
+            if expert in found.get(layer, {}):
+                continue
             if source is not None:
                 original = _matrix(source, layer, expert)
             elif read is not None:
+                stored = self.stored[layer]
                 original = stored.matrix(read(stored.parameter_of(expert)), expert)
-            else:
-                original = flipped(_matrix(view, layer, expert), self.flips[layer][expert])
-            check_original(f"Layer {layer}, expert {expert}", checksum(original), self.before[layer][expert])
             found.setdefault(layer, {})[expert] = original
         return found
 
@@ -366,7 +395,7 @@ class WeightPatch(PatchRecord):
         if self.flips or not self.before:
             return self.flips
         model = self._model() if self._model is not None else None
-        if not self.originals or model is None:
+        if not self.applied or model is None:
             raise PatchError(
                 "keep_originals needs a patch that is applied, or one that was loaded with its originals. Apply it "
                 "to the base first."
@@ -380,7 +409,7 @@ class WeightPatch(PatchRecord):
             )
         return {
             layer: {e: flips_between(original, _matrix(view, layer, e)) for e, original in experts.items()}
-            for layer, experts in self.originals.items()
+            for layer, experts in overwritten(self, view).items()
         }
 
     @staticmethod
