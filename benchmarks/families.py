@@ -27,6 +27,7 @@ from easyedit_moe.editors.prepared import PreparedLayer
 from easyedit_moe.errors import LayerError, LayoutError
 from easyedit_moe.facts.requests import parse_requests
 from easyedit_moe.hparams import hyperparams_class
+from easyedit_moe.hparams.sites import EXPERTS, SITES
 from easyedit_moe.moe.capture import capture_facts
 from easyedit_moe.moe.fingerprint import model_fingerprint
 from easyedit_moe.moe.layers import MoELayerView
@@ -56,9 +57,11 @@ class Verdict:
         tail: what lies behind the experts.
         why: of a refusal.
         methods: what works all the same, of those that train (`TRAINED`).
+        sites: what is edited exactly beside the routed experts, with the layers of the tiny model that have it.
         sum_error: largest relative distance between the sum over experts and the module's own.
         within_reach: share of a random change of the last MoE layer's output that its experts can bring about.
-        planned_error: relative distance between the planned and the measured change of a layer's output.
+        planned_error: relative distance between the planned and the measured change of a layer's output; as
+            ``sum_error``, the largest over all sites.
     """
 
     family: str
@@ -69,6 +72,7 @@ class Verdict:
     tail: str = ""
     why: str = ""
     methods: list[str] = field(default_factory=list)
+    sites: dict[str, list[int]] = field(default_factory=dict)
     sum_error: float = 0.0
     within_reach: float = 0.0
     planned_error: float = 0.0
@@ -86,22 +90,37 @@ def judge(family: str, tok: Any, methods: bool = True) -> Verdict:
         return verdict
     verdict.model = cls.__name__
     model = tiny_model(family)
-    ids = tok("The quick brown fox jumps over the lazy dog.")["input_ids"][:24]
     try:
-        view = MoELayerView(model)
+        view, tails = judge_site(verdict, model, tok, EXPERTS)
         verdict.layers = sorted(view.layers)
         verdict.experts = type(view.layers[verdict.layers[0]].experts).__name__
-        verdict.sum_error = max(check_keys(view, layer, ids, 0) for layer in view.layers)
-        tails = {layer: measured_tail(view, layer, ids, 0) for layer in view.layers}
         verdict.tail = ", ".join(sorted({named(tail) for tail in tails.values()}))
-        last = verdict.layers[-1]
-        verdict.within_reach, verdict.planned_error = planned_error(view, last, tails[last], tok)
         edit_and_revert(model, tok, "Global", verdict.layers[-2:])
-        edit_and_revert(model, tok, "MoTE", [last])
+        edit_and_revert(model, tok, "MoTE", verdict.layers[-1:])
+        for site in SITES:
+            if site != EXPERTS and MoELayerView(model, site=site).layers:
+                other, _ = judge_site(verdict, model, tok, site)
+                verdict.sites[site] = sorted(other.layers)
+                edit_and_revert(model, tok, "MoTE", verdict.sites[site][-1:], site=site)
     except LayoutError as error:
         verdict.status, verdict.why = "refused", str(error)
         verdict.methods = [m for m in TRAINED if works(tiny_model(family), tok, m)] if methods else []
     return verdict
+
+
+def judge_site(verdict: Verdict, model: nn.Module, tok: Any, site: str) -> tuple[MoELayerView, dict[int, Tail]]:
+    """Measure one site of a model, and note its errors; the view and what lies behind the site in each layer."""
+    ids = tok("The quick brown fox jumps over the lazy dog.")["input_ids"][:24]
+    view = MoELayerView(model, site=site)
+    error = max(check_keys(view, layer, ids, 0) for layer in view.layers)
+    tails = {layer: measured_tail(view, layer, ids, 0) for layer in view.layers}
+    last = max(view.layers)
+    reached, planned = planned_error(view, last, tails[last], tok)
+    verdict.sum_error = max(verdict.sum_error, error)
+    verdict.planned_error = max(verdict.planned_error, planned)
+    if site == EXPERTS:
+        verdict.within_reach = reached
+    return view, tails
 
 
 def named(tail: Tail) -> str:
@@ -218,11 +237,19 @@ def table(verdicts: Sequence[Verdict]) -> str:
         "what a norm removes, or a residual stream that the layer hardly writes, is out of reach. Where experts",
         "write fewer numbers than the layer's output has, target vectors are searched among what they can bring about.",
         "",
+        "*Other sites* can be edited as exactly instead of the routed experts, with `site: shared_expert` or",
+        "`site: dense` ([where to edit](add-a-model-family.md#where-to-edit)): "
+        f"{sum('shared_expert' in v.sites for v in edited)} families have a shared expert, "
+        f"{sum('dense' in v.sites for v in edited)} a dense FFN.",
+        "",
         "## Edited",
         "",
-        "| family | experts read by | behind the experts | within reach |",
-        "|---|---|---|---|",
-        *(f"| {v.family} | {v.experts} | {v.tail} | {v.within_reach:.0%} |" for v in edited),
+        "| family | experts read by | behind the experts | within reach | other sites |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {v.family} | {v.experts} | {v.tail} | {v.within_reach:.0%} | {', '.join(v.sites) or 'none'} |"
+            for v in edited
+        ),
         "",
         "## Refused",
         "",

@@ -9,7 +9,8 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from easyedit_moe.editors import Editor, EditResult, Patch, make_editor
 from easyedit_moe.editors.keywords import check_keywords
 from easyedit_moe.editors.proposing import named_proposal
-from easyedit_moe.errors import HyperParamsError, KeywordError, PatchError, RequestError, shown
+from easyedit_moe.errors import HyperParamsError, KeywordError, RequestError, shown
 from easyedit_moe.evaluation.answers import AnswerScorer
 from easyedit_moe.evaluation.scoring import TargetScore, score_targets
 from easyedit_moe.facts.easyedit_requests import (
@@ -32,6 +33,8 @@ from easyedit_moe.facts.easyedit_requests import (
 from easyedit_moe.facts.requests import EditRequest, listed_requests
 from easyedit_moe.hparams import MoEHyperParams, load_hyperparams
 from easyedit_moe.hparams.files import is_yaml
+from easyedit_moe.interrupts import uninterrupted
+from easyedit_moe.moe.holding import held, intact
 from easyedit_moe.moe.loading import load_model
 from easyedit_moe.patches.checks import Base
 from easyedit_moe.patches.merging import revert_run
@@ -42,6 +45,23 @@ logger = logging.getLogger(__name__)
 
 Results = tuple[list[dict[str, Any]], nn.Module, dict[str, Tensor]]
 Texts = str | Sequence[str]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Sequential edits that are in a model.
+
+    Attributes:
+        memory: what the method wants to know of them.
+        parent: id of the newest one's patch, which the next patch names as the one it was made on.
+        patch: the newest one's patch, where patches are kept for `MoEEditor.undo`.
+        earlier: the edits before that one.
+    """
+
+    memory: Any = None
+    parent: str | None = None
+    patch: Patch | None = None
+    earlier: Kept | None = None
 
 
 class Scorer(Protocol):
@@ -114,8 +134,7 @@ class EditCalls(ABC):
     Attributes:
         hparams: of the method; changes take effect with the next call.
         model, tok: edited in place.
-        memory: what the method wants to know of earlier sequential edits.
-        parent: id of the newest patch of those, which the next patch names as the one it was made on.
+        kept: the sequential edits in the model; one assignment adds an edit or takes it away.
         editor: does the edits; keeps what was prepared between calls.
     """
 
@@ -131,9 +150,18 @@ class EditCalls(ABC):
     hparams: MoEHyperParams
     model: nn.Module
     tok: PreTrainedTokenizerBase
-    memory: Any = None
-    parent: str | None = None
+    kept: Kept
     editor: Editor | None = None
+
+    @property
+    def memory(self) -> Any:
+        """What the method wants to know of earlier sequential edits."""
+        return self.kept.memory
+
+    @property
+    def parent(self) -> str | None:
+        """Id of the newest sequential edit's patch, which the next one names as the one it was made on."""
+        return self.kept.parent
 
     @abstractmethod
     def scorer(self, **options: Any) -> Scorer:
@@ -204,10 +232,8 @@ class EditCalls(ABC):
         """
         requests = requests_from_columns(prompts, target_new, None, None, None, None, None, subject)
         (batch,) = checked_batches([requests])
-        with self._scope():
-            result = self._edit(batch)
-            weights = result.patch.weights_copy(self.model)
-            self._settle(result, kept=sequential_edit)
+        with held(self.model), self._scope():
+            _, weights, _ = self._edited(batch, sequential_edit, with_weights=True)
         return None, self.model, weights
 
     def _check_keywords(self, call: str, given: Mapping[str, Any]) -> None:
@@ -229,21 +255,14 @@ class EditCalls(ABC):
         editor.check_subjects([request.fact for batch in checked for request in batch])
         metrics: list[dict[str, Any]] = []
         weights: dict[str, Tensor] = {}
-        with self._scope(), _bars_of(editor, editor.progress and verbose):
+        with held(self.model), self._scope(), _bars_of(editor, editor.progress and verbose):
             before = [scorer.before(batch) for batch in checked] if measure_first else []
             if measure_first:
                 scorer.measured([value for values in before for value in values])
             for number, batch in enumerate(checked):
                 old = before[number] if measure_first else scorer.before(batch)
-                start = time.perf_counter()
-                result = self._edit(batch)
-                seconds, new = time.perf_counter() - start, None
-                try:
-                    if number == len(checked) - 1:
-                        weights = result.patch.weights_copy(self.model)
-                    new = scorer.after(len(metrics), batch)
-                finally:
-                    self._settle(result, kept=sequential and new is not None)
+                scored = partial(scorer.after, len(metrics), batch)
+                seconds, weights, new = self._edited(batch, sequential, number == len(checked) - 1, scored)
                 for i, (request, was, now) in enumerate(zip(batch, old, new, strict=True)):
                     case_id = i if self.case_id_per_batch and not measure_first else len(metrics)
                     entry = {"case_id": case_id, "requested_rewrite": request.record, "time": seconds}
@@ -254,9 +273,34 @@ class EditCalls(ABC):
             self._finished(metrics)
         return metrics, self.model, weights
 
+    def _edited(
+        self,
+        batch: Sequence[HostRequest],
+        sequential: bool,
+        with_weights: bool,
+        scored: Callable[[], list[Any]] = list,
+    ) -> tuple[float, dict[str, Tensor], list[Any]]:
+        """Seconds of one edit, the original tensors if they are asked for, and what ``scored`` finds.
+
+        Afterwards the edit is in ``kept``, or is undone: where it is not ``sequential``, or anything raised.
+        """
+        before = self.kept
+        with intact(self.model, kept=lambda: self.kept is not before):
+            start = time.perf_counter()
+            result = self._edit(batch)
+            seconds = time.perf_counter() - start
+            weights = result.patch.weights_copy(self.model) if with_weights else {}
+            found = scored()
+            if sequential:
+                self.kept = self._with(result)
+            else:
+                result.patch.revert(self.model)
+        return seconds, weights, found
+
     def _edit(self, batch: Sequence[HostRequest]) -> EditResult:
-        result = self._current_editor().edit(self.model, self.tok, [request.fact for request in batch], self.memory)
-        result.patch.parent = self.parent
+        kept = self.kept
+        result = self._current_editor().edit(self.model, self.tok, [request.fact for request in batch], kept.memory)
+        result.patch.parent = kept.parent
         return result
 
     def _current_editor(self) -> Editor:
@@ -265,16 +309,9 @@ class EditCalls(ABC):
             self.editor = make_editor(settings, self.progress)
         return self.editor
 
-    def _settle(self, result: EditResult, kept: bool) -> None:
-        """Keep an edit for the next sequential one, or take it back: if it can't be, what it wrote is undone first."""
-        if kept:
-            self.memory, self.parent = result.memory, result.patch.id
-            return
-        try:
-            result.patch.revert(self.model)
-        except PatchError:
-            result.patch.restore(self.model)
-            raise
+    def _with(self, result: EditResult) -> Kept:
+        """What is kept once this sequential edit is."""
+        return Kept(result.memory, result.patch.id)
 
     def _scope(self) -> AbstractContextManager[Any]:
         """What a run needs around it."""
@@ -306,16 +343,22 @@ def _same_settings(one: Any, other: MoEHyperParams) -> bool:
 class MoEEditor(EditCalls):
     """Edits a model by one method and reports EasyEdit's metrics (teacher-forced token accuracies), without EasyEdit.
 
-    Attributes:
-        patches: applied and not undone, oldest first. ``undo()`` reverts the newest one bit-exactly.
+    ``undo()`` reverts the newest of its `patches` bit-exactly.
     """
 
     def __init__(self, hparams: MoEHyperParams, model: nn.Module, tok: PreTrainedTokenizerBase) -> None:
         self.hparams, self.model, self.tok = _checked_parts(hparams, model, tok)
         self.editor = make_editor(replace(hparams))
-        self.memory = None
-        self.patches: list[Patch] = []
-        self._memories: list[Any] = []
+        self.kept = Kept()
+
+    @property
+    def patches(self) -> list[Patch]:
+        """Those that are applied and not undone, oldest first."""
+        found, kept = [], self.kept
+        while kept.patch is not None:
+            found.append(kept.patch)
+            kept = kept.earlier or Kept()
+        return found[::-1]
 
     @classmethod
     def from_hparams(
@@ -366,33 +409,32 @@ class MoEEditor(EditCalls):
             PatchError: the weights were changed by something else since, or there are no originals and no base.
             RequestError: there is nothing to undo, or less than that.
         """
-        if not 1 <= count <= len(self.patches):
-            raise RequestError(
-                f"There are {len(self.patches)} edits to undo; found count = {count}."
-                if self.patches
-                else "There is no edit to undo."
-            )
-        newest = self.patches[-count:]
-        run = [patch for patch in newest if isinstance(patch, WeightPatch)]
-        if len(run) == len(newest):
-            revert_run(run, self.model, base)
-        else:
-            for patch in reversed(newest):
-                patch.revert(self.model)
-        del self.patches[-count:]
-        self.memory = self._memories[-count]
-        del self._memories[-count:]
-        self.parent = self.patches[-1].id if self.patches else None
+        with held(self.model):
+            patches = self.patches
+            if not 1 <= count <= len(patches):
+                raise RequestError(
+                    f"There are {len(patches)} edits to undo; found count = {count}."
+                    if patches
+                    else "There is no edit to undo."
+                )
+            run = [patch for patch in patches[-count:] if isinstance(patch, WeightPatch)]
+            if len(run) == count:
+                with uninterrupted():
+                    revert_run(run, self.model, base)
+                    for _ in run:
+                        self.kept = self.kept.earlier or Kept()
+                return
+            for patch in reversed(patches[-count:]):
+                with uninterrupted():
+                    patch.revert(self.model)
+                    self.kept = self.kept.earlier or Kept()
 
-    def _settle(self, result: EditResult, kept: bool) -> None:
-        if kept:
-            if isinstance(result.patch, WeightPatch):
-                last = self.patches[-1] if self.patches else None
-                keep = getattr(self.hparams, "keep_originals", True)
-                continues(result.patch, last if isinstance(last, WeightPatch) else None, keep)
-            self.patches.append(result.patch)
-            self._memories.append(self.memory)
-        super()._settle(result, kept)
+    def _with(self, result: EditResult) -> Kept:
+        if isinstance(result.patch, WeightPatch):
+            last = self.kept.patch
+            keep = getattr(self.hparams, "keep_originals", True)
+            continues(result.patch, last if isinstance(last, WeightPatch) else None, keep)
+        return replace(super()._with(result), patch=result.patch, earlier=self.kept)
 
 
 class TokenScorer:

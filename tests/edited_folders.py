@@ -62,17 +62,23 @@ def saved(folder: Path, model: nn.Module, shard: str = "1GB") -> Path:
 
 
 def edited(
-    model: nn.Module, layers: Sequence[int] = (1, 2), seed: int = 0, scale: float = 0.02, parent: str | None = None
+    model: nn.Module,
+    layers: Sequence[int] = (1, 2),
+    seed: int = 0,
+    scale: float = 0.02,
+    parent: str | None = None,
+    site: str = "experts",
 ) -> WeightPatch:
-    """Write random updates of several experts into a model; their patch."""
-    view, draw = MoELayerView(model), torch.Generator().manual_seed(seed)
+    """Write random updates of several experts, or of the one of another site, into a model; their patch."""
+    view, draw = MoELayerView(model, site=site), torch.Generator().manual_seed(seed)
+    experts = EXPERTS if site == "experts" else (0,)
     with writing(view) as writer:
         for layer in layers:
             layout = view.layers[layer].experts.layout
             left = torch.randn(layout.d_model, 6, generator=draw) * scale
-            columns = tuple(torch.randperm(6, generator=draw)[: i + 1] for i in range(len(EXPERTS)))
+            columns = tuple(torch.randperm(6, generator=draw)[: i + 1] for i in range(len(experts)))
             right = tuple(torch.randn(layout.d_hidden, len(c), generator=draw) for c in columns)
-            writer.write(layer, FactoredUpdate(left, EXPERTS, columns, right))
+            writer.write(layer, FactoredUpdate(left, experts, columns, right))
         patch = writer.finish({"method": "test"}, model_fingerprint(view))
     patch.parent = parent
     return patch

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -20,7 +21,9 @@ from easyedit_moe.adapters.moe_adapter import MoEAdapter, base_fingerprint
 from easyedit_moe.errors import AdapterError, LayerError
 from easyedit_moe.facts.anchors import NO_ANCHOR, SubjectMatcher
 from easyedit_moe.facts.tokens import encode_target
+from easyedit_moe.interrupts import do_all, uninterrupted
 from easyedit_moe.moe.embeddings import input_embeddings
+from easyedit_moe.moe.holding import held, intact
 from easyedit_moe.moe.layer_outputs import layer_output, replace_layer_output
 from easyedit_moe.moe.layers import decoder_of, decoder_stack
 
@@ -75,18 +78,21 @@ def attach(model: nn.Module, tok: PreTrainedTokenizerBase, adapter: MoEAdapter) 
     device = next(ffn.parameters()).device
     if device.type == "meta":
         raise AdapterError(f"The FFN of layer {adapter.config.layer} is offloaded; load the model with it on a device.")
-    adapter.to(device)
-    adapter.train(ffn.training)
-    adapter.matcher = SubjectMatcher(tok, adapter.subjects)
-    ffn.add_module(SUBMODULE, adapter)
-    # Bound methods, so that a deep copy of the model has hooks of its own adapter.
-    adapter.attachment = attachment = _Attachment(adapter)
-    handles = [ffn.register_forward_hook(attachment.add, with_kwargs=True)]
-    for module in _entrances(model):
-        handles.append(module.register_forward_pre_hook(attachment.open, with_kwargs=True))
-        handles.append(module.register_forward_hook(attachment.close, with_kwargs=True, always_call=True))
-    attachment.handles = handles
-    attachment.saving = BaseSaving.put_on(model)
+    # Bound methods are hooked in, so that a deep copy of the model has hooks of its own adapter.
+    attachment = _Attachment(adapter)
+    with intact(model, kept=lambda: adapter.attachment is attachment) as hold:
+        hold.undo.append(partial(_take_out, model, adapter, attachment))
+        adapter.to(device)
+        adapter.train(ffn.training)
+        adapter.matcher = SubjectMatcher(tok, adapter.subjects)
+        ffn.add_module(SUBMODULE, adapter)
+        handles = attachment.handles
+        handles.append(ffn.register_forward_hook(attachment.add, with_kwargs=True))
+        for module in _entrances(model):
+            handles.append(module.register_forward_pre_hook(attachment.open, with_kwargs=True))
+            handles.append(module.register_forward_hook(attachment.close, with_kwargs=True, always_call=True))
+        attachment.saving = BaseSaving.put_on(model)
+        adapter.attachment = attachment
     return adapter
 
 
@@ -99,13 +105,20 @@ def detach(model: nn.Module) -> MoEAdapter:
     adapter = find_adapter(model)
     if adapter is None:
         raise AdapterError("The model has no adapter to detach.")
-    for handle in adapter.attachment.handles:
-        handle.remove()
-    if adapter.attachment.saving is not None:
-        adapter.attachment.saving.take_off(model)
-    del find_ffn(model, adapter.config.layer)._modules[SUBMODULE]
-    adapter.attachment = adapter.matcher = None
+    with held(model), uninterrupted():
+        _take_out(model, adapter, adapter.attachment)
     return adapter
+
+
+def _take_out(model: nn.Module, adapter: MoEAdapter, attachment: _Attachment) -> None:
+    """Whatever of an adapter hangs on a model; nothing the second time."""
+    parts = find_ffn(model, adapter.config.layer)._modules
+    if attachment.saving is not None:
+        attachment.saving.take_off(model)
+    do_all(handle.remove for handle in attachment.handles)
+    if parts.get(SUBMODULE) is adapter:
+        del parts[SUBMODULE]
+    adapter.attachment = adapter.matcher = None
 
 
 def add_subjects(model: nn.Module, tok: PreTrainedTokenizerBase, adapter: MoEAdapter, subjects: list[str]) -> None:
@@ -139,19 +152,21 @@ class _Attachment:
         self.handles: list[Any] = []
         self.anchors: Tensor | None = None
         self.opener: nn.Module | None = None
+        self.ids: Any = None
         self.history: _History | None = None
         self.saving: BaseSaving | None = None
 
     def open(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Find the anchor of every token that comes in."""
-        if self.opener is not None:
-            return  # the decoder, called by the model that has seen the ids
-        self.opener = module
-        if not self.adapter.enabled:
-            return
         names = inspect.signature(module.forward).parameters
         values = dict(zip(names, args, strict=False)) | kwargs
         ids = values.get("input_ids")
+        if self._within(module, ids):
+            return  # the decoder, called by the model that has seen the ids
+        self.anchors = self.history = None
+        self.opener, self.ids = module, ids
+        if not self.adapter.enabled:
+            return
         if ids is None:
             raise AdapterError(
                 "The attached adapter finds anchors in token ids, but the model was called without input_ids (with "
@@ -169,6 +184,13 @@ class _Attachment:
                 full[i, self.history.mask[i]] = torch.tensor(matcher.anchors(row), dtype=torch.long)
         self.anchors = full[:, full.shape[1] - ids.shape[1] :]
 
+    def _within(self, module: nn.Module, ids: Any) -> bool:
+        """Whether a forward is under way that this one is part of; one that was interrupted may never have closed."""
+        if self.opener is None or self.opener is module:
+            return False
+        same = isinstance(ids, Tensor) and isinstance(self.ids, Tensor) and ids.shape == self.ids.shape
+        return ids is None or ids is self.ids or (same and torch.equal(ids.to(self.ids.device), self.ids))
+
     def close(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         """Forget the forward; a cache that it made keeps the ids."""
         if module is not self.opener:
@@ -179,7 +201,7 @@ class _Attachment:
                 made = next((item for item in output if hasattr(item, "get_seq_length")), None)
             if made is not None:
                 self.history.keep_with(made)
-        self.anchors = self.opener = self.history = None
+        self.anchors = self.opener = self.ids = self.history = None
 
     def add(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         """The FFN's output plus the adapter's; rows without an anchor are bit-equal under ``skip``."""

@@ -24,7 +24,8 @@ from easyedit_moe.evaluation.scoring import score_only
 from easyedit_moe.facts.anchors import NO_ANCHOR, SubjectMatcher
 from easyedit_moe.facts.tokens import collate, encode_context, encode_pair, encode_text, pad_id, subject_span
 from easyedit_moe.hparams import MEMoEHyperParams
-from easyedit_moe.moe.capture import hooks, model_device
+from easyedit_moe.interrupts import do_all
+from easyedit_moe.moe.capture import frozen_parameters, hooks, inference_mode_of, model_device
 from easyedit_moe.progress import progress_bar
 from easyedit_moe.statistics.generated import corpus_texts
 
@@ -263,18 +264,10 @@ def _stacked(seen: Sequence[AdapterRouting]) -> tuple[Tensor, Tensor]:
 @contextmanager
 def _training_modes(model: nn.Module, adapter: MoEAdapter) -> Iterator[None]:
     """Dropout off, the base frozen, the adapter's noise on; afterwards every flag is as before."""
-    modes = [(module, module.training) for module in model.modules()]
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    model.eval()
-    for p, _ in flags:
-        p.requires_grad_(False)
-    adapter.train()
-    adapter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        adapter.zero_grad()
-        for p, flag in flags:
-            p.requires_grad_(flag)
-        for module, training in modes:
-            module.training = training
+    with inference_mode_of(model), frozen_parameters(model), torch.enable_grad():
+        try:
+            adapter.train()
+            adapter.requires_grad_(True)
+            yield
+        finally:
+            do_all([adapter.zero_grad])

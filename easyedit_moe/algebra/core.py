@@ -71,6 +71,19 @@ def core_features(keys: RoutedKeys, basis: TuckerBasis, metric: Metric) -> Tenso
     return _core_without_left(keys, basis, metric).features().flatten(1)
 
 
+def core_energy(keys: RoutedKeys, basis: TuckerBasis, metric: Metric) -> float:
+    """``mean_t ||phi_t||^2``: what `easyedit_moe.algebra.metric.mean_energy` is for the system of the core.
+
+    Raises:
+        NumericalError: keys or gates that are not finite.
+    """
+    core, total = _core_without_left(keys, basis, metric), 0.0
+    step = max(1, CHUNK // (basis.u_expert.shape[1] * basis.u_in.shape[1]))
+    for start in range(0, keys.num_tokens, step):
+        total += float((core.features(slice(start, start + step)) ** 2).sum())
+    return total / max(keys.num_tokens, 1)
+
+
 def _is_orthogonal(matrix: Tensor) -> bool:
     """Whether a square matrix times its transpose is the identity."""
     eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)

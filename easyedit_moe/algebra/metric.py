@@ -143,6 +143,19 @@ def expert_blocks(keys: RoutedKeys, metric: Metric) -> list[ExpertBlock]:
     return [ExpertBlock(p.expert, p.rows, metric.root(p.expert, p.z)) for p in keys.design(SYSTEM_DTYPE)]
 
 
+def mean_energy(keys: RoutedKeys, metric: Metric) -> float:
+    """``mean_t sum_j g_tj^2 k_tj^T M_j k_tj``: the mean squared norm of the gated keys as the metric leaves them.
+
+    It is the mean of the dual system's diagonal, so a ridge in units of it is one that does not depend on how large a
+    model's keys and gates are.
+
+    Raises:
+        NumericalError: keys or gates that are not finite.
+    """
+    total = sum(float((block.root**2).sum()) for block in expert_blocks(keys, metric))
+    return total / max(keys.num_tokens, 1)
+
+
 def transposed_root(metric: Metric, expert: int, like: Tensor, d_hidden: int) -> Tensor:
     """``N_j^T [h, n_j]``."""
     return metric.root(expert, torch.eye(d_hidden, dtype=like.dtype, device=like.device)).T

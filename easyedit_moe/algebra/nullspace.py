@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from easyedit_moe.algebra.ranks import leading_directions, resolve_rank
 from easyedit_moe.errors import HyperParamsError, NumericalError
 
 LOW_COVERAGE = ("keep", "identity", "pooled", "frozen")
@@ -103,12 +104,15 @@ def resolve_coverage(moments: Tensor, counts: Tensor, min_count: int, low_covera
 def null_space(
     moments: Tensor,
     counts: Tensor,
-    threshold: float,
+    threshold: float | None,
     relative: bool = False,
     min_count: int = 0,
     low_coverage: str = "keep",
+    energy: float | None = None,
+    rank: int | float | None = None,
 ) -> NullSpace:
-    """Projectors on the eigenvectors of ``C_j`` with eigenvalues <= threshold (MoEEdit, AlphaEdit).
+    """Projectors on the trailing eigenvectors of each ``C_j``: those with eigenvalues <= threshold (MoEEdit,
+    AlphaEdit), or, instead, those that an energy or a rank leaves. Of the three, one is given.
 
     Args:
         moments: ``[E, h, h]``, ``C_j = (1/n_j) sum k k^T``, any float dtype; eigh runs in float64.
@@ -117,13 +121,22 @@ def null_space(
         relative: whether ``threshold`` is such a share.
         min_count: tokens below which an expert counts as thinly covered.
         low_coverage: what becomes of such an expert, see `LOW_COVERAGE`.
+        energy: share of the trace in (0, 1]; the fewest leading directions that hold it are protected. An expert
+            whose moment is 0 has nothing to protect.
+        rank: dimension of each null space, an int in 1..h or a fraction in (0, 1] of h.
 
     Raises:
         NumericalError: moments that are not finite, or an eigendecomposition that fails.
-        HyperParamsError: a negative threshold, a relative one above 1, or an unknown ``low_coverage``.
+        HyperParamsError: a negative threshold, a relative one above 1, an energy or rank out of range, none or several
+            of them, or an unknown ``low_coverage``.
     """
-    if not threshold >= 0 or (relative and threshold > 1):
+    if sum(given is not None for given in (threshold, energy, rank)) != 1:
+        raise HyperParamsError("Give one of nullspace_threshold, nullspace_energy and nullspace_rank.")
+    if threshold is not None and (not threshold >= 0 or (relative and threshold > 1)):
         raise HyperParamsError(f"nullspace_threshold must be >= 0, and <= 1 where it is relative; found {threshold}.")
+    if energy is not None and not 0 < energy <= 1:
+        raise HyperParamsError(f"nullspace_energy must lie in (0, 1]; found {energy}.")
+    wanted = None if rank is None else resolve_rank(rank, moments.shape[-1], "nullspace_rank")
     projectors = []
     for expert, moment in enumerate(resolve_coverage(moments, counts, min_count, low_coverage)):
         size = moments.shape[-1]
@@ -135,8 +148,13 @@ def null_space(
             values, vectors = torch.linalg.eigh(moment)
         except torch.linalg.LinAlgError as error:
             raise NumericalError(f"Eigendecomposition of expert {expert}'s moment failed: {error}") from error
-        limit = threshold * values[-1].clamp_min(0) if relative else threshold
-        free = int((values <= limit).sum())
+        if wanted is not None:
+            free = wanted
+        elif energy is not None:
+            free = size - leading_directions(values.flip(0), energy)
+        else:
+            limit = threshold * values[-1].clamp_min(0) if relative else threshold
+            free = int((values <= limit).sum())
         if free <= size - free:
             projectors.append(ExpertProjector(vectors[:, :free].contiguous(), complement=False))
         else:

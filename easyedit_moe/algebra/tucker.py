@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from easyedit_moe.algebra.ranks import resolve_rank
 from easyedit_moe.errors import HyperParamsError, NumericalError
 
 WHITENING = ("none", "in", "out", "both")
@@ -46,23 +47,6 @@ class TuckerBasis:
         """``U_out^+ x [ro, n]`` for ``x [d, n]`` in float64: coordinates of its part in the span of U_out."""
         q, r = self._out_qr
         return q.T @ x if r is None else torch.linalg.solve_triangular(r, q.T @ x, upper=True)
-
-
-def resolve_rank(rank: int | float, size: int, name: str) -> int:
-    """A rank given as an int (1..size) or as a fraction in (0, 1] of ``size``.
-
-    Raises:
-        HyperParamsError: out of range.
-    """
-    if isinstance(rank, bool) or not isinstance(rank, (int, float)):
-        raise HyperParamsError(f"{name} must be an int or a fraction; found {rank!r}.")
-    if isinstance(rank, float):
-        if not 0 < rank <= 1:
-            raise HyperParamsError(f"{name} as a fraction must lie in (0, 1]; found {rank}.")
-        return max(1, round(rank * size))
-    if not 1 <= rank <= size:
-        raise HyperParamsError(f"{name} must lie in 1..{size}, the size of that mode; found {rank}.")
-    return rank
 
 
 def whitening_factor(sigma: Tensor, eps: float) -> Tensor:

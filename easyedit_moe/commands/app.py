@@ -23,6 +23,7 @@ from easyedit_moe.commands.plan import plan
 from easyedit_moe.commands.reporting import Commands
 from easyedit_moe.commands.revert import revert
 from easyedit_moe.commands.statistics import statistics
+from easyedit_moe.commands.tables import tables
 from easyedit_moe.commands.tune import tune
 
 app = typer.Typer(
@@ -47,6 +48,7 @@ EXAMPLES: dict[Callable[..., None], str] = {
     statistics: "Example: easyedit-moe statistics --model /models/Qwen3-30B-A3B --method MoTE --stats-dir /data/stats",
     locate: "Example: easyedit-moe locate facts.csv --model /models/Qwen3-30B-A3B --budget 30 --out located",
     compare: "Example: easyedit-moe compare --methods MoTE,Global --edits 20 --out results",
+    tables: "Example: easyedit-moe tables 2 5 6 --model factworld --edits 20 --out results/tables",
     tune: "Example: easyedit-moe tune held_out.json --model /models/OLMoE-1B-7B --method MoTE --out tuned --budget 60",
     plan: "Example: easyedit-moe plan --model /models/Qwen3-30B-A3B --method MoTE --edits 1000 --budget 80",
     methods: "Example: easyedit-moe methods --show MoTE/qwen3-30b-a3b",

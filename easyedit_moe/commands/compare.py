@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 from easyedit_moe.commands import compare_options as given
 from easyedit_moe.commands import options
-from easyedit_moe.commands.printing import note, show_table
+from easyedit_moe.commands.printing import note, say, show_table
 from easyedit_moe.commands.reporting import shows_progress
 
 if TYPE_CHECKING:
-    from easyedit_moe.comparison.compare import Comparison, Row
+    from easyedit_moe.comparison.compare import Comparison
+    from easyedit_moe.comparison.rows import Row
     from easyedit_moe.comparison.settings import AnyHyperParams
     from easyedit_moe.comparison.task import Task
 
@@ -32,15 +33,17 @@ def compare(
     easyedit_metrics: given.EasyEditMetrics = None,
     chat: options.EditsInChat = False,
     protocol: options.Protocol = "",
+    seeds: given.Seeds = "",
     resume: given.Resume = False,
 ) -> None:
     """Edit the same records by several methods and print a side-by-side table, scored after all edits."""
     from easyedit_moe import host
-    from easyedit_moe.comparison.report import check_folder, tables, write_results
+    from easyedit_moe.comparison.report import check_folder, notes, tables, write_results
     from easyedit_moe.comparison.settings import chosen_methods, loading_settings, resolve_methods
     from easyedit_moe.comparison.task import load_task
     from easyedit_moe.host.baseline_hparams import HOST_METHODS
 
+    by_seed = read_seeds(seeds)
     names = chosen_methods(split_names([*(methods or []), *(more or [])]), hparams)
     overrides = options.settings_of(None, device=device, dtype=dtype, stats_dir=stats_dir, chat=chat)
     settings = resolve_methods(names, model, hparams, {**overrides, "model_name": model})
@@ -55,10 +58,12 @@ def compare(
         first.trust_remote_code, shows_progress(), any(getattr(hp, "chat", False) for hp in settings), protocol or None,
     )  # fmt: skip
     _check_held_out(hparams, task)
-    result = _run(task, settings, folder, easyedit_metrics, resume)
+    result = _run(task, settings, folder, easyedit_metrics, resume, by_seed)
     paths = write_results(result, folder)
     for table in tables(result):
         show_table(table)
+    for line in notes(result):
+        say(line)
     note("Written: " + ", ".join(str(path) for path in paths))
 
 
@@ -68,7 +73,14 @@ def _check_held_out(hparams: str | None, task: Task) -> None:
     check_held_out(hparams, task.records)
 
 
-def _run(task: Task, settings: list[AnyHyperParams], folder: Path, easyedit_metrics: bool, resume: bool) -> Comparison:
+def _run(
+    task: Task,
+    settings: list[AnyHyperParams],
+    folder: Path,
+    easyedit_metrics: bool,
+    resume: bool,
+    seeds: list[int],
+) -> Comparison:
     """The comparison, each of whose rows is on disk once it is done."""
     from easyedit_moe.comparison.compare import compare as run
     from easyedit_moe.comparison.saved import earlier_rows, save_rows
@@ -86,7 +98,7 @@ def _run(task: Task, settings: list[AnyHyperParams], folder: Path, easyedit_metr
     if earlier:
         note(f"Going on after {len(earlier)} rows of {folder}: {', '.join(done)}.")
     try:
-        return run(task, settings, told, (), easyedit_metrics, earlier, keep, shows_progress())
+        return run(task, settings, told, (), easyedit_metrics, earlier, keep, shows_progress(), seeds=seeds)
     except BaseException:
         if done:
             note(f"Rows that are done are in {folder}; the same command with --resume goes on after them.")
@@ -96,6 +108,20 @@ def _run(task: Task, settings: list[AnyHyperParams], folder: Path, easyedit_metr
 def split_names(names: list[str]) -> list[str]:
     """Names that are separated by spaces (one each) or by commas."""
     return [part.strip() for name in names for part in name.split(",") if part.strip()]
+
+
+def read_seeds(text: str) -> list[int]:
+    """Whole numbers that are separated by commas.
+
+    Raises:
+        HyperParamsError: something else, or a number twice.
+    """
+    from easyedit_moe.errors import HyperParamsError
+
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isdecimal() for part in parts) or len(set(parts)) < len(parts):
+        raise HyperParamsError(f"--seeds takes different whole numbers, such as 0,1,2; found {text!r}.")
+    return [int(part) for part in parts]
 
 
 def brief(row: Row) -> str:

@@ -29,6 +29,10 @@ DType = Annotated[str, typer.Option(help="float32, bfloat16 or float16; default:
 EasyEditMetrics = Annotated[
     bool | None, typer.Option(help="Score by EasyEdit's protocol, too; default: if a method is EasyEdit's.")
 ]
+Seeds = Annotated[
+    str,
+    typer.Option(help="Seeds, such as 0,1,2: each random method is run by each, and its row is their mean."),
+]
 Resume = Annotated[
     bool, typer.Option(help="Go on after an interruption: rows of results.json that would come out again are kept.")
 ]

@@ -38,7 +38,7 @@ def evaluate(
 
     from easyedit_moe.comparison.report import check_folder
     from easyedit_moe.workflow.evaluate import evaluate as run
-    from easyedit_moe.workflow.evaluation_report import COLUMNS, cells, write_evaluation
+    from easyedit_moe.workflow.evaluation_report import COLUMNS, TEXTS, cells, notes, write_evaluation
 
     if out:
         check_folder(out)
@@ -50,12 +50,14 @@ def evaluate(
     paths = write_evaluation(result, out) if out else []
     table = Table()
     for number, name in enumerate(COLUMNS):
-        table.add_column(name, justify="left" if number < 3 else "right")
+        table.add_column(name, justify="left" if number < TEXTS else "right")
     for measure in result.measures:
         table.add_row(*cells(measure))
     show_table(table)
     protocol = result.provenance.get("protocols", {}).get("records")
     if protocol:
         say(f"Records: {protocol}.")
+    for line in notes(result):
+        say(line)
     if paths:
         note("Written: " + ", ".join(str(path) for path in paths))

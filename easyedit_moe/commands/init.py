@@ -28,6 +28,9 @@ def init(
     budget: Annotated[
         float | None, typer.Option(help="Minutes for --locate; layers are by depth where no window could be tried.")
     ] = None,
+    site: Annotated[
+        str, typer.Option(help="What is edited in each layer: experts, shared_expert or dense.")
+    ] = "experts",
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Choose hyper-parameters for a model that has none, and write why each is what it is.
@@ -40,7 +43,7 @@ def init(
 
     found = run(
         model, method, data or None, out or None, trust_remote_code, force, locate, budget,
-        lambda costs: note(cost_line(costs, budget)), shows_progress(),
+        lambda costs: note(cost_line(costs, budget)), shows_progress(), site,
     )  # fmt: skip
     if not out:
         say(found.yaml().rstrip("\n"))

@@ -28,6 +28,7 @@ def inspect(
 def _show(found: Mapping[str, Any]) -> None:
     texts = {
         "kind": found["kind"],
+        "site": found.get("site") or "-",
         "id": found["id"],
         "method": ", ".join(found["methods"]) or "unknown",
         "made on": ", ".join(found.get("models", [])) or "-",

@@ -4,75 +4,36 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import nn
 
+from easyedit_moe.comparison.differences import differences
 from easyedit_moe.comparison.ready import READY, SharedTargets
+from easyedit_moe.comparison.rows import PRE_EDIT, Row
+from easyedit_moe.comparison.seeds import pooled, seeded
 from easyedit_moe.comparison.task import Task
 from easyedit_moe.editors import Editor, EditResult, Patch, make_editor
 from easyedit_moe.errors import EditingWarning, HyperParamsError
 from easyedit_moe.evaluation.metrics import (
     EvaluationResult,
     RoutingSnapshot,
-    Score,
     evaluate,
     routing_similarity,
     routing_snapshot,
 )
+from easyedit_moe.evaluation.summary import Score
 from easyedit_moe.facts.records import PROTOCOLS
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.host.baseline_hparams import PROTOCOL, BaselineHyperParams
 from easyedit_moe.hparams import MoEHyperParams
+from easyedit_moe.interrupts import do_all
 from easyedit_moe.measure import Stopwatch, peak_memory_bytes, reset_peak_memory
+from easyedit_moe.moe.holding import intact
 from easyedit_moe.storage.strict_json import json_text
-
-PRE_EDIT = "pre-edit"
-SCORES = ("efficacy", "generalisation", "specificity", "utility", "exact_match")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: a method's scores after all edits, and what they cost.
-
-    ``scores`` follow the papers' protocol, ``easyedit`` EasyEdit's own (None unless asked for). ``rounding_loss`` is
-    the largest share of an update that the weights' dtype swallowed at one write, ``warnings`` what was to be told of
-    the edits, batch by batch.
-    """
-
-    method: str
-    edits: str
-    code: str
-    scores: EvaluationResult
-    routing: dict[str, Any]
-    seconds: dict[str, float]
-    peak_memory_bytes: int
-    targets_reached: int | None = None
-    rounding_loss: float | None = None
-    hparams: dict[str, Any] = field(default_factory=dict)
-    easyedit: dict[str, Score] | None = None
-    warnings: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """For results.json."""
-        scores = self.scores.to_dict()
-        return {
-            "method": self.method,
-            "edits": self.edits,
-            "code": self.code,
-            "protocol": self.scores.protocol,
-            **{name: scores[name] for name in SCORES},
-            "routing_similarity": self.routing,
-            "seconds": self.seconds,
-            "peak_memory_bytes": self.peak_memory_bytes,
-            "targets_reached": self.targets_reached,
-            "rounding_loss": self.rounding_loss,
-            "warnings": list(self.warnings),
-            "easyedit": None if self.easyedit is None else {name: asdict(s) for name, s in self.easyedit.items()},
-            "hparams": self.hparams,
-        }
 
 
 @dataclass(frozen=True)
@@ -84,12 +45,16 @@ class Comparison:
     complete: bool = True
 
     def to_dict(self) -> dict[str, Any]:
-        """Content of results.json (schema 1); ``state`` is "complete", or "interrupted" while rows are missing."""
+        """Content of results.json (schema 2); ``state`` is "complete", or "interrupted" while rows are missing."""
         state = "complete" if self.complete else "interrupted"
+        rows = [
+            {**row.to_dict(), "differs_from_best": {name: one.to_dict() for name, one in found.items()}}
+            for row, found in zip(self.rows, differences(self.rows), strict=True)
+        ]
         return {
-            "schema": 1,
+            "schema": 2,
             "state": state,
-            "rows": [row.to_dict() for row in self.rows],
+            "rows": rows,
             "provenance": self.provenance,
         }
 
@@ -104,6 +69,7 @@ def compare(
     save: Callable[[Comparison], Any] | None = None,
     progress: bool = True,
     ready_targets: bool = False,
+    seeds: Sequence[int] = (),
 ) -> Comparison:
     """A pre-edit row, then one row per hparams; the model is bit-equal to before after each.
 
@@ -123,6 +89,8 @@ def compare(
         save: called after each row with all that are there.
         progress: show bars.
         ready_targets: give every batch of each method the same targets, so that only what is done with them differs.
+        seeds: by each of which a random method is run, its row being their mean; by default every method runs once, by
+            its hparams' seed.
 
     Raises:
         HostError: EasyEdit is asked for, by a method or for its metrics, and is not there.
@@ -132,14 +100,14 @@ def compare(
         task = replace(task, provenance={**task.provenance, READY: True})
     names = [PRE_EDIT, *(labels or [hp.alg_name for hp in hparams])]
     settings = [None, *hparams]
-    kept = [_reusable(earlier, name, hp, easyedit_metrics) for name, hp in zip(names, settings, strict=True)]
+    kept = [_reusable(earlier, name, hp, easyedit_metrics, seeds) for name, hp in zip(names, settings, strict=True)]
     rows = {number: row for number, row in enumerate(kept) if row is not None}
     judge = _Judge(task, easyedit_metrics, progress) if len(rows) < len(names) else None
     targets = SharedTargets(task, ready_targets, progress)
     for number, (name, hp) in enumerate(zip(names, settings, strict=True)):
         if judge is None or number in rows:
             continue
-        rows[number] = _unedited(judge) if hp is None else _run_method(judge, hp, name, targets)
+        rows[number] = _unedited(judge) if hp is None else _run_seeds(judge, hp, seeds, name, targets)
         if on_row:
             on_row(rows[number])
         if save:
@@ -166,12 +134,17 @@ def _so_far(task: Task, rows: Mapping[int, Row], wanted: int, easyedit_metrics: 
 
 
 def _reusable(
-    earlier: Sequence[Row], name: str, hparams: MoEHyperParams | BaselineHyperParams | None, easyedit_metrics: bool
+    earlier: Sequence[Row],
+    name: str,
+    hparams: MoEHyperParams | BaselineHyperParams | None,
+    easyedit_metrics: bool,
+    seeds: Sequence[int],
 ) -> Row | None:
     """The earlier row that would come out again, if there is one."""
     wanted = json_text({} if hparams is None else hparams.to_dict())
+    by = tuple(seed for seed, _ in seeded(hparams, seeds)) if hparams is not None else ()
     for row in earlier:
-        same = row.method == name and (row.easyedit is not None) == easyedit_metrics
+        same = row.method == name and (row.easyedit is not None) == easyedit_metrics and row.seeds == by
         if same and json_text(row.hparams) == wanted:
             return row
     return None
@@ -224,6 +197,19 @@ def _easyedit_quality(task: Task) -> Quality:
     return EasyEditQuality(task.model, task.tok, task.records).measure
 
 
+def _run_seeds(
+    judge: _Judge,
+    hparams: MoEHyperParams | BaselineHyperParams,
+    seeds: Sequence[int],
+    label: str,
+    targets: SharedTargets,
+) -> Row:
+    runs = seeded(hparams, seeds)
+    if not runs:
+        return _run_method(judge, hparams, label, targets)
+    return pooled([_run_method(judge, one, label, targets) for _, one in runs], [seed for seed, _ in runs], hparams)
+
+
 def _run_method(
     judge: _Judge, hparams: MoEHyperParams | BaselineHyperParams, label: str, targets: SharedTargets
 ) -> Row:
@@ -269,9 +255,8 @@ def _edit_batch(
 @contextmanager
 def _restored(model: nn.Module, patches: list[Patch]) -> Iterator[None]:
     """Whatever happens inside, the originals of all patches are back afterwards."""
-    try:
-        yield
-    finally:
-        with ExitStack() as stack:  # the newest first, and each whatever another raises
-            for patch in patches:
-                stack.callback(patch.restore, model)
+    with intact(model):
+        try:
+            yield
+        finally:
+            do_all(partial(patch.restore, model) for patch in reversed(patches))

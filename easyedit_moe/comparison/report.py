@@ -10,33 +10,36 @@ from typing import cast
 from rich import box
 from rich.table import Table
 
-from easyedit_moe.comparison.compare import Comparison, Row
+from easyedit_moe.comparison.compare import Comparison
+from easyedit_moe.comparison.differences import MEANING, differences, said
+from easyedit_moe.comparison.rows import SCORES, Row
 from easyedit_moe.comparison.saved import save_rows
 from easyedit_moe.errors import DataError
-from easyedit_moe.evaluation.metrics import Score
+from easyedit_moe.evaluation.summary import Score, legend, shown
 from easyedit_moe.facts.records import PROTOCOLS
 from easyedit_moe.host.baseline_hparams import PROTOCOL
 from easyedit_moe.storage.files import replacing
 
 COLUMNS = (
-    "method", "code", "edits", "protocol", "efficacy", "generalisation", "specificity", "utility", "routing (kept)",
-    "targets s", "solve s", "write s", "peak MiB",
+    "method", "code", "edits", "protocol", "efficacy", "generalisation", "specificity", "utility",
+    "differs from the best", "routing (kept)", "targets s", "solve s", "write s", "peak MiB",
 )  # fmt: skip
 
 
-def cells(row: Row) -> list[str]:
-    """One line of the table, as text; scores as mean ± standard error in percent."""
+def cells(row: Row, differs: str = "-") -> list[str]:
+    """One line of the table, as text; scores as mean and interval in percent (see `legend`)."""
     scores, seconds = row.scores, row.seconds
     preserved = row.routing["preservation"]["mean"]
     return [
-        row.method,
+        row.method if not row.seeds else f"{row.method}, {len(row.seeds)} seeds",
         row.code,
         row.edits,
         scores.protocol,
-        _score(scores.efficacy),
-        _score(scores.generalisation),
-        _score(scores.specificity),
-        _score(scores.utility),
+        shown(scores.efficacy),
+        shown(scores.generalisation),
+        shown(scores.specificity),
+        shown(scores.utility),
+        differs,
         f"{preserved:.1f}",
         f"{seconds['targets']:.1f}",
         f"{seconds['solve']:.2f}",
@@ -45,17 +48,13 @@ def cells(row: Row) -> list[str]:
     ]
 
 
-def _score(score: Score) -> str:
-    return f"{score.mean:.1f} ± {score.stderr:.1f}" if score.count else "-"
-
-
 EASYEDIT_COLUMNS = ("method", "code", "rewrite_acc", "rephrase_acc", "locality_acc", "portability_acc")
 
 
 def easyedit_cells(row: Row) -> list[str]:
     """One line of the table of EasyEdit's metrics, of a row that has them."""
     scores = cast(dict[str, Score], row.easyedit)
-    return [row.method, row.code, *(_score(scores[name]) for name in EASYEDIT_COLUMNS[2:])]
+    return [row.method, row.code, *(shown(scores[name]) for name in EASYEDIT_COLUMNS[2:])]
 
 
 def tables(comparison: Comparison) -> list[Table]:
@@ -64,8 +63,8 @@ def tables(comparison: Comparison) -> list[Table]:
     of = f"{provenance['edits']} {provenance['protocol']} edits in batches of {provenance['batch_size']} on "
     of += f"{provenance['model']}, scored after all of them, percent"
     out = [_table(f"{of}; by the papers' protocol: {PROTOCOLS[provenance['protocol']]}", COLUMNS, 4)]
-    for row in comparison.rows:
-        out[0].add_row(*cells(row))
+    for line in _lines(comparison):
+        out[0].add_row(*line)
     measured = [row for row in comparison.rows if row.easyedit is not None]
     if measured:
         out.append(_table(f"The same edits by the protocol of {PROTOCOL}", EASYEDIT_COLUMNS, 2))
@@ -81,17 +80,32 @@ def _table(title: str, columns: Sequence[str], texts: int) -> Table:
     return out
 
 
+def _lines(comparison: Comparison) -> list[list[str]]:
+    found = differences(comparison.rows)
+    return [cells(row, said(one)) for row, one in zip(comparison.rows, found, strict=True)]
+
+
+def notes(comparison: Comparison) -> list[str]:
+    """What intervals and tests are, for below the tables."""
+    rows = comparison.rows
+    scores = [getattr(row.scores, name) for row in rows for name in SCORES]
+    theirs = [score for row in rows for score in (row.easyedit or {}).values()]
+    compared = any(differences(rows))
+    return [text for text in (legend([*scores, *theirs]), MEANING if compared else "") if text]
+
+
 def markdown(comparison: Comparison) -> str:
     """The same tables for a README."""
-    text = _markdown(COLUMNS, 4, [cells(row) for row in comparison.rows])
+    text = markdown_rows(COLUMNS, 4, _lines(comparison))
     measured = [row for row in comparison.rows if row.easyedit is not None]
     if measured:
         text += f"\nThe same edits by the protocol of {PROTOCOL}:\n\n"
-        text += _markdown(EASYEDIT_COLUMNS, 2, [easyedit_cells(row) for row in measured])
-    return text
+        text += markdown_rows(EASYEDIT_COLUMNS, 2, [easyedit_cells(row) for row in measured])
+    return "\n".join([text, *(f"{line}\n" for line in notes(comparison))])
 
 
-def _markdown(columns: Sequence[str], texts: int, rows: Sequence[Sequence[str]]) -> str:
+def markdown_rows(columns: Sequence[str], texts: int, rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose first ``texts`` columns hold texts, the others numbers."""
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * texts + "---:|" * (len(columns) - texts)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join(lines) + "\n"
@@ -126,8 +140,15 @@ def _write(path: Path, text: str) -> Path:
     return path
 
 
+def _reach(score: Score) -> tuple[float, float]:
+    """How far the interval lies below and above the mean; without one, the standard error."""
+    if score.low is None or score.high is None:
+        return score.stderr, score.stderr
+    return max(0.0, score.mean - score.low), max(0.0, score.high - score.mean)
+
+
 def chart(comparison: Comparison, path: Path) -> None:
-    """Efficacy, generalisation and specificity as bars with standard errors, and seconds per stage beside them."""
+    """Efficacy, generalisation and specificity as bars with intervals, and seconds per stage beside them."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -146,12 +167,12 @@ def chart(comparison: Comparison, path: Path) -> None:
             [i + (k - 1) * 0.26 for i in range(len(rows))],
             [v.mean for v in values],
             height=0.24,
-            xerr=[v.stderr for v in values],
+            xerr=list(zip(*(_reach(v) for v in values), strict=True)),
             color=colour,
             label=name,
             error_kw={"elinewidth": 1, "ecolor": "#333333"},
         )
-    scores.set(xlim=(0, 104), xlabel=f"percent (mean and standard error), protocol {comparison.provenance['protocol']}")
+    scores.set(xlim=(0, 104), xlabel=f"percent (mean and 95 % interval), protocol {comparison.provenance['protocol']}")
     scores.set_yticks(range(len(rows)), names)
     scores.invert_yaxis()
     scores.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=3, frameon=False)

@@ -8,10 +8,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from easyedit_moe.comparison.compare import PRE_EDIT, SCORES, Comparison, Row
+from easyedit_moe.comparison.compare import Comparison
 from easyedit_moe.comparison.ready import READY
+from easyedit_moe.comparison.rows import PRE_EDIT, SCORES, Row
 from easyedit_moe.errors import DataError
-from easyedit_moe.evaluation.metrics import EvaluationResult, Score
+from easyedit_moe.evaluation.metrics import EvaluationResult
+from easyedit_moe.evaluation.summary import Score
 from easyedit_moe.storage.strict_json import json_text, read_json, write_json
 
 RESULTS = "results.json"
@@ -36,12 +38,8 @@ def earlier_rows(folder: Path, provenance: Mapping[str, Any], wanted: Sequence[s
     path = folder / RESULTS
     if not path.is_file():
         return []
-    saved = read_json(path)
-    try:
-        found, rows = saved["provenance"], saved["rows"]
-        read = [row_of(values, found["protocol"]) for values in rows]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is no result of compare ({error!r}); choose another --out.") from error
+    saved = read_results(path)
+    found, read = saved.provenance, list(saved.rows)
     differing = [
         f"{name}: {found.get(name)!r} there, {value!r} now"
         for name, value in {READY: None, **provenance}.items()
@@ -61,8 +59,23 @@ def earlier_rows(folder: Path, provenance: Mapping[str, Any], wanted: Sequence[s
     return read
 
 
+def read_results(path: Path) -> Comparison:
+    """What a ``results.json`` holds.
+
+    Raises:
+        DataError: it can't be read, or is something else.
+    """
+    saved = read_json(path)
+    try:
+        about = saved["provenance"]
+        rows = tuple(row_of(values, about["protocol"]) for values in saved["rows"])
+        return Comparison(rows, about, complete=saved["state"] == "complete")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is no result of compare ({error!r}); choose another --out.") from error
+
+
 def row_of(values: Mapping[str, Any], protocol: str) -> Row:
-    """The row that ``Row.to_dict`` made ``values`` of, read back from JSON."""
+    """The row that ``Row.to_dict`` made ``values`` of, read back from JSON of schema 1 or 2."""
     own = {item.name for item in fields(Row)}
     read: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name in own}
     read["scores"] = EvaluationResult(protocol, **{name: _score(values[name]) for name in SCORES})
@@ -73,8 +86,10 @@ def row_of(values: Mapping[str, Any], protocol: str) -> Row:
 
 
 def _score(values: Mapping[str, Any]) -> Score:
+    """Of either schema: in the first there were neither intervals nor values."""
     mean, stderr = (math.nan if values[name] is None else values[name] for name in ("mean", "stderr"))
-    return Score(mean, stderr, values["count"])
+    interval = (values.get("low"), values.get("high"), values.get("interval", ""))
+    return Score(mean, stderr, values["count"], *interval, tuple(values.get("values", ())))
 
 
 def _routing(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -56,7 +56,14 @@ def resolve_methods(
     loaded: nn.Module | None = None,
 ) -> list[AnyHyperParams]:
     """As `resolve_hparams`, for several methods; what is to be said of them is logged once."""
-    found = [_resolved(method, model_name, path, overrides, loaded) for method in methods]
+    return resolve_rows([(method, path, overrides) for method in methods], model_name, loaded)
+
+
+def resolve_rows(
+    rows: Sequence[tuple[str, str | Path | None, Mapping[str, Any]]], model_name: str, loaded: nn.Module | None = None
+) -> list[AnyHyperParams]:
+    """As `resolve_methods`, where each row has a method, a path and overrides of its own."""
+    found = [_resolved(method, model_name, path, overrides, loaded) for method, path, overrides in rows]
     for line in dict.fromkeys(line for _, line in found if line):
         logger.warning(line)
     return [settings for settings, _ in found]
@@ -175,6 +182,14 @@ def _found_file(name: str, model_name: str, path: str | Path | None) -> tuple[Pa
             f"architecture). Known models: {', '.join(known) or 'none'}. {_PASS_HPARAMS}"
         )
     return file, line
+
+
+def has_file(method: str, model_name: str, folder: str | Path | None = None) -> bool:
+    """Whether a file is for this method and model: in a folder of <METHOD>/<model>.yaml, or among those that ship."""
+    try:
+        return _found_file(method, model_name, folder)[0].is_file()
+    except HyperParamsError:
+        return False
 
 
 def loading_settings(settings: Sequence[AnyHyperParams], model_name: str) -> MoEHyperParams:

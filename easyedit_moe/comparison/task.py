@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -11,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.errors import DataError
 from easyedit_moe.evaluation.neighbours import answered
-from easyedit_moe.facts.records import EvaluationRecord, load_records
+from easyedit_moe.facts.records import EvaluationRecord, RecordSet, load_records
 from easyedit_moe.moe.fingerprint import model_fingerprint
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.moe.loading import load_model
@@ -45,6 +46,38 @@ def load_task(
     Raises:
         DataError: unusable data or model, or fewer records than asked for. HyperParamsError: bad dtype or device.
     """
+    found, records = _chosen(data, edits, skip, batch_size, protocol)
+    with library_bars(progress):
+        model, tok = load_model(model_name, dtype, device, model_parallel, trust_remote_code=trust_remote_code)
+    provenance = {
+        "model": model_name,
+        "model_fingerprint": model_fingerprint(MoELayerView(model)),
+        **_about(data, found, records, skip),
+        "batch_size": batch_size,
+        **({"chat": True} if chat else {}),
+        "dtype": dtype,
+        "device": str(device),
+        "versions": versions(),
+    }
+    return Task(model, tok, answered(model, tok, records, chat), found.protocol, batch_size, provenance, chat)
+
+
+def with_data(task: Task, data: str, edits: int, skip: int = 0) -> Task:
+    """The same model on other records.
+
+    Raises:
+        DataError: unusable data, or fewer records than asked for.
+    """
+    found, records = _chosen(data, edits, skip, task.batch_size)
+    provenance = {**task.provenance, **_about(data, found, records, skip)}
+    judged = answered(task.model, task.tok, records, task.chat)
+    return replace(task, records=judged, protocol=found.protocol, provenance=provenance)
+
+
+def _chosen(
+    data: str, edits: int, skip: int, batch_size: int, protocol: str | None = None
+) -> tuple[RecordSet, tuple[EvaluationRecord, ...]]:
+    """All that was read, and the records to edit; what is unusable is told."""
     found = load_records(data, protocol)
     if edits < 1 or skip < 0 or batch_size < 1:
         raise DataError(f"edits and batch-size must be >= 1 and skip >= 0; found {edits}, {batch_size}, {skip}.")
@@ -56,21 +89,15 @@ def load_task(
             number, reason = left_out[0]
             first = f"{found.unit} {number}: {reason}"
             logger.warning("%d %s of %s are unusable; the first, %s", len(left_out), what, data, first)
-    with library_bars(progress):
-        model, tok = load_model(model_name, dtype, device, model_parallel, trust_remote_code=trust_remote_code)
-    provenance = {
-        "model": model_name,
-        "model_fingerprint": model_fingerprint(MoELayerView(model)),
+    return found, records
+
+
+def _about(data: str, found: RecordSet, records: Sequence[EvaluationRecord], skip: int) -> dict[str, Any]:
+    return {
         "data": data,
         "data_hash": corpus_hash([repr(record) for record in records]),
         "protocol": found.protocol,
-        "edits": edits,
+        "edits": len(records),
         "skip": skip,
-        "batch_size": batch_size,
         "skipped_records": len(found.skipped),
-        **({"chat": True} if chat else {}),
-        "dtype": dtype,
-        "device": str(device),
-        "versions": versions(),
     }
-    return Task(model, tok, answered(model, tok, records, chat), found.protocol, batch_size, provenance, chat)

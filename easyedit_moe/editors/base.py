@@ -19,6 +19,7 @@ from easyedit_moe.editors.remembering import remember, remember_copy, remembered
 from easyedit_moe.errors import HyperParamsError, RequestError
 from easyedit_moe.facts.requests import EditRequest, check_batch, parse_requests
 from easyedit_moe.hparams import MoEHyperParams, hyperparams_class, presets
+from easyedit_moe.moe.holding import held, intact
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.patches.weights import WeightPatch
 
@@ -122,6 +123,8 @@ class Editor(ABC):
     method: str
     """The method's name in the table of methods."""
     hparams: Any
+    newest: EditResult | None = None
+    """The newest edit, from the moment at which it counts; also where an interrupt kept `edit` from returning it."""
 
     def __init__(self, hparams: MoEHyperParams, progress: bool = True) -> None:
         wanted = hyperparams_class(self.method)
@@ -189,7 +192,8 @@ class Editor(ABC):
         """Write one batch of facts into the model, in place: all of it, or, if anything raises, nothing.
 
         Afterwards hooks, ``requires_grad`` flags and training modes are as before. The returned patch reverts the edit
-        bit-exactly.
+        bit-exactly. An interrupt either undoes the edit, or comes after ``newest`` was set to it. Other threads that
+        want to edit or score the model wait.
 
         Args:
             model: edited in place.
@@ -213,12 +217,16 @@ class Editor(ABC):
             raise RequestError(f"{self.method} has no target vectors; found {type(targets).__name__}.")
         if targets is not None and len(targets.delta) != len(requests):
             raise RequestError(f"There are {len(targets.delta)} target vectors for {len(requests)} requests.")
-        result = self.edit_batch(model, tok, list(requests), memory, targets)
-        try:
-            return _told(result)
-        except BaseException:  # warnings may be errors, and then the edit was not
-            result.patch.restore(model)
-            raise
+        with held(model):
+            self._forget()
+            with intact(model, kept=lambda: self.newest is not None) as hold:
+                hold.undo.append(self._forget)
+                result = _told(self.edit_batch(model, tok, list(requests), memory, targets))
+                self.newest = result
+        return result
+
+    def _forget(self) -> None:
+        self.newest = None
 
     def check_subjects(self, requests: Sequence[EditRequest]) -> None:
         """Refuse facts without a subject, unless the method as it is set does not use it.
@@ -273,12 +281,14 @@ class Editor(ABC):
         """
         check_keywords("apply_to_model", kwargs, (), APPLY_KEYWORDS)
         facts = parse_requests(requests)
-        original, keeps = model, getattr(hparams, "remember_edits", False)
+        original = model
+        keeps = getattr(hparams, "remember_edits", False) or getattr(hparams, "variant", "paper") == "code"
         if copy:
             model = copying.deepcopy(model)
             remember_copy(original, model)
-        result = cls(hparams).edit(model, tok, facts, remembered(model, hparams) if keeps else None)
-        wanted = return_orig_weights or keep_original_weight
-        if keeps and isinstance(result.patch, WeightPatch):
-            remember(model, hparams, result.memory, result.patch)
-        return model, result.patch.weights_copy(model) if wanted else {}
+        with intact(model):
+            result = cls(hparams).edit(model, tok, facts, remembered(model, hparams) if keeps else None)
+            weights = result.patch.weights_copy(model) if return_orig_weights or keep_original_weight else {}
+            if keeps and isinstance(result.patch, WeightPatch):
+                remember(model, hparams, result.memory, result.patch)
+        return model, weights

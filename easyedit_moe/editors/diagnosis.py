@@ -31,9 +31,9 @@ HARDLY = 0.9
 """A share of the loss that must not be left after training."""
 
 SETTINGS = (
-    "lambda_reg", "metric", "nullspace_threshold", "nullspace_relative", "low_coverage", "min_coverage", "spread",
-    "rank_in", "num_passes", "lr", "num_steps", "optim_num_step", "steps", "early_stop_loss",
-    "norm_constraint",
+    "lambda_reg", "lambda_relative", "metric", "nullspace_threshold", "nullspace_relative", "nullspace_energy",
+    "nullspace_rank", "low_coverage", "min_coverage", "spread", "variant", "rank_in", "num_passes", "lr", "num_steps",
+    "optim_num_step", "steps", "early_stop_loss", "norm_constraint",
 )  # fmt: skip
 """Hyper-parameters that warnings name; a diagnosis keeps those that its method has."""
 
@@ -185,13 +185,31 @@ def _null_space(d: EditDiagnosis) -> EditingWarning | None:
     ]
     if not empty:
         return None
-    limit = f"{d.settings['nullspace_threshold']:g}"
-    limit += " of its largest" if d.settings["nullspace_relative"] else ""
     return NullSpaceWarning(
         f"{len(empty)} of {len(d.hit)} experts that the facts are routed to ({_layers(empty)}) have an empty null "
-        f"space and can't be edited: no eigenvalue of their keys' moment is below {limit}. "
-        "Raise nullspace_threshold, or choose metric: identity."
+        f"space and can't be edited: {_why_empty(d)}. {_larger_null_space(d)}, or choose metric: identity."
     )
+
+
+def _why_empty(d: EditDiagnosis) -> str:
+    energy, threshold = d.settings.get("nullspace_energy"), d.settings.get("nullspace_threshold")
+    if energy is not None:
+        return f"all directions of their keys' moment are needed to hold {energy:g} of its energy"
+    share = " of its largest" if d.settings["nullspace_relative"] else ""
+    return f"no eigenvalue of their keys' moment is below {threshold:g}{share}"
+
+
+def _larger_null_space(d: EditDiagnosis) -> str:
+    """The setting that gives experts a larger null space."""
+    if d.settings.get("nullspace_energy") is not None:
+        return "Lower nullspace_energy"
+    return f"Raise {'nullspace_rank' if d.settings.get('nullspace_rank') is not None else 'nullspace_threshold'}"
+
+
+def _ridge(d: EditDiagnosis) -> tuple[str, float] | None:
+    """Name and value of the setting that says the ridge; None for methods without one."""
+    found = ((name, d.settings.get(name)) for name in ("lambda_reg", "lambda_relative"))
+    return next(((name, value) for name, value in found if value is not None), None)
 
 
 def _nothing(d: EditDiagnosis) -> EditingWarning | None:
@@ -201,7 +219,8 @@ def _nothing(d: EditDiagnosis) -> EditingWarning | None:
         share = f"{min(d.rounding_loss or 1.0, 1.0):.0%}"
         left = "" if d.changed else ", and every weight is what it was before"
         larger = f" A larger {_rate(d)} makes larger updates." if "lr" in d.settings else ""
-        larger = " A smaller lambda_reg makes larger updates." if "lambda_reg" in d.settings else larger
+        ridge = _ridge(d)
+        larger = f" A smaller {ridge[0]} makes larger updates." if ridge else larger
         return RoundingWarning(
             f"Rounding to {d.dtype} swallowed {share} of the update{left}. Load the model in a finer dtype (float32)."
             f"{larger}"
@@ -222,9 +241,11 @@ def _why_zero(d: EditDiagnosis) -> str:
             "low_coverage is 'frozen'. Lower min_coverage, choose another low_coverage, or use a larger corpus."
         )
     if d.hit and all(expert.null_space == 0 for expert in d.hit):
-        return "The null space of every expert that the facts are routed to is empty: raise nullspace_threshold."
-    if "lambda_reg" in d.settings:
-        return "Lower lambda_reg, and see that v_lr and v_num_grad_steps move the target vectors."
+        wider = _larger_null_space(d)
+        return f"The null space of every expert that the facts are routed to is empty: {wider[0].lower()}{wider[1:]}."
+    ridge = _ridge(d)
+    if ridge:
+        return f"Lower {ridge[0]}, and see that v_lr and v_num_grad_steps move the target vectors."
     if "lr" in d.settings:
         return f"What is trained does not reach the loss, or {_rate(d)} is too small: choose other layers, or raise it."
     return "Choose other layers, or larger steps."
@@ -251,11 +272,12 @@ def _residual(d: EditDiagnosis) -> EditingWarning | None:
 
 
 def _shrunk(d: EditDiagnosis, layer: LayerDiagnosis) -> str:
-    ridge, shrinkage = d.settings["lambda_reg"], layer.shrinkage or 1.0
+    name, ridge = _ridge(d) or ("lambda_reg", 0.0)
+    shrinkage = layer.shrinkage or 1.0
     also = f", with {d.remembered} keys that remember_edits keeps," if d.remembered else ""
     return (
-        f"lambda_reg {ridge:g}{also} shrinks the update of layer {layer.layer} to {1 - shrinkage:.1%} of what fits "
-        f"best. Lower lambda_reg below {ridge * (1 - shrinkage) / shrinkage:.1g}."
+        f"{name} {ridge:g}{also} shrinks the update of layer {layer.layer} to {1 - shrinkage:.1%} of what fits "
+        f"best. Lower {name} below {ridge * (1 - shrinkage) / shrinkage:.1g}."
     )
 
 
@@ -272,11 +294,15 @@ def _why_not_as_solved(d: EditDiagnosis) -> str:
 
 
 def _why_not_solved(d: EditDiagnosis, layer: LayerDiagnosis) -> str:
-    raised = ["nullspace_threshold"] if d.settings.get("metric") == "nullspace" else []
-    raised += ["rank_in, rank_out and rank_expert"] if "rank_in" in d.settings else []
+    raised = ["rank_in, rank_out and rank_expert"] if "rank_in" in d.settings else []
     raised += ["num_passes"] if "num_passes" in d.settings else []
-    may = f"Raise {' or '.join(raised)}, or edit" if raised else "Edit"
-    return f"No solution of layer {layer.layer} comes nearer than {layer.fit:.0%}. {may} fewer facts at once."
+    may = [f"raise {' or '.join(raised)}"] if raised else []
+    if d.settings.get("metric") == "nullspace":
+        wider = _larger_null_space(d)
+        may = [" or ".join([wider, *raised])] if wider.startswith("Raise") else [wider, *may]
+    advice = ", ".join([*may, "or edit" if may else "edit"])
+    advice = advice[0].upper() + advice[1:]
+    return f"No solution of layer {layer.layer} comes nearer than {layer.fit:.0%}. {advice} fewer facts at once."
 
 
 def _loss(d: EditDiagnosis) -> EditingWarning | None:

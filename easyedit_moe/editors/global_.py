@@ -1,4 +1,4 @@
-"""Global: the exact minimiser of MoEEdit's objective, with residual spread. Ours."""
+"""Global: the exact minimiser of MoEEdit's objective. Ours."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class GlobalEditor(SolvingEditor):
     method = "Global"
     hparams: GlobalHyperParams
 
-    def solve(self, keys: RoutedKeys, residual: Tensor, prepared: PreparedLayer) -> tuple[Any, Any]:
+    def solve(self, keys: RoutedKeys, residual: Tensor, prepared: PreparedLayer, lambda_reg: float) -> tuple[Any, Any]:
         """The exact minimiser."""
-        return solve_exact(keys, residual, self.hparams.lambda_reg, prepared.metric), None
+        return solve_exact(keys, residual, lambda_reg, prepared.metric), None
 
     def solve_beside(
         self,
@@ -34,13 +34,13 @@ class GlobalEditor(SolvingEditor):
         keys: RoutedKeys,
         residual: Tensor,
         prepared: PreparedLayer,
+        lambda_reg: float,
     ) -> tuple[Any, Any]:
         """The exact minimiser of all rows, by the reduced system of the new ones."""
-        lambda_reg = self.hparams.lambda_reg
         coordinates = ExpertCoordinates(prepared.metric, prepared.num_experts, keys.d_hidden, keys.key.device)
         own = type(self).solve is GlobalEditor.solve
         if not held or not own or not ridge_suffices(keys, coordinates, lambda_reg):
-            return super().solve_beside(layer, held, keys, residual, prepared)
+            return super().solve_beside(layer, held, keys, residual, prepared, lambda_reg)
         system = self.holding.system(layer, prepared, held, coordinates, lambda_reg)
         return solve_exact_held(keys, residual, system, coordinates), None
 

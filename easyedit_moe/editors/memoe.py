@@ -22,8 +22,10 @@ from easyedit_moe.errors import AdapterError, HyperParamsError
 from easyedit_moe.facts.anchors import SubjectMatcher
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.hparams import MEMoEHyperParams
+from easyedit_moe.interrupts import uninterrupted
 from easyedit_moe.measure import Stopwatch
 from easyedit_moe.moe.config import text_config
+from easyedit_moe.moe.holding import held, intact
 from easyedit_moe.patches.checks import versions
 
 
@@ -88,14 +90,15 @@ class AdapterPatch:
 
     def restore(self, model: nn.Module) -> None:
         """As `revert`, whatever happened since; nothing where the adapter is gone already."""
-        if self.applied and find_adapter(model) is self.adapter:
-            if self.before is None:
-                detach(model)
-            else:
-                self.adapter.put_back(self.before)
-                matcher = cast(SubjectMatcher, self.adapter.matcher)  # an attached adapter has one
-                add_subjects(model, matcher.tok, self.adapter, [])
-        self.applied = False
+        with held(model), uninterrupted():
+            if self.applied and find_adapter(model) is self.adapter:
+                if self.before is None:
+                    detach(model)
+                else:
+                    self.adapter.put_back(self.before)
+                    matcher = cast(SubjectMatcher, self.adapter.matcher)  # an attached adapter has one
+                    add_subjects(model, matcher.tok, self.adapter, [])
+            self.applied = False
 
     def weights_copy(self, model: nn.Module) -> Undo:
         """An empty dict that undoes the edit when it, or its ``items``, is called: there are no original weights."""
@@ -169,7 +172,17 @@ class MEMoEEditor(Editor):
             self._check_same(found)
         adapter = MoEAdapter(self._config(model), self.hparams.seed) if found is None else found
         before = None if found is None else found.state()
-        try:
+
+        def undo() -> None:
+            adapter.generator = None
+            if before is not None:
+                adapter.put_back(before)
+                add_subjects(model, tok, adapter, [])
+            elif find_adapter(model) is not None:
+                detach(model)
+
+        with intact(model) as hold:
+            hold.undo.append(undo)
             if found is None:
                 with watch.stage("statistics"):
                     attach(model, tok, adapter.requires_grad_(False))
@@ -180,22 +193,12 @@ class MEMoEEditor(Editor):
             adapter.generator = torch.Generator().manual_seed(self.hparams.seed + adapter.edits)
             with watch.stage("solve"):
                 report = train_adapter(model, tok, adapter, facts, earlier, self.hparams, self.progress)
-            adapter.facts = (*earlier, *facts)
-            adapter.edits += 1
-        except BaseException:
-            if before is not None:
-                adapter.put_back(before)
-                add_subjects(model, tok, adapter, [])
-            elif find_adapter(model) is not None:
-                detach(model)
-            raise
-        finally:
-            adapter.generator = None
-        patch = AdapterPatch(adapter, before, provenance(self.hparams, requests))
-        told = zip(requests, report.fact_nll, report.learnt, strict=True)
-        learnt = tuple(FactDiagnosis(r.prompt, r.target_new, None, nll, reached, None) for r, nll, reached in told)
-        diagnosis = EditDiagnosis(self.method, learnt, steps=report.steps, settings=settings_of(self.hparams))
-        return EditResult(patch, watch.seconds, None, [], [report], diagnosis)
+            adapter.facts, adapter.edits, adapter.generator = (*earlier, *facts), adapter.edits + 1, None
+            patch = AdapterPatch(adapter, before, provenance(self.hparams, requests))
+            told = zip(requests, report.fact_nll, report.learnt, strict=True)
+            learnt = tuple(FactDiagnosis(r.prompt, r.target_new, None, nll, reached, None) for r, nll, reached in told)
+            diagnosis = EditDiagnosis(self.method, learnt, steps=report.steps, settings=settings_of(self.hparams))
+            return EditResult(patch, watch.seconds, None, [], [report], diagnosis)
 
     def _config(self, model: nn.Module) -> AdapterConfig:
         hp = self.hparams

@@ -35,24 +35,28 @@ Row = tuple[Remembered, int]
 
 
 class EditMemory:
-    """Keys of earlier edits, for ``remember_edits``; a value: passed in, and returned extended.
+    """What a batch knows of earlier ones; a value: passed in, and returned extended.
 
-    A fact that was edited again, by its prompt, counts with its newest edit only.
+    It holds keys, for ``remember_edits``; a fact that was edited again, by its prompt, counts as it was edited last.
+
+    Attributes:
+        edits: how many edits the earlier batches made.
     """
 
-    def __init__(self, log: list[Remembered] | None = None, length: int | None = None) -> None:
+    def __init__(self, log: list[Remembered] | None = None, edits: int = 0, length: int | None = None) -> None:
         # Values that extend each other share one list, of which each knows how much is its own: to keep the memory of
         # every batch of a long run then takes no more than to keep the last.
         self._log = [] if log is None else log
         self._length = len(self._log) if length is None else length
+        self.edits = edits
 
-    def extended(self, solves: Sequence[Remembered]) -> EditMemory:
-        """A memory that also holds what these solves wrote."""
+    def extended(self, solves: Sequence[Remembered], edits: int) -> EditMemory:
+        """A memory that also holds what these solves wrote, of ``edits`` more edits."""
         if not solves:
-            return self
+            return EditMemory(self._log, self.edits + edits, self._length)
         log = self._log if len(self._log) == self._length else self._log[: self._length]
         log.extend(solves)
-        return EditMemory(log)
+        return EditMemory(log, self.edits + edits)
 
     def rows(self, layer: int, superseded: Sequence[str] = ()) -> dict[Row, RoutedKeys]:
         """Keys of each fact that was solved for at a layer, without facts of these prompts; oldest first."""

@@ -6,7 +6,7 @@ from easyedit_moe.editors.global_ import GlobalEditor
 
 
 class MoEAlphaEditEditor(GlobalEditor):
-    """Null-space metric, residual spread, and the keys of earlier edits kept as columns with zero residual."""
+    """Null-space metric, and the keys of earlier edits kept as columns with zero residual."""
 
     method = "MoE-AlphaEdit"
 

@@ -18,7 +18,9 @@ from easyedit_moe.editors.training_planner import Trained
 from easyedit_moe.errors import DependencyError, LayoutError
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.hparams import LoRAHyperParams
+from easyedit_moe.moe.holding import intact
 from easyedit_moe.moe.layers import MoELayerView
+from easyedit_moe.moe.model_state import ModelState
 
 ADAPTER = "default"
 
@@ -141,21 +143,12 @@ def same_structure(model: nn.Module) -> Iterator[None]:
     Of each module the class, its attributes and the content of its dictionaries (parameters, submodules, hooks) are put
     back, not the values of tensors.
     """
-    saved = []
-    for module in model.modules():
-        attributes = dict(vars(module))
-        contents = [(value, value.copy()) for value in attributes.values() if isinstance(value, dict)]
-        saved.append((module, type(module), attributes, contents))
-    try:
-        yield
-    finally:
-        for module, cls, attributes, contents in saved:
-            module.__class__ = cls
-            for value, copy in contents:
-                value.clear()
-                value.update(copy)
-            vars(module).clear()
-            vars(module).update(attributes)
+    with intact(model):
+        state = ModelState.of(model)
+        try:
+            yield
+        finally:
+            state.put_back_modules()
 
 
 apply_moe_lora_to_model = MoELoRAEditor.apply_to_model

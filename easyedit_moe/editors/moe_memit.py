@@ -6,7 +6,7 @@ from easyedit_moe.editors.global_ import GlobalEditor
 
 
 class MoEMEMITEditor(GlobalEditor):
-    """Covariance metric with ``lambda_reg`` as MEMIT's ``mom2_update_weight``, residual spread."""
+    """Covariance metric with ``lambda_reg`` as MEMIT's ``mom2_update_weight``; by default residual spread."""
 
     method = "MoE-MEMIT"
 

@@ -18,16 +18,21 @@ from easyedit_moe.hparams import MoEEditHyperParams
 
 
 class MoEEditEditor(SolvingEditor):
-    """BCD over experts with residual spread: keys are re-collected at each layer, as in the paper."""
+    """BCD over experts; by default keys are re-collected at each layer, as in the paper (``spread: residual``)."""
 
     method = "MoEEdit-BCD"
     hparams: MoEEditHyperParams
 
-    def solve(self, keys: RoutedKeys, residual: Tensor, prepared: PreparedLayer) -> tuple[Any, Any]:
+    def ridge(self, keys: RoutedKeys, prepared: PreparedLayer, edits_before: int) -> float:
+        """As for all solvers; in the published code's variant it grows with the edits of earlier batches."""
+        grown = 1 + edits_before / 1000 if self.hparams.variant == "code" else 1.0
+        return grown * super().ridge(keys, prepared, edits_before)
+
+    def solve(self, keys: RoutedKeys, residual: Tensor, prepared: PreparedLayer, lambda_reg: float) -> tuple[Any, Any]:
         """The update after ``num_passes`` over the experts, and the objective's way down."""
         hp = self.hparams
         orders = expert_orders(prepared.num_experts, hp.num_passes, hp.seed)
-        return solve_bcd(keys, residual, hp.lambda_reg, prepared.metric, orders)
+        return solve_bcd(keys, residual, lambda_reg, prepared.metric, orders)
 
     def solve_beside(
         self,
@@ -36,16 +41,17 @@ class MoEEditEditor(SolvingEditor):
         keys: RoutedKeys,
         residual: Tensor,
         prepared: PreparedLayer,
+        lambda_reg: float,
     ) -> tuple[Any, Any]:
         """The same iterates; held rows by their second moment once there are more of them than unknowns."""
         hp = self.hparams
         coordinates = ExpertCoordinates(prepared.metric, prepared.num_experts, keys.d_hidden, keys.key.device)
         many = sum(part.num_tokens for part in held.values()) > coordinates.size
-        if not many or type(self).solve is not MoEEditEditor.solve or not hp.lambda_reg > 0:
-            return super().solve_beside(layer, held, keys, residual, prepared)
+        if not many or type(self).solve is not MoEEditEditor.solve or not lambda_reg > 0:
+            return super().solve_beside(layer, held, keys, residual, prepared, lambda_reg)
         moment = self.holding.moment(layer, prepared, held, coordinates)
         orders = expert_orders(prepared.num_experts, hp.num_passes, hp.seed)
-        return solve_bcd_held(keys, residual, hp.lambda_reg, moment, coordinates, orders)
+        return solve_bcd_held(keys, residual, lambda_reg, moment, coordinates, orders)
 
 
 apply_moeedit_to_model = MoEEditEditor.apply_to_model

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from easyedit_moe.algebra.coordinates import CoreCoordinates
-from easyedit_moe.algebra.core import FactoredCore, expand_core, solve_mote, solve_mote_held
+from easyedit_moe.algebra.core import FactoredCore, core_energy, expand_core, solve_mote, solve_mote_held
 from easyedit_moe.algebra.gauge import aligned_basis
 from easyedit_moe.algebra.held import ridge_suffices
 from easyedit_moe.algebra.routed_keys import FactoredUpdate, RoutedKeys
@@ -34,9 +34,13 @@ class MoTEEditor(SolvingEditor):
     method = "MoTE"
     hparams: MoTEHyperParams
 
-    def solve(self, keys: RoutedKeys, residual: Tensor, prepared: PreparedLayer) -> tuple[Any, Any]:
+    def solve(self, keys: RoutedKeys, residual: Tensor, prepared: PreparedLayer, lambda_reg: float) -> tuple[Any, Any]:
         """A Tucker core, factored or dense, whichever is smaller."""
-        return solve_mote(keys, residual, self.hparams.lambda_reg, prepared.metric, prepared.tucker_basis()), None
+        return solve_mote(keys, residual, lambda_reg, prepared.metric, prepared.tucker_basis()), None
+
+    def energy(self, keys: RoutedKeys, prepared: PreparedLayer) -> float:
+        """Mean squared norm of the facts' features, on which the core acts."""
+        return core_energy(keys, prepared.tucker_basis(), prepared.metric)
 
     def solve_beside(
         self,
@@ -45,12 +49,13 @@ class MoTEEditor(SolvingEditor):
         keys: RoutedKeys,
         residual: Tensor,
         prepared: PreparedLayer,
+        lambda_reg: float,
     ) -> tuple[Any, Any]:
         """The core of all rows, by the reduced system of the new ones."""
-        lambda_reg, coordinates = self.hparams.lambda_reg, CoreCoordinates(prepared.tucker_basis(), prepared.metric)
+        coordinates = CoreCoordinates(prepared.tucker_basis(), prepared.metric)
         own = type(self).solve is MoTEEditor.solve
         if not held or not own or not ridge_suffices(keys, coordinates, lambda_reg):
-            return super().solve_beside(layer, held, keys, residual, prepared)
+            return super().solve_beside(layer, held, keys, residual, prepared, lambda_reg)
         system = self.holding.system(layer, prepared, held, coordinates, lambda_reg)
         return solve_mote_held(keys, residual, system, coordinates), None
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from easyedit_moe.algebra.tucker import CHUNK_NUMBERS, resolve_rank
+from easyedit_moe.algebra.ranks import resolve_rank
+from easyedit_moe.algebra.tucker import CHUNK_NUMBERS
 from easyedit_moe.errors import DenseModelError, HyperParamsError, LayoutError
 from easyedit_moe.hparams import MoTEHyperParams, SolverHyperParams
 from easyedit_moe.hparams.sites import EXPERTS
@@ -241,7 +242,7 @@ def plan(
     fitted.add(lambda n: capture_stage(shapes, hparams, tokens, rows, prompt_tokens, n), "capture_batch_size", captured)
     fitted.add(lambda _: solve_stage(shapes, hparams, rows))
     fitted.add(lambda _: write_stage(shapes, hparams, rows, device, batches))
-    return MemoryPlan(shapes, tuple(hparams.layers), edits, tuple(fitted.stages), fitted.settings, budget)
+    return MemoryPlan(shapes, tuple(hparams.edited_layers), edits, tuple(fitted.stages), fitted.settings, budget)
 
 
 class _Fitted:
@@ -274,7 +275,7 @@ def statistics_stage(shapes: Shapes, hparams: SolverHyperParams, batch: int) -> 
     layer = item * (shapes.experts * shapes.d_hidden**2 + shapes.d_model**2)
     # Normalising makes the moments anew, layer by layer.
     return Stage(
-        "statistics", layer * len(hparams.layers), layer + activations(shapes, batch * hparams.max_length),
+        "statistics", layer * len(hparams.edited_layers), layer + activations(shapes, batch * hparams.max_length),
         "moments of all layers; one batch of texts",
     )  # fmt: skip
 
@@ -283,7 +284,7 @@ def metric_stage(shapes: Shapes, hparams: SolverHyperParams) -> Stage:
     """Projectors keep the cheaper side, at most half of h x h per expert; covariances a full factor. Float64."""
     square = 8 * shapes.d_hidden**2
     kept = shapes.experts * (square if hparams.metric == "covariance" else square // 2)
-    return Stage("metric", kept * len(hparams.layers), 6 * square, f"{hparams.metric} factors per expert")
+    return Stage("metric", kept * len(hparams.edited_layers), 6 * square, f"{hparams.metric} factors per expert")
 
 
 def _ranks(shapes: Shapes, hparams: MoTEHyperParams) -> tuple[int, int, int]:
@@ -305,7 +306,7 @@ def basis_stage(shapes: Shapes, hparams: MoTEHyperParams, chunk_numbers: int) ->
     working = max(3 * chunk + gram, eigh)
     if hparams.whitening in ("out", "both"):
         working += 2 * 4 * e * d * h
-    return Stage("basis", kept * len(hparams.layers), working, f"{chunk // 2**20} MB of weights at a time")
+    return Stage("basis", kept * len(hparams.edited_layers), working, f"{chunk // 2**20} MB of weights at a time")
 
 
 def targets_stage(shapes: Shapes, layer: int, sequences: int, length: int, batch: int) -> Stage:
@@ -323,7 +324,8 @@ def capture_stage(
     """Keys of one layer, and one batch of prompts up to the last edited layer; remembered keys stay."""
     keys = 4 * shapes.active * shapes.d_hidden + 16 * shapes.active
     working = 2 * tokens * (keys + 4 * shapes.d_model) + activations(shapes, min(batch, tokens) * prompt_tokens)
-    kept = rows * keys * (len(hparams.layers) if hparams.remember_edits else 1)
+    held = hparams.remember_edits or hparams.spread == "once"
+    kept = rows * keys * (len(hparams.edited_layers) if held else 1)
     return Stage("capture", kept, working, f"{min(batch, tokens)} prompts at a time")
 
 
@@ -336,7 +338,11 @@ def solve_stage(shapes: Shapes, hparams: SolverHyperParams, tokens: int) -> Stag
         working, form = bcd_bytes(shapes, tokens, hparams.metric)
     else:
         working, form = exact_bytes(shapes, tokens, hparams.metric)
-    return Stage("solve", 0, working, form)
+    if hparams.spread != "once":
+        return Stage("solve", 0, working, form)
+    # All layers' solutions are held until the first is written.
+    solution = 8 * tokens * (shapes.d_model + shapes.active * shapes.d_hidden)
+    return Stage("solve", solution * len(hparams.layers), working, f"{form}, {len(hparams.layers)} layers")
 
 
 def _keys_bytes(shapes: Shapes, tokens: int, metric: str) -> int:
@@ -399,7 +405,7 @@ def write_stage(shapes: Shapes, hparams: SolverHyperParams, tokens: int, device:
     elif hasattr(hparams, "num_passes"):
         left = slots
     factors = 4 * (left * shapes.d_model + slots * shapes.d_hidden)
-    kept = (experts * weights * shapes.itemsize + factors * batches) * len(hparams.layers)
+    kept = (experts * weights * shapes.itemsize + factors * batches) * len(hparams.edited_layers)
     tile = 4 * 3 * min(tile_size(torch.device(device)), experts * weights)
     return Stage("write", kept, 2 * factors + tile, "originals for an exact revert; the patch's factors")
 

@@ -18,6 +18,7 @@ from torch import nn
 from easyedit_moe.editors.planner import MemoryPlan, Shapes, Workload, shapes_of
 from easyedit_moe.editors.proposal import Chosen, Proposal
 from easyedit_moe.editors.registry import editor_class
+from easyedit_moe.errors import HyperParamsError
 from easyedit_moe.facts.records import FactSet
 from easyedit_moe.factworld import MODEL_NAME
 from easyedit_moe.hparams import (
@@ -32,6 +33,7 @@ from easyedit_moe.hparams import (
 )
 from easyedit_moe.hparams.files import read_layers
 from easyedit_moe.hparams.models import OUTLINES
+from easyedit_moe.hparams.sites import CALLED, EXPERTS, SITES
 from easyedit_moe.hparams.sources import descriptions, origin, yaml_comments
 from easyedit_moe.moe.config import model_config, text_config
 from easyedit_moe.moe.layers import MoELayerView
@@ -94,6 +96,7 @@ def propose(
     loaded: nn.Module | None = None,
     memory: Memory | None = None,
     layers: Chosen | None = None,
+    site: str = EXPERTS,
 ) -> Proposal:
     """Hyper-parameters of a method of ours for a model, each with its reason.
 
@@ -105,12 +108,15 @@ def propose(
         loaded: the model where it is in memory already; then no config is read.
         memory: of the device; by default this machine's.
         layers: that are edited, where they were measured; by default those by depth.
+        site: what is edited in them, see `easyedit_moe.hparams.sites`.
 
     Raises:
         DataError: no config by this name. LayoutError, DenseModelError: no experts, or none that can be edited.
-        MethodError: an unknown method, or EasyEdit's own.
+        MethodError: an unknown method, or EasyEdit's own. HyperParamsError: a site that is none, or that the method
+        can't edit. LayerError: a site that no layer has.
     """
     method = presets.canonical_name(method)
+    _check_site(method, site)
     if loaded is None:
         dtype, said = (
             checkpoint_dtype(model, trust_remote_code),
@@ -120,9 +126,17 @@ def propose(
     else:
         dtype, said = str(next(loaded.parameters()).dtype).removeprefix("torch."), "of the model in memory"
         empty = loaded
-    return _Proposing(model, method, empty, facts, memory or Memory.here()).proposal(
+    return _Proposing(model, method, empty, facts, memory or Memory.here(), site).proposal(
         Chosen("dtype", dtype, said), trust_remote_code, layers
     )
+
+
+def _check_site(method: str, site: str) -> None:
+    """HyperParamsError for a site that is none, or one that a method does not edit."""
+    if site not in SITES:
+        raise HyperParamsError(f"site must be one of {', '.join(SITES)}; found {site!r}.")
+    if site != EXPERTS and not issubclass(hyperparams_class(method), SolverHyperParams):
+        raise HyperParamsError(f"{method} has no setting site; methods that solve in closed form, such as MoTE, do.")
 
 
 def edits_one_layer(method: str) -> bool:
@@ -149,13 +163,24 @@ def critical_layers(num_layers: int, moe_layers: Sequence[int]) -> list[int]:
 
 
 class _Proposing:
-    def __init__(self, model: str, method: str, empty: nn.Module, facts: FactSet | None, memory: Memory) -> None:
+    def __init__(
+        self,
+        model: str,
+        method: str,
+        empty: nn.Module,
+        facts: FactSet | None,
+        memory: Memory,
+        site: str = EXPERTS,
+    ) -> None:
         self.model, self.method, self.empty, self.facts, self.memory = model, method, empty, facts, memory
         self.row, self.cls = presets.find_method(method), hyperparams_class(method)
         self.fields = {item.name for item in fields(self.cls)}
-        view = MoELayerView(empty, without_weights=True)
-        self.depth, self.moe_layers = view.num_layers, sorted(view.layers)
-        self.shapes: Shapes = shapes_of(empty, self.moe_layers)
+        view = MoELayerView(empty, without_weights=True, site=site)
+        self.site, self.depth = site, view.num_layers
+        self.moe_layers = sorted(view.layers)
+        if not self.moe_layers:
+            view.require(sorted(view.routed))
+        self.shapes: Shapes = shapes_of(empty, self.moe_layers, site)
         self.found: dict[str, Chosen] = {}
         self.notes: list[str] = []
 
@@ -166,6 +191,8 @@ class _Proposing:
         where = layers or self._layers()
         self._take([Chosen("model_name", self.model, ""), dtype, where, *self._texts(), *self._sizes()])
         self._take(self._of_facts())
+        if self.site != EXPERTS:
+            self._take([Chosen("site", self.site, "asked for")])
         if trust_remote_code:
             self._take([Chosen("trust_remote_code", True, "asked for")])
         self._take([Chosen("device", self.memory.name, self._why_device())])
@@ -214,8 +241,12 @@ class _Proposing:
             return Chosen("layers", [middle], f"ours: half-way up, of {self.depth} layers")
         where = f"of {self.depth} layers; the depth at which the papers edit (3-7 of 48, 3-5 of 24, 3-6 of 40)"
         if len(self.moe_layers) < self.depth:
-            where += f"; MoE layers are {_runs(self.moe_layers)}"
-        if edits_one_layer(self.method):
+            where += f"; {'MoE layers' if self.site == EXPERTS else 'layers with it'} are {_runs(self.moe_layers)}"
+        if self.row.depth == "all":
+            return Chosen(
+                "layers", sorted(self.moe_layers), f"papers: all of the {self.depth} layers that have experts"
+            )
+        if self.row.depth == "last" or edits_one_layer(self.method):
             return Chosen("layers", window[-1:], f"the last of {_runs(window)}, {where}")
         return Chosen("layers", window, where)
 
@@ -308,8 +339,8 @@ class _Proposing:
     def _about(self) -> str:
         sizes, kind = self.shapes, getattr(model_config(self.empty), "model_type", "")
         return (
-            f"{kind}: {self.depth} layers, experts in {len(self.moe_layers)} of them; E = {sizes.experts}, K = "
-            f"{sizes.active}, d = {sizes.d_model}, h = {sizes.d_hidden}."
+            f"{kind}: {self.depth} layers, {CALLED[self.site]} in {len(self.moe_layers)} of them; E = {sizes.experts}, "
+            f"K = {sizes.active}, d = {sizes.d_model}, h = {sizes.d_hidden}."
         )
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from easyedit_moe.algebra.metric import IdentityMetric, Metric, covariance_metric
+from easyedit_moe.algebra.metric import IdentityMetric, Metric, covariance_metric, mean_energy
 from easyedit_moe.algebra.nullspace import NullSpace, null_space
 from easyedit_moe.algebra.routed_keys import FactoredUpdate, RoutedKeys
 from easyedit_moe.algebra.tucker import TuckerBasis
@@ -26,6 +26,7 @@ from easyedit_moe.editors.memory import EditMemory, Holding, Remembered, Row
 from easyedit_moe.editors.planner import MemoryPlan, Workload, plan, shapes_of
 from easyedit_moe.editors.prepared import Prepared, PreparedLayer
 from easyedit_moe.editors.solving_diagnosis import Solved, diagnose_solved
+from easyedit_moe.editors.spreading import spread
 from easyedit_moe.errors import LayerError, LayoutError
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.facts.tokens import encode_text, pad_id
@@ -69,8 +70,28 @@ class SolvingEditor(Editor):
             vars(self)["edits"] = CALLED[hparams.site]
 
     @abstractmethod
-    def solve(self, keys: RoutedKeys, residual: Tensor, prepared: PreparedLayer) -> tuple[Any, Any]:
-        """A solution of one layer's system for T keys and residuals ``[T, d]``, and a report or None."""
+    def solve(self, keys: RoutedKeys, residual: Tensor, prepared: PreparedLayer, lambda_reg: float) -> tuple[Any, Any]:
+        """A solution of one layer's system for T keys and residuals ``[T, d]``, and a report or None.
+
+        ``lambda_reg`` is the ridge of this system, as `ridge` finds it.
+        """
+
+    def ridge(self, keys: RoutedKeys, prepared: PreparedLayer, edits_before: int) -> float:
+        """Lambda of one layer's system: absolute, or in units of the facts' `energy` there.
+
+        Args:
+            keys: of the facts' contexts, each counted fully.
+            prepared: the layer.
+            edits_before: edits of earlier batches.
+        """
+        if self.hparams.lambda_relative is None:
+            return float(self.hparams.lambda_reg or 0.0)
+        # Keys that have nothing left in the null space give no unit, and any ridge gives them the zero update.
+        return self.hparams.lambda_relative * (self.energy(keys, prepared) or 1.0)
+
+    def energy(self, keys: RoutedKeys, prepared: PreparedLayer) -> float:
+        """Mean squared norm of the gated keys as this method's system has them."""
+        return mean_energy(keys, prepared.metric)
 
     def solve_beside(
         self,
@@ -79,6 +100,7 @@ class SolvingEditor(Editor):
         keys: RoutedKeys,
         residual: Tensor,
         prepared: PreparedLayer,
+        lambda_reg: float,
     ) -> tuple[Any, Any]:
         """As `solve`, while what the held keys of earlier edits yield is to stay: by default rows of zero residual.
 
@@ -88,7 +110,7 @@ class SolvingEditor(Editor):
             everything = RoutedKeys.cat([*held.values(), keys])
             kept = residual.new_zeros(everything.num_tokens - keys.num_tokens, residual.shape[1])
             keys, residual = everything, torch.cat([kept, residual])
-        return self.solve(keys, residual, prepared)
+        return self.solve(keys, residual, prepared, lambda_reg)
 
     def place(self, solution: Any, prepared: PreparedLayer) -> FactoredUpdate:
         """The update of a layer that a solution means; the solution itself unless a method says otherwise."""
@@ -123,7 +145,7 @@ class SolvingEditor(Editor):
             view = MoELayerView(model, site=self.hparams.site)
             self._check_model(view)
             self._log_plan(view)
-            layers = self.hparams.layers
+            layers = self.hparams.edited_layers
             probe = encode_text(tok, "The quick brown fox jumps over the lazy dog.")[:32]
             tails = {}
             for layer in layers:
@@ -157,20 +179,20 @@ class SolvingEditor(Editor):
         with writing(view) as writer:
             for start in range(0, len(facts), group):
                 chunk = facts[start : start + group]
-                batch = BatchSolve(self, view, tok, chunk, prepared, memory.extended(seen), writer, watch)
+                batch = BatchSolve(self, view, tok, chunk, prepared, memory.extended(seen, start), writer, watch)
                 used.append(batch.find_targets() if targets is None else targets.rows(start, start + group))
                 batch.aim(used[-1])
-                batch.spread()
+                spread(batch)
                 reports += batch.reports
                 seen.append(Remembered(tuple(fact.prompt for fact in chunk), batch.keys))
                 solved.append(batch.solved(used[-1]))
             with watch.stage("write"):
                 patch = writer.finish(provenance(self.hparams, facts), prepared.fingerprint)
             with watch.stage("diagnose"):
-                held = memory if self.hparams.remember_edits else EditMemory()
-                diagnosis = diagnose_solved(self.hparams, view, prepared, patch, EditMemory(seen).keys, held, solved)
-        kept = memory.extended(seen) if self.hparams.remember_edits else memory
-        return EditResult(patch, watch.seconds, kept, used, reports, diagnosis)
+                earlier = memory if self.hparams.remember_edits else EditMemory()
+                diagnosis = diagnose_solved(self.hparams, view, prepared, patch, EditMemory(seen).keys, earlier, solved)
+            kept = memory.extended(seen if self.hparams.remember_edits else [], len(facts))
+            return EditResult(patch, watch.seconds, kept, used, reports, diagnosis)
 
     def _prepared_for(self, view: MoELayerView, model: nn.Module, tok: PreTrainedTokenizerBase) -> Prepared:
         if self.prepared is None or self.prepared.fingerprint != model_fingerprint(view):
@@ -209,8 +231,10 @@ class SolvingEditor(Editor):
         keys, counts = moments.keys, moments.counts
         if hp.metric == "covariance":
             return covariance_metric(keys, counts, hp.covariance_ridge, hp.min_coverage, hp.low_coverage)
-        threshold, relative = hp.nullspace_threshold, hp.nullspace_relative
-        return null_space(keys, counts, threshold, relative, hp.min_coverage, hp.low_coverage)
+        return null_space(
+            keys, counts, hp.nullspace_threshold, hp.nullspace_relative, hp.min_coverage, hp.low_coverage,
+            hp.nullspace_energy, hp.nullspace_rank,
+        )  # fmt: skip
 
     def _check_model(self, view: MoELayerView) -> None:
         view.require(self.hparams.layers)
@@ -239,6 +263,7 @@ class BatchSolve:
         self.editor, self.view, self.tok, self.facts = editor, view, tok, facts
         self.hparams, self.prepared = editor.hparams, prepared
         self.memory = memory if editor.hparams.remember_edits else EditMemory()
+        self.edits_before = memory.edits
         self.writer, self.watch = writer, watch
         self.reports: list[Any] = []
         self.keys: dict[int, RoutedKeys] = {}
@@ -267,67 +292,49 @@ class BatchSolve:
         self.positions = [context.fact for context in contexts]
         self.per_fact = len(hp.context_prefixes) + 1
         self.delta = targets.delta.repeat_interleave(self.per_fact, dim=0)
-        self.inputs = LayerInputs(hp.layers) if self.prepared.resumable else None
+        self.inputs = LayerInputs(hp.edited_layers) if self.prepared.resumable else None
 
-    def spread(self) -> None:
-        """Solve and write all layers by the hparams' ``spread``."""
-        layers = self.hparams.layers
-        if self.hparams.spread == "update":
-            with self.watch.stage("solve"):
-                state = self._capture([layers[-1]])
-                self.before = state.outputs[layers[-1]]
-                solution = self._solve(layers[-1], state.keys[layers[-1]], self.delta)
-            for left, layer in zip(range(len(layers), 0, -1), layers, strict=True):
-                self._write(layer, solution, 1 / left)
-            self._measure(start=layers[0])
-            return
-        wanted: Tensor | None = None
-        written: int | None = None
-        for left, layer in zip(range(len(layers), 0, -1), layers, strict=True):
-            with self.watch.stage("solve"):
-                state = self._capture([layer], written)
-                output = state.outputs[layers[-1]]
-                if wanted is None:
-                    self.before = output
-                    wanted = output + self.delta.to(output.device)
-                solution = self._solve(layer, state.keys[layer], (wanted - output) / left)
-            self._write(layer, solution, 1.0)
-            written = layer
-        self._measure(start=layers[-1])
+    def begun(self, output: Tensor) -> Tensor:
+        """Note the unedited states ``[T, D]`` at the last layer; returns those that are wanted there."""
+        self.before = output
+        return output + self.delta.to(output.device)
 
-    def _measure(self, start: int) -> None:
+    def measure(self, start: int) -> None:
         """See how far the fact tokens moved, in a forward from the first layer that it has not seen written."""
         last = self.hparams.layers[-1]
         with self.watch.stage("diagnose"):
-            after = self._capture([], start).outputs[last]
+            after = self.capture([], [last], start).outputs[last]
             self.shares = residual_shares(self.before, after, self.delta, self.per_fact)
 
     def solved(self, targets: TargetVectors) -> Solved:
         """What became of these requests."""
         return Solved(outcomes(self.facts, targets), int(targets.steps.max()), self.shares, self.fits)
 
-    def _capture(self, layers: Sequence[int], start: int | None = None) -> FactStates:
-        last = self.hparams.layers[-1]
+    def capture(self, layers: Sequence[int], outputs: Sequence[int], start: int | None = None) -> FactStates:
+        """Keys of some layers and outputs of some at the fact tokens, in one forward; see `capture_facts`."""
         return capture_facts(
             self.view,
             self.sequences,
             self.positions,
             layers,
-            [last],
+            outputs,
             pad_id(self.tok),
             self.hparams.capture_batch_size,
             self.inputs,
             start,
         )
 
-    def _solve(self, layer: int, keys: RoutedKeys, residual: Tensor) -> Any:
+    def solve(self, layer: int, keys: RoutedKeys, residual: Tensor) -> Any:
+        """A solution for wanted changes ``[T, D]`` of the layer's output, as the editor's `SolvingEditor.solve`."""
+        prepared = self.prepared.layers[layer]
+        ridge = self.editor.ridge(keys, prepared, self.edits_before)
         # Each fact counts once however many contexts it has: the objective is a mean over its contexts.
         weight = 1 / sqrt(self.per_fact)
         keys = RoutedKeys(keys.expert, keys.gate * weight, keys.key)
         places = FactPlaces(
             self.view, self.sequences, self.positions, pad_id(self.tok), self.hparams.capture_batch_size
         )
-        tail = self.prepared.layers[layer].tail
+        tail = prepared.tail
         residual = tail.pull_back(layer, residual.to(keys.key.device), weight, places)
         self.keys[layer], self.residuals[layer] = keys, residual
         before = self._keys_before(layer, tail.reach, weight)
@@ -335,8 +342,8 @@ class BatchSolve:
             everything = RoutedKeys.cat([*before, keys])
             kept = residual.new_zeros(everything.num_tokens - keys.num_tokens, residual.shape[1])
             keys, residual = everything, torch.cat([kept, residual])
-        held = self.memory.rows(layer, [fact.prompt for fact in self.facts])
-        solution, report = self.editor.solve_beside(layer, held, keys, residual, self.prepared.layers[layer])
+        held_rows = self.memory.rows(layer, [fact.prompt for fact in self.facts])
+        solution, report = self.editor.solve_beside(layer, held_rows, keys, residual, prepared, ridge)
         if report is not None:
             self.reports.append(report)
         return solution
@@ -355,11 +362,13 @@ class BatchSolve:
                 found.append(RoutedKeys(keys.expert, keys.gate * weight, keys.key))
         return found
 
-    def _write(self, layer: int, solution: Any, share: float) -> None:
+    def write(self, layer: int, solution: Any, share: float) -> None:
+        """Place ``share`` of a solution in a layer."""
         with self.watch.stage("write"):
             update = self.editor.place(solution, self.prepared.layers[layer])
         if layer in self.keys:
             with self.watch.stage("diagnose"):
-                self.fits[layer] = Fit.of(update, self.keys[layer], self.residuals.pop(layer))
+                fit = Fit.of(update, self.keys[layer], self.residuals.pop(layer))
+                self.fits[layer] = self.fits.get(layer, Fit()) + fit
         with self.watch.stage("write"):
             self.writer.write(layer, update.scale(share) if share != 1.0 else update)

@@ -65,7 +65,7 @@ def diagnose_solved(
     told = [pair for group in solved for pair in zip(group.outcomes, group.shares, strict=True)]
     facts = [FactDiagnosis(**vars(outcome), residual_share=share) for outcome, share in told]
     layers = []
-    for layer in hparams.layers:
+    for layer in hparams.edited_layers:
         hit = _hit(keys[layer]) if layer in keys else sorted(moved.get(layer, {}))
         fit = sum((g.fits[layer] for g in solved if layer in g.fits), Fit())
         loss = combined_loss([(r.rounding_loss, r.update_norm) for r in patch.reports if r.layer == layer])

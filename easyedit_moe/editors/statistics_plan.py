@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from easyedit_moe.algebra.tucker import resolve_rank
+from easyedit_moe.algebra.ranks import resolve_rank
 from easyedit_moe.editors.planner import shapes_of
 from easyedit_moe.hparams import MoTEHyperParams, SolverHyperParams
 from easyedit_moe.moe.layers import MoELayerView, decoder_stack
@@ -68,11 +68,11 @@ def plan_statistics(hparams: Any, model: nn.Module) -> StatisticsPlan | None:
     if hp.mom2_n_tokens is not None and not sampled:
         most = min(most, hp.mom2_n_tokens)
     least = None if hp.coverage_target is None else min(most, int(hp.coverage_target * h * e / k))
-    sums = 2.0 * (k * h * h + d * d) * len(hp.layers)
+    sums = 2.0 * (k * h * h + d * d) * len(hp.edited_layers)
     flops = sums + _forward_flops(model, hp.layers[-1], k)
     if sampled:  # each token is one forward through all layers before it is read
         flops += _forward_flops(model, shapes.num_layers - 1, k)
-    return StatisticsPlan(tuple(hp.layers), disk * len(hp.layers), least, most, flops)
+    return StatisticsPlan(tuple(hp.edited_layers), disk * len(hp.edited_layers), least, most, flops)
 
 
 def matmul_speed(device: str = "cpu", dtype: torch.dtype = torch.float32, seconds: float = 0.2) -> float:

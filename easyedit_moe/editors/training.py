@@ -113,7 +113,7 @@ class TrainingEditor(Editor):
                     for fact, old, new in zip(facts, before, job.answers(), strict=True)
                 ]
                 diagnosis = diagnose_tensors(self.hparams, model, learnt, patch, job.steps)
-        return EditResult(patch, watch.seconds, diagnosis=diagnosis)
+            return EditResult(patch, watch.seconds, diagnosis=diagnosis)
 
 
 class TrainingJob:
@@ -141,7 +141,8 @@ class TrainingJob:
         """Updates that are made unless all examples are learnt before."""
         hp, count = self.hparams, len(self.examples)
         size = 1 if hp.order == "depth_first" else hp.train_batch_size
-        return hp.num_steps * -(-count // size)
+        every = hp.num_steps * -(-count // size)
+        return min(every, hp.num_updates) if hp.num_updates else every
 
     def fit(
         self,
@@ -153,7 +154,7 @@ class TrainingJob:
 
         ``order`` minibatch: each of ``num_steps`` epochs passes over all facts in random batches. depth_first: one fact
         after the other gets ``num_steps`` steps of its own and a fresh optimiser. Either stops where the mean loss of
-        an epoch is below ``early_stop_loss``; a batch below it makes no step.
+        an epoch is below ``early_stop_loss``; a batch below it makes no step. After ``num_updates`` steps both stop.
 
         Raises:
             NumericalError: a loss or gradient that is not finite.
@@ -170,6 +171,8 @@ class TrainingJob:
                     losses = []
                     for start in range(0, len(order), size):
                         chosen = order[start : start + size]
+                        if hp.num_updates and self.steps == hp.num_updates:
+                            return
                         nll = self.nll(chosen)
                         losses += [finite_loss(nll)] * len(chosen)
                         bar.update()

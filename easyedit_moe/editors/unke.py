@@ -129,7 +129,7 @@ class UnKEEditor(Editor):
                 told = zip(outcomes(facts, targets), shares, strict=True)
                 found = [FactDiagnosis(**vars(outcome), residual_share=share) for outcome, share in told]
                 diagnosis = diagnose_tensors(hp, model, found, patch, int(targets.steps.max()))
-        return EditResult(patch, watch.seconds, targets=[targets], diagnosis=diagnosis)
+            return EditResult(patch, watch.seconds, targets=[targets], diagnosis=diagnosis)
 
     def target_settings(self) -> tuple[int, tuple[str, ...], TargetSettings]:
         """All that target vectors depend on besides model and requests: layer, context prefixes, optimisation."""

@@ -1,4 +1,4 @@
-"""Efficacy, generalisation, specificity, utility by the papers' protocols, with standard errors; routing similarity.
+"""Efficacy, generalisation, specificity, utility by the papers' protocols, with intervals; routing similarity.
 
 All numbers are teacher-forced. ``exact_match`` stands beside them: whether free greedy generation after the prompt
 writes the new target.
@@ -15,28 +15,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.errors import DataError
-from easyedit_moe.evaluation.means import Mean
 from easyedit_moe.evaluation.scoring import TargetScore, score_targets
+from easyedit_moe.evaluation.summary import Score
 from easyedit_moe.facts.records import PROTOCOLS, EvaluationRecord
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.facts.tokens import collate, encode_context, pad_id
 from easyedit_moe.moe.capture import Routing, hooks, inference_mode_of, read_routing, run
 from easyedit_moe.moe.layers import MoELayerView
-
-
-@dataclass(frozen=True)
-class Score:
-    """Mean over records and its standard error, in percent; ``count`` records (NaN without any)."""
-
-    mean: float
-    stderr: float
-    count: int
-
-    @staticmethod
-    def of(values: Sequence[float]) -> Score:
-        """From values in [0, 1]."""
-        found = Mean.of(values)
-        return Score(100 * found.mean, 100 * found.stderr, found.count)
 
 
 @dataclass(frozen=True)
@@ -92,8 +77,7 @@ def evaluate(
     judge = _judge_counterfact if protocol == "counterfact" else _judge_tokens
     rows = [judge(record, scores) for record in records]
     exact = [float(scores[record.request.prompt, record.request.target_new].exact) for record in records]
-    columns = [[value for row in rows if (value := row[i]) is not None] for i in range(3)]
-    efficacy, generalisation, specificity = (Score.of(column) for column in columns)
+    efficacy, generalisation, specificity = (Score.of([row[i] for row in rows]) for i in range(3))
     judged = [[value for value in row if value is not None] for row in rows]  # efficacy always is one
     utility = Score.of([sum(values) / len(values) for values in judged])
     return EvaluationResult(protocol, efficacy, generalisation, specificity, utility, Score.of(exact))

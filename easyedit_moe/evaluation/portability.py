@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from easyedit_moe.evaluation.metrics import Score
 from easyedit_moe.evaluation.scoring import score_targets
+from easyedit_moe.evaluation.summary import Score
 from easyedit_moe.facts.records import EvaluationRecord
 
 
@@ -32,7 +32,8 @@ def portability(
     values = [
         sum(max(scores[probe.prompt, answer].token_accuracy for answer in probe.answers) for probe in listed)
         / len(listed)
-        for listed in probes
         if listed
+        else None
+        for listed in probes
     ]
     return Score.of(values)

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,13 @@ from easyedit_moe.host.loading import load
 from easyedit_moe.host.padding import name_for_host, padded
 from easyedit_moe.host.templates import host_requests
 from easyedit_moe.host.wise import State
+from easyedit_moe.interrupts import do_all, uninterrupted
 from easyedit_moe.measure import Stopwatch
 from easyedit_moe.moe.config import model_config
 from easyedit_moe.moe.fingerprint import model_fingerprint
+from easyedit_moe.moe.holding import held, intact
 from easyedit_moe.moe.layers import MoELayerView, decoder_stack
+from easyedit_moe.moe.model_state import ModelState
 from easyedit_moe.statistics.cache import statistics_folder
 from easyedit_moe.statistics.corpus import corpus_hash
 from easyedit_moe.statistics.generated import SAMPLED_TOKENS, corpus_texts
@@ -76,13 +80,11 @@ class HostPatch:
 
     def restore(self, model: nn.Module) -> None:
         """Put the originals back, and take off what the method left on the model; nothing the second time."""
-        if self.state is not None:
-            self.state.put_back(model)
-        self.state = None
-        with torch.no_grad():
-            for name, original in self.originals.items():
-                model.get_parameter(name).copy_(original)
-        self.originals = {}
+        with held(model), uninterrupted(), torch.no_grad():
+            if self.state is not None:
+                self.state.put_back(model)
+            do_all(partial(model.get_parameter(name).copy_, original) for name, original in self.originals.items())
+            self.state, self.originals = None, {}
 
     def revert(self, model: nn.Module) -> None:
         """As `restore`; whether the weights were changed since is not known of EasyEdit's edits."""
@@ -159,7 +161,7 @@ class BaselineEditor(Editor):
         self._follow(model)
         watch = Stopwatch()
         sites = self._sites(model)
-        flags = _ModelState.of(model)
+        flags = _HostState.of(model)
         state: State = flags
         if self.alg_name == "WISE":
             state = wise.WiseState.of(model, self.hparams, state)
@@ -173,26 +175,28 @@ class BaselineEditor(Editor):
         if wrapped is not None:  # LoRA goes on with the adapter of the batch before
             sites = [name for name, _ in model.named_parameters() if ".lora_" in name]
         originals = {name: model.get_parameter(name).detach().clone() for name in sites}
-        try:
-            with watch.stage("solve"), self._caches.installed(), _scope(model, tok, label, self._padding_side()):
-                self._fill_caches(model, settings)
-                edited = self._apply(wrapped or model, model, tok, facts, settings)
-        except BaseException as error:
-            HostPatch(originals, state).restore(model)
-            if isinstance(error, Exception) and not isinstance(error, (HyperParamsError, MemoryError)):
+        with intact(model) as hold:
+            hold.undo.append(lambda: HostPatch(originals, state).restore(model))
+            hold.undo.append(partial(setattr, self, "_wrapped", self._wrapped))
+            try:
+                with watch.stage("solve"), self._caches.installed(), _scope(model, tok, label, self._padding_side()):
+                    self._fill_caches(model, settings)
+                    edited = self._apply(wrapped or model, model, tok, facts, settings)
+            except Exception as error:
+                if isinstance(error, (HyperParamsError, MemoryError)):
+                    raise
                 raise HostError(f"EasyEdit's {self.hparams.method} failed: {type(error).__name__}: {error}") from error
-            raise
-        for parameter in model.parameters():
-            parameter.grad = None
-        self._wrapped = edited
-        if self.alg_name == "WISE":
-            flags.put_back_flags()
-        elif edited is model:
-            state.put_back(model)
-        with watch.stage("diagnose"):
-            diagnosis = diagnose_host(self.method, facts, model, originals)
-        patch = HostPatch(originals) if edited is model else HostPatch(originals, state)
-        return EditResult(patch, watch.seconds, diagnosis=diagnosis)
+            for parameter in model.parameters():
+                parameter.grad = None
+            self._wrapped = edited
+            if self.alg_name == "WISE":
+                flags.put_back_flags()
+            elif edited is model:
+                state.put_back(model)
+            with watch.stage("diagnose"):
+                diagnosis = diagnose_host(self.method, facts, model, originals)
+            patch = HostPatch(originals) if edited is model else HostPatch(originals, state)
+            return EditResult(patch, watch.seconds, diagnosis=diagnosis)
 
     def _apply(
         self, edited: Any, model: nn.Module, tok: PreTrainedTokenizerBase, facts: list[EditRequest], settings: Any
@@ -303,43 +307,24 @@ class BaselineEditor(Editor):
 
 
 @dataclass
-class _ModelState:
-    """What EasyEdit's methods change on a model besides weights: flags, hooks, wrapped layers, gradients.
+class _HostState:
+    """What EasyEdit's methods change on a model besides weights: flags, hooks, wrapped layers, gradients."""
 
-    Every module's attributes are kept by reference, and the content of its dicts (submodules, hooks) by value.
-    """
-
-    modules: list[tuple[nn.Module, dict[str, Any], dict[str, dict[str, Any]]]]
-    requires_grad: list[tuple[nn.Parameter, bool]]
+    inner: ModelState
     use_cache: Any
 
     @staticmethod
-    def of(model: nn.Module) -> _ModelState:
-        return _ModelState(
-            [
-                (m, dict(vars(m)), {k: dict(v) for k, v in vars(m).items() if isinstance(v, dict)})
-                for m in model.modules()
-            ],
-            [(p, p.requires_grad) for p in model.parameters()],
-            getattr(model_config(model), "use_cache", None),
-        )
+    def of(model: nn.Module) -> _HostState:
+        return _HostState(ModelState.of(model), getattr(model_config(model), "use_cache", None))
 
     def put_back(self, model: nn.Module) -> None:
-        for module, attributes, contents in self.modules:
-            vars(module).clear()
-            vars(module).update(attributes)
-            for name, content in contents.items():
-                # In place, since the handle of a hook knows its dict.
-                attributes[name].clear()
-                attributes[name].update(content)
+        self.inner.put_back_modules()
         if self.use_cache is not None:
             model_config(model).use_cache = self.use_cache
         self.put_back_flags()
 
     def put_back_flags(self) -> None:
-        for parameter, flag in self.requires_grad:
-            parameter.requires_grad_(flag)
-            parameter.grad = None
+        self.inner.put_back_flags()
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from easyeditor.editors import editor as host
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from easyedit_moe.editor import EditCalls, Scorer
+from easyedit_moe.editor import EditCalls, Kept, Scorer
 from easyedit_moe.editors.base import APPLY_KEYWORDS
 from easyedit_moe.editors.keywords import check_keywords
 from easyedit_moe.editors.remembering import remember, remember_copy, remembered
@@ -22,6 +22,7 @@ from easyedit_moe.facts.easyedit_requests import HostRequest, checked_batches
 from easyedit_moe.host.padding import name_for_host, padded
 from easyedit_moe.host.scoring import SCORING_SETTINGS, check_fluency, scoring_settings
 from easyedit_moe.hparams import MoEHyperParams
+from easyedit_moe.moe.holding import intact
 from easyedit_moe.moe.loading import load_model
 from easyedit_moe.patches.weights import WeightPatch
 from easyedit_moe.storage.strict_json import write_json
@@ -66,6 +67,7 @@ class HostEditor(EditCalls, host.BaseEditor):
             self.model, self.tok = _pair(hparams.model_name)
             name = getattr(self.model.config, "_name_or_path", "") or type(self.model).__name__
         self.hparams = replace(hparams, model_name=name, device=str(next(self.model.parameters()).device))
+        self.kept = Kept()
         self.model_name, self.alg_name = name_for_host(self.model), self.hparams.alg_name
         self.apply_algo = self._apply
         self.device = next(self.model.parameters()).device
@@ -89,7 +91,7 @@ class HostEditor(EditCalls, host.BaseEditor):
 
     def forget_edits(self) -> None:
         """Drop the keys of earlier sequential edits, after their weights were restored by hand."""
-        self.memory = self.parent = None
+        self.kept = Kept()
 
     def _apply(
         self,
@@ -108,19 +110,22 @@ class HostEditor(EditCalls, host.BaseEditor):
         """
         check_keywords("apply_algo", kwargs, (), APPLY_KEYWORDS)
         (batch,) = checked_batches([requests])
-        kept, remembers = (self.hparams, self.model, self.memory), getattr(hparams, "remember_edits", False)
-        self.hparams, self.model = hparams, copying.deepcopy(model) if copy else model
-        try:
-            if remembers:
-                remember_copy(model, self.model)
-                self.memory = remembered(self.model, hparams) or self.memory
-            result, edited = self._edit(batch), self.model
-        finally:
-            self.hparams, self.model, self.memory = kept
-        wanted = return_orig_weights or keep_original_weight
-        if remembers and isinstance(result.patch, WeightPatch):
-            remember(edited, hparams, result.memory, result.patch)
-        return edited, result.patch.weights_copy(edited) if wanted else {}
+        before, remembers = (self.hparams, self.model, self.kept), getattr(hparams, "remember_edits", False)
+        edited, weights = copying.deepcopy(model) if copy else model, {}
+        with intact(edited):
+            try:
+                self.hparams, self.model = hparams, edited
+                if remembers:
+                    remember_copy(model, edited)
+                    self.kept = replace(self.kept, memory=remembered(edited, hparams) or self.kept.memory)
+                result = self._edit(batch)
+            finally:
+                self.hparams, self.model, self.kept = before
+            if return_orig_weights or keep_original_weight:
+                weights = result.patch.weights_copy(edited)
+            if remembers and isinstance(result.patch, WeightPatch):
+                remember(edited, hparams, result.memory, result.patch)
+        return edited, weights
 
     def _scope(self) -> AbstractContextManager[Any]:
         return padded(self.tok)

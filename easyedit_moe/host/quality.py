@@ -12,7 +12,7 @@ import numpy as np
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from easyedit_moe.evaluation.metrics import Score
+from easyedit_moe.evaluation.summary import Score
 from easyedit_moe.facts.records import EvaluationRecord
 from easyedit_moe.host.datasets import easyedit_requests
 from easyedit_moe.host.importing import check_symbols
@@ -41,7 +41,7 @@ class EasyEditQuality:
     def measure(self, label: str) -> dict[str, Score]:
         """Scores of the model as it is now; ``label`` names the row's method to EasyEdit."""
         after = self._quality(label)
-        found: dict[str, list[float]] = {
+        found: dict[str, list[float | None]] = {
             "rewrite_acc": [],
             "rephrase_acc": [],
             "locality_acc": [],
@@ -51,12 +51,10 @@ class EasyEditQuality:
         for request, pre, post in zip(self.requests, self._before, after, strict=True):
             self._host["finalize_locality_metrics"]({"pre": pre, "post": post}, request, hparams, self.model_name)
             for name in ("rewrite_acc", "rephrase_acc"):
-                if name in post:
-                    found[name].append(float(np.mean(post[name])))
+                found[name].append(float(np.mean(post[name])) if name in post else None)
             for section in ("locality", "portability"):
                 values = [np.mean(v) for key, v in post[section].items() if key.endswith("_acc") and np.size(v)]
-                if values:
-                    found[f"{section}_acc"].append(float(np.mean(values)))
+                found[f"{section}_acc"].append(float(np.mean(values)) if values else None)
         return {name: Score.of(values) for name, values in found.items()}
 
     def _quality(self, label: str) -> list[dict[str, Any]]:

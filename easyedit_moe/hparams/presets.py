@@ -26,6 +26,7 @@ class Method:
         fixed: settings that define it; an hparams file may not contradict them.
         statistics: whether it needs second moments of keys on a corpus.
         needs_subject: whether every fact must name its subject.
+        depth: which layers the papers give it: the whole "window" of critical layers, its "last" one, or "all".
         host_name: EasyEdit's `alg_name`, for EasyEdit's own methods; None for ours.
     """
 
@@ -38,6 +39,7 @@ class Method:
     statistics: bool = False
     host_name: str | None = None
     needs_subject: bool = True
+    depth: str = "window"
 
     @property
     def code(self) -> str:
@@ -46,11 +48,17 @@ class Method:
 
 
 def _ours(
-    name: str, editor: str, hparams: str, source: str, fixed: Mapping[str, Any], edits: str = "experts"
+    name: str,
+    editor: str,
+    hparams: str,
+    source: str,
+    fixed: Mapping[str, Any],
+    edits: str = "experts",
+    depth: str = "window",
 ) -> Method:
     editor, hparams = f"easyedit_moe.editors.{editor}", f"easyedit_moe.hparams.{hparams}"
     solves, trains = (f".{kind}:" in hparams for kind in ("solving", "training"))
-    return Method(name, editor, hparams, edits, source, fixed, statistics=solves, needs_subject=not trains)
+    return Method(name, editor, hparams, edits, source, fixed, statistics=solves, needs_subject=not trains, depth=depth)
 
 
 def _theirs(name: str, hparams: str, source: str, edits: str = "dense site", statistics: bool = False) -> Method:
@@ -62,28 +70,30 @@ def _theirs(name: str, hparams: str, source: str, edits: str = "dense site", sta
 _MOTE, _MOEEDIT, _MEMIT = "arXiv 2605.16686", "arXiv 2602.10965", "arXiv 2210.07229"
 _ALPHAEDIT, _ROME, _FT, _LORA = "arXiv 2410.02355", "arXiv 2202.05262", "arXiv 2012.00363", "arXiv 2106.09685"
 _WISE = "arXiv 2405.14768"
-_MEMIT_FIXED = {"metric": "covariance", "spread": "residual"}
-_ALPHAEDIT_FIXED = {"metric": "nullspace", "spread": "residual", "remember_edits": True}
+_MEMIT_FIXED = {"metric": "covariance"}
+_ALPHAEDIT_FIXED = {"metric": "nullspace", "remember_edits": True}
 _ROME_FIXED = {"metric": "covariance", "spread": "residual", "edits_per_solve": 1, "max_layers": 1}
 
 _TABLE: dict[str, Method] = {
     method.name: method
     for method in (
-        _ours("MoE-FT", "moe_ft:MoEFTEditor", "training:FTHyperParams", _FT, {"norm_constraint": None}),
-        _ours("MoE-FT-L", "moe_ft_l:MoEFTLEditor", "training:FTHyperParams", _FT, {}),
+        _ours("MoE-FT", "moe_ft:MoEFTEditor", "training:FTHyperParams", _FT, {"norm_constraint": None},
+              depth="last"),
+        _ours("MoE-FT-L", "moe_ft_l:MoEFTLEditor", "training:FTHyperParams", _FT, {}, depth="last"),
         _ours("MoE-LoRA", "moe_lora:MoELoRAEditor", "training:LoRAHyperParams", _LORA, {}),
-        _ours("AdaLoRA", "adalora:AdaLoRAEditor", "training:LoRAHyperParams", "arXiv 2303.10512", {}, "dense site"),
+        _ours("AdaLoRA", "adalora:AdaLoRAEditor", "training:LoRAHyperParams", "arXiv 2303.10512", {}, "dense site",
+              "all"),
         _ours("UnKE", "unke:UnKEEditor", "unke:UnKEHyperParams", "arXiv 2405.15349", {}),
         _ours("MEMoE", "memoe:MEMoEEditor", "memoe:MEMoEHyperParams", "arXiv 2405.19086", {}, "adapter"),
         _ours("MoE-ROME", "moe_rome:MoEROMEEditor", "solving:GlobalHyperParams", _ROME, _ROME_FIXED),
         _ours("MoE-MEMIT", "moe_memit:MoEMEMITEditor", "solving:GlobalHyperParams", _MEMIT, _MEMIT_FIXED),
         _ours("MoE-AlphaEdit", "moe_alphaedit:MoEAlphaEditEditor", "solving:GlobalHyperParams", _ALPHAEDIT,
               _ALPHAEDIT_FIXED),
-        _ours("MoEEdit-BCD", "moeedit:MoEEditEditor", "solving:MoEEditHyperParams", _MOEEDIT, {"spread": "residual"}),
+        _ours("MoEEdit-BCD", "moeedit:MoEEditEditor", "solving:MoEEditHyperParams", _MOEEDIT, {}),
         _ours("BCD+speedup", "bcd_speedup:BCDSpeedupEditor", "solving:MoEEditHyperParams", _MOTE, {"spread": "update"}),
         _ours("Global+speedup", "global_speedup:GlobalSpeedupEditor", "solving:GlobalHyperParams", _MOTE,
               {"spread": "update"}),
-        _ours("Global", "global_:GlobalEditor", "solving:GlobalHyperParams", "ours", {"spread": "residual"}),
+        _ours("Global", "global_:GlobalEditor", "solving:GlobalHyperParams", "ours", {}),
         _ours("MoTE", "mote:MoTEEditor", "solving:MoTEHyperParams", _MOTE, {}),
         _theirs("ROME", "ROMEHyperParams", _ROME, statistics=True),
         _theirs("MEMIT", "MEMITHyperParams", _MEMIT, statistics=True),

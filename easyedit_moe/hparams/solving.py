@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import isfinite
 
 from easyedit_moe.algebra.nullspace import LOW_COVERAGE
 from easyedit_moe.algebra.tucker import WHITENING
+from easyedit_moe.errors import HyperParamsError
 from easyedit_moe.facts.tokens import FACT_TOKENS
 from easyedit_moe.hparams.base import MoEHyperParams
 from easyedit_moe.hparams.sites import EXPERTS, SITES
 
 METRICS = ("identity", "nullspace", "covariance")
 
-
-SPREADS = ("residual", "update")
+SPREADS = ("residual", "update", "once", "last")
+VARIANTS = ("paper", "code")
 
 
 @dataclass(kw_only=True)
@@ -71,21 +73,37 @@ class SolverHyperParams(MoEHyperParams):
     """Folder of cached statistics. EasyEdit: ./data/stats."""
     metric: str = "nullspace"
     """Metric M of the objective: identity (no null space), nullspace or covariance. Papers: nullspace."""
-    nullspace_threshold: float = 0.02
-    """Eigenvalues up to this span the null space, >= 0. Papers: 0.02, absolute."""
+    nullspace_threshold: float | None = None
+    """Eigenvalues up to this span the null space, >= 0; 0.02 where neither energy nor rank is given. Papers: 0.02,
+    absolute."""
     nullspace_relative: bool = False
     """Read the threshold as a share of each expert's largest eigenvalue. Ours."""
+    nullspace_energy: float | None = None
+    """Instead of a threshold: the leading directions that hold this share of each expert's second moment (its trace)
+    are protected, in (0, 1]. Ours."""
+    nullspace_rank: int | float | None = None
+    """Instead of a threshold: dimension of each expert's null space, an int, or a fraction of h. Ours."""
     covariance_ridge: float = 1e-3
     """Share of the mean variance added to each covariance's diagonal, >= 0. Ours."""
     low_coverage: str = "keep"
     """What becomes of experts with fewer than ``min_coverage`` tokens: keep, identity, pooled or frozen. Ours."""
     min_coverage: int = 1
     """Tokens an expert needs for its own statistics to count, >= 0. Ours."""
-    lambda_reg: float = 1.0
-    """Ridge lambda, >= 0. MoTE: 0.1 / 1 / 0.01 for Qwen3-30B / GPT-OSS / Qwen3.6; MoEEdit: 1."""
+    lambda_reg: float | None = None
+    """Ridge lambda, >= 0; 1 where lambda_relative is not given. MoTE: 0.1 / 1 / 0.01 for Qwen3-30B / GPT-OSS / Qwen3.6;
+    MoEEdit: 1."""
+    lambda_relative: float | None = None
+    """Instead of lambda_reg: lambda in units of the mean squared norm of the facts' routed, gated and projected keys at
+    each layer, >= 0, so that it carries over from model to model. Ours."""
     spread: str = "residual"
-    """residual: re-collect keys per layer, residual over layers left. update: solve at the last layer, spread.
-    Papers: residual; MoTE's paper, eq. 14: update."""
+    """residual: re-collect keys per layer, residual over layers left. update: solve at the last layer, share the
+    solution out. once: collect all layers' keys in one forward, each solves for its share. last: the last layer alone.
+    Papers: residual; MoTE's paper, eq. 14: update; once and last are ours."""
+    rounds: int = 1
+    """With spread once: how often keys are collected and solved for, >= 1, each time for an equal part of what is left.
+    Ours."""
+    shares: list[float] = field(default_factory=list)
+    """With spread once: each layer's share of the residual, >= 0; empty: 1 / (layers left). Ours."""
     remember_edits: bool = False
     """Keep what the keys of earlier sequential batches yield, as rows with zero residual; a prompt that is edited again
     counts once. The cost of a batch is bounded (`easyedit_moe.algebra.held`). As in AlphaEdit; off by default,
@@ -100,13 +118,40 @@ class SolverHyperParams(MoEHyperParams):
         """Whether second moments of keys are needed: by the metric, or to whiten a Tucker basis."""
         return self.metric != "identity"
 
+    @property
+    def edited_layers(self) -> list[int]:
+        """The critical layers that are solved for and written."""
+        return self.layers[-1:] if self.spread == "last" else self.layers
+
+    @property
+    def layer_shares(self) -> list[float]:
+        """``shares``, or what stands for them where there are none: 1 / (layers left)."""
+        return self.shares or [1 / left for left in range(len(self.layers), 0, -1)]
+
+    def __post_init__(self) -> None:
+        self._take_one("lambda_reg", 1.0, "lambda_relative")
+        self._take_one("nullspace_threshold", 0.02, "nullspace_energy", "nullspace_rank")
+        super().__post_init__()
+
+    def _take_one(self, name: str, default: float, *others: str) -> None:
+        """Of settings for the same thing one may be given; ``name`` has its default where none is."""
+        given = [one for one in (name, *others) if getattr(self, one) is not None]
+        if len(given) > 1:
+            raise HyperParamsError(
+                f"{' and '.join(given)} say the same thing in different ways; found "
+                f"{', '.join(f'{one}: {getattr(self, one)!r}' for one in given)}. Keep one, and set the others to null."
+            )
+        if not given:
+            setattr(self, name, default)
+
     def _check_ranges(self) -> None:
         super()._check_ranges()
         self._require_at_least(
             {
                 "v_num_grad_steps": 1, "target_batch_size": 1, "capture_batch_size": 1, "mom2_n_samples": 1,
-                "min_coverage": 0, "v_weight_decay": 0, "kl_factor": 0, "early_stop_loss": 0,
-                "nullspace_threshold": 0, "covariance_ridge": 0, "lambda_reg": 0, "generated_length": 2,
+                "min_coverage": 0, "v_weight_decay": 0, "kl_factor": 0, "early_stop_loss": 0, "covariance_ridge": 0,
+                "generated_length": 2, "rounds": 1,
+                **{name: 0 for name in ("nullspace_threshold", "lambda_reg", "lambda_relative") if self._has(name)},
             }
         )  # fmt: skip
         for name in ("v_lr", "clamp_norm_factor"):
@@ -120,8 +165,33 @@ class SolverHyperParams(MoEHyperParams):
                 "low_coverage": LOW_COVERAGE, "mom2_dtype": ("float32", "float64"),
             }
         )  # fmt: skip
+        self._check_null_space()
+        self._check_shares()
+
+    def _has(self, name: str) -> bool:
+        return getattr(self, name) is not None
+
+    def _check_null_space(self) -> None:
+        threshold, energy = self.nullspace_threshold, self.nullspace_energy
         if self.nullspace_relative:
-            self._require("nullspace_threshold", self.nullspace_threshold <= 1, "at most 1 where it is relative")
+            fine = threshold is not None and threshold <= 1
+            expected = "at most 1 where it is relative, and not null (energy and rank are relative as they are)"
+            self._require("nullspace_threshold", fine, expected)
+        self._require("nullspace_energy", energy is None or 0 < energy <= 1, "in (0, 1]")
+        if self.nullspace_rank is not None:
+            self._require_rank("nullspace_rank")
+
+    def _check_shares(self) -> None:
+        known = [share for share in self.shares if share >= 0 and isfinite(share)]
+        fine = not self.shares or (len(known) == len(self.shares) == len(self.layers) and sum(known) > 0)
+        self._require("shares", fine, f"one number >= 0 for each of the {len(self.layers)} layers, not all 0")
+        for name, given in (("rounds", self.rounds != 1), ("shares", bool(self.shares))):
+            self._require(name, self.spread == "once" or not given, f"left out unless spread is once ({self.spread})")
+
+    def _require_rank(self, name: str) -> None:
+        rank = getattr(self, name)
+        fine = 0 < rank <= 1 if isinstance(rank, float) else rank >= 1
+        self._require(name, fine, "a whole number from 1, or a fraction in (0, 1]")
 
 
 @dataclass(kw_only=True)
@@ -154,9 +224,7 @@ class MoTEHyperParams(SolverHyperParams):
     def _check_ranges(self) -> None:
         super()._check_ranges()
         for name in ("rank_expert", "rank_out", "rank_in"):
-            rank = getattr(self, name)
-            fine = 0 < rank <= 1 if isinstance(rank, float) else rank >= 1
-            self._require(name, fine, "a whole number from 1, or a fraction in (0, 1]")
+            self._require_rank(name)
         self._require("whitening", self.whitening in WHITENING, f"one of {', '.join(WHITENING)}")
         self._require("whitening_eps", self.whitening_eps > 0, "greater than 0")
         self._require("hooi_sweeps", self.hooi_sweeps >= 0, "at least 0")
@@ -167,6 +235,10 @@ class MoTEHyperParams(SolverHyperParams):
 class MoEEditHyperParams(SolverHyperParams):
     """MoEEdit: randomised block coordinate descent over experts."""
 
+    variant: str = "paper"
+    """paper: as MoEEdit's paper has it. code: as its published code, where that differs: the residual is taken of each
+    layer's own output, over the square root of the layers left, and lambda grows by a thousandth of itself with each
+    earlier edit. MoEEdit."""
     num_passes: int = 4
     """Passes over all experts, >= 1. Papers: 4 / 10 / 2 for Qwen3-30B / GPT-OSS / Qwen3.6."""
     seed: int = 42
@@ -175,6 +247,9 @@ class MoEEditHyperParams(SolverHyperParams):
     def _check_ranges(self) -> None:
         super()._check_ranges()
         self._require("num_passes", self.num_passes >= 1, "at least 1")
+        self._require_one_of({"variant": VARIANTS})
+        fine = self.variant == "paper" or self.spread == "residual"
+        self._require("variant", fine, f"paper unless spread is residual ({self.spread})")
 
 
 @dataclass(kw_only=True)

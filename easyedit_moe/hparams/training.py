@@ -18,6 +18,9 @@ class TrainingHyperParams(MoEHyperParams):
     """Adam's learning rate, > 0. Papers: FT and FT-L 1e-3; AdaLoRA 5e-3 / 5e-4."""
     num_steps: int = 25
     """Passes over the facts of a batch (of one fact, for depth_first), >= 1. Papers: 25."""
+    num_updates: int = 0
+    """Updates after which the training of a batch ends, >= 0; 0: as many as ``num_steps`` passes make. Papers: AdaLoRA
+    25, others 0."""
     weight_decay: float = 0.0
     """Adam's weight decay, >= 0. EasyEdit: 0."""
     order: str = "minibatch"
@@ -34,7 +37,9 @@ class TrainingHyperParams(MoEHyperParams):
 
     def _check_ranges(self) -> None:
         super()._check_ranges()
-        self._require_at_least({"num_steps": 1, "weight_decay": 0, "train_batch_size": 1, "early_stop_loss": 0})
+        self._require_at_least(
+            {"num_steps": 1, "num_updates": 0, "weight_decay": 0, "train_batch_size": 1, "early_stop_loss": 0}
+        )
         self._require("lr", self.lr > 0, "greater than 0")
         self._require_one_of({"order": ORDERS})
 

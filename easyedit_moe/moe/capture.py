@@ -8,9 +8,10 @@ and the gates are read off its output.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -19,9 +20,11 @@ from torch import Tensor, nn
 from easyedit_moe.algebra.routed_keys import RoutedKeys
 from easyedit_moe.errors import LayoutError, RequestError, not_finite
 from easyedit_moe.facts.tokens import Batch, collate
+from easyedit_moe.interrupts import do_all
 from easyedit_moe.moe.embeddings import input_embeddings
 from easyedit_moe.moe.experts import ModuleListExperts
 from easyedit_moe.moe.ffn_experts import FFNExpert
+from easyedit_moe.moe.holding import intact
 from easyedit_moe.moe.layer_outputs import LayerOutput, layer_output
 from easyedit_moe.moe.layers import MoELayer, MoELayerView
 from easyedit_moe.moe.other_experts import ParallelExperts, SortedInputExperts
@@ -62,27 +65,27 @@ class FactStates:
 @contextmanager
 def inference_mode_of(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards every submodule's training flag is as before."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    with intact(model):
+        modes = [(module, module.training) for module in model.modules()]
+        try:
+            model.eval()
+            with torch.no_grad():
+                yield
+        finally:
+            do_all(partial(setattr, module, "training", training) for module, training in modes)
 
 
 @contextmanager
 def frozen_parameters(model: nn.Module) -> Iterator[None]:
     """No parameter requires a gradient inside; afterwards each flag and each ``.grad`` is as before."""
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    for p, _ in flags:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p, flag in flags:
-            p.requires_grad_(flag)
+    with intact(model):
+        flags = [(p, p.requires_grad) for p in model.parameters()]
+        try:
+            for p, _ in flags:
+                p.requires_grad_(False)
+            yield
+        finally:
+            do_all(partial(p.requires_grad_, flag) for p, flag in flags)
 
 
 @contextmanager
@@ -92,8 +95,7 @@ def hooks() -> Iterator[list[Any]]:
     try:
         yield handles
     finally:
-        for handle in handles:
-            handle.remove()
+        do_all(handle.remove for handle in handles)
 
 
 def model_device(model: nn.Module) -> torch.device:
@@ -327,6 +329,25 @@ def routed_keys(moe: MoELayer, routing: Routing, rows: Tensor) -> RoutedKeys:
 
 
 @contextmanager
+def replaced_methods(methods: Mapping[nn.Module, Callable[..., Any]], name: str = "forward") -> Iterator[None]:
+    """Inside, these modules compute by other functions; afterwards by their own again, or what stood in before."""
+    saved = [(module, module.__dict__.get(name)) for module in methods]
+    try:
+        for module, method in methods.items():
+            setattr(module, name, method)
+        yield
+    finally:
+        do_all(partial(_put_back_method, module, name, method) for module, method in saved)
+
+
+def _put_back_method(module: nn.Module, name: str, method: Any) -> None:
+    if method is not None:
+        setattr(module, name, method)
+    else:
+        module.__dict__.pop(name, None)
+
+
+@contextmanager
 def skipping_layers(view: MoELayerView, layer: int, answer: LayerOutput) -> Iterator[None]:
     """Inside, layers below ``layer`` pass their input on and ``layer`` answers ``answer``, without computing."""
 
@@ -336,18 +357,9 @@ def skipping_layers(view: MoELayerView, layer: int, answer: LayerOutput) -> Iter
     def answering(*args: Any, **kwargs: Any) -> Any:
         return answer.put_back(answer.hidden)
 
-    changed = view.decoder_layers[: layer + 1]
-    saved = [module.__dict__.get("forward") for module in changed]
-    try:
-        for index, module in enumerate(changed):
-            module.forward = answering if index == layer else passing
+    below = dict.fromkeys(view.decoder_layers[:layer], passing)
+    with replaced_methods({**below, view.decoder_layers[layer]: answering}):
         yield
-    finally:
-        for module, forward in zip(changed, saved, strict=True):
-            if forward is None:
-                del module.forward
-            else:
-                module.forward = forward
 
 
 class LayerInputs:
@@ -419,7 +431,7 @@ def capture_facts(
         chosen = order[first : first + batch_size]
         batch = collate([sequences[i] for i in chosen], pad)
         where = torch.tensor([positions[i] for i in chosen])
-        with hooks() as handles, ExitStack() as stack:
+        with intact(view.model), hooks() as handles, ExitStack() as stack:
             if inputs is not None and start is not None:
                 stack.enter_context(inputs.starting_at(view, start, len(parts)))
             if inputs is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from easyedit_moe.errors import LayoutError
+from easyedit_moe.interrupts import do_all
 from easyedit_moe.moe.experts import (
     NORM_BEHIND,
     ExpertLayout,
@@ -159,8 +161,7 @@ class ParallelExperts(Experts):
         try:
             yield
         finally:
-            self.silenced = False
-            hook.remove()
+            do_all([partial(setattr, self, "silenced", False), hook.remove])
 
 
 def find_any_experts(

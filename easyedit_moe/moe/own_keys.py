@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from easyedit_moe.moe.capture import Routing, hooks
+from easyedit_moe.moe.capture import Routing, hooks, replaced_methods
 from easyedit_moe.moe.experts import PackedExperts
 from easyedit_moe.moe.ffn_experts import FFNExpert
 from easyedit_moe.moe.layers import MoELayer
@@ -42,21 +42,14 @@ def collecting_keys(moe: MoELayer, rows: list[Tensor]) -> Iterator[None]:
             yield
         return
     plain = packed._apply_gate
-    saved = packed.__dict__.get("_apply_gate")
 
     def keeping(value: Tensor) -> Tensor:
         out = plain(value)
         rows.append(out)
         return out
 
-    packed._apply_gate = keeping
-    try:
+    with replaced_methods({moe.experts.module: keeping}, "_apply_gate"):
         yield
-    finally:
-        if saved is None:
-            del packed._apply_gate
-        else:
-            packed._apply_gate = saved
 
 
 def sorted_keys(moe: MoELayer, routing: Routing) -> tuple[Tensor, Tensor]:

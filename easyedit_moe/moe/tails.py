@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from easyedit_moe.facts.tokens import collate
-from easyedit_moe.moe.capture import frozen_parameters, hooks, inference_mode_of, run, stop_after
+from easyedit_moe.moe.capture import frozen_parameters, hooks, inference_mode_of, replaced_methods, run, stop_after
 from easyedit_moe.moe.layer_outputs import layer_output
 from easyedit_moe.moe.layers import MoELayer, MoELayerView
 
@@ -189,11 +189,8 @@ class RecordedTail:
         counts: dict[int, int] = {}
         for module, _ in self._before:
             counts[id(module)] = counts.get(id(module), 0) + 1
-        with ExitStack() as stack:
-            stack.enter_context(_answering(self.moe.sum_site, moved))
-            for module, output in self._before:
-                if counts[id(module)] == 1:
-                    stack.enter_context(_answering(module, _copies(output)))
+        known = {module: _copies(output) for module, output in self._before if counts[id(module)] == 1}
+        with replaced_methods({**known, self.moe.sum_site: moved}):
             return layer_output(self.moe.layer.forward(*self._args, **self._kwargs)).float()
 
     def __call__(self, shift: Tensor) -> Tensor:
@@ -216,19 +213,6 @@ def _copies(output: Any) -> Callable[..., Any]:
         return tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, output)
 
     return answer
-
-
-@contextmanager
-def _answering(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    saved = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if saved is None:
-            del module.forward
-        else:
-            module.forward = saved
 
 
 @contextmanager

@@ -23,11 +23,11 @@ def describe(patch: WeightPatch | TensorPatch, path: str | Path | None = None) -
         path: the file it is in, for its size.
 
     Returns:
-        ``kind``, ``id``, ``parent``, ``merged`` (ids of the parts of a merged patch), ``methods``, ``models``,
-        ``facts``, ``fingerprint``, ``base``, ``originals`` (the patch can be reverted by itself), ``touched`` (of
-        factored updates per layer, of whole tensors per parameter), ``rounding_loss`` (the largest), ``warnings``,
-        ``settings`` (of each part), ``versions``, ``notes`` (whatever else its maker wrote) and ``bytes``. What is not
-        known is None, and a relative size is the norm of the update by that of the weight.
+        ``kind``, ``site`` (None for whole tensors), ``id``, ``parent``, ``merged`` (ids of the parts of a merged
+        patch), ``methods``, ``models``, ``facts``, ``fingerprint``, ``base``, ``originals`` (the patch can be reverted
+        by itself), ``touched`` (of factored updates per layer, of whole tensors per parameter), ``rounding_loss`` (the
+        largest), ``warnings``, ``settings`` (of each part), ``versions``, ``notes`` (whatever else its maker wrote) and
+        ``bytes``. What is not known is None, and a relative size is the norm of the update by that of the weight.
     """
     parts = patch.metadata.get("parts", [patch.metadata])
     settings = [part["hparams"] for part in parts if "hparams" in part]
@@ -35,6 +35,7 @@ def describe(patch: WeightPatch | TensorPatch, path: str | Path | None = None) -
     weights = isinstance(patch, WeightPatch)
     return {
         "kind": "factored updates of down-projections" if weights else "whole tensors",
+        "site": patch.site if isinstance(patch, WeightPatch) else None,
         "id": patch.id,
         "parent": patch.parent,
         "merged": patch.metadata.get("merged", []),

@@ -6,9 +6,10 @@ Originals and written values are kept in main memory, since a GPU that trains ha
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from easyedit_moe.errors import NumericalError, PatchError
+from easyedit_moe.interrupts import do_all, uninterrupted
 from easyedit_moe.moe.fingerprint import down_checksums, joined_fingerprint, model_fingerprint
+from easyedit_moe.moe.holding import held, intact
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.moe.wrappers import own_parameters, plain_name
 from easyedit_moe.patches.checks import (
@@ -120,10 +123,15 @@ class TensorPatch(PatchRecord):
                 edited since or before.
         """
         check_not_applied(self.originals)
-        parameters = self._parameters(model)
-        check_model(MoELayerView(model), self.fingerprint, self.left_out, self.parent)
-        check_unedited(self._compared(parameters), self.parent)
-        with writing_tensors(model) as writer:
+
+        def applied() -> bool:
+            return bool(self.originals)
+
+        with writing_tensors(model, applied) as writer, intact(model, applied) as hold:
+            hold.undo.append(self._forget)
+            parameters = self._parameters(model)
+            check_model(MoELayerView(model), self.fingerprint, self.left_out, self.parent)
+            check_unedited(self._compared(parameters), self.parent)
             for name, value in self.values.items():
                 writer.keep(name)
                 _copy(parameters[name], value)
@@ -141,16 +149,24 @@ class TensorPatch(PatchRecord):
             PatchError: not applied, or the weights were changed since (revert later patches first), or the originals
                 are not at hand. Nothing is changed then.
         """
-        if self.values:
+        if not self.values:
+            return
+        with held(model):
             parameters = self._parameters(model)
             check_edited(self._compared(parameters))
             originals = self.originals or self._found_originals(parameters, base)
-            restore_tensors(model, originals)
-        self.originals = {}
+            with uninterrupted():
+                restore_tensors(model, originals)
+                self._forget()
 
     def restore(self, model: nn.Module) -> None:
         """Put the originals back, whatever happened to the weights since; nothing where the patch is not applied."""
-        restore_tensors(model, self.originals)
+        with held(model), uninterrupted():
+            restore_tensors(model, self.originals)
+            self._forget()
+
+    def _forget(self) -> None:
+        """The patch is not applied any more."""
         self.originals = {}
 
     def weights_copy(self, model: nn.Module) -> dict[str, Tensor]:
@@ -309,14 +325,15 @@ class TensorWriter:
 
 
 @contextmanager
-def writing_tensors(model: nn.Module) -> Iterator[TensorWriter]:
-    """All changes inside to remembered parameters are kept, or, if anything raises, none: bit-equal to before."""
+def writing_tensors(model: nn.Module, kept: Callable[[], bool] | None = None) -> Iterator[TensorWriter]:
+    """All changes inside to remembered parameters are kept, or, if anything raises, none: bit-equal to before.
+
+    So it is if anything raises later in an `intact` scope around this one. ``kept`` is that scope's, for this one.
+    """
     writer = TensorWriter(model)
-    try:
+    with intact(model, kept) as hold:
+        hold.undo.append(lambda: restore_tensors(model, writer.originals))
         yield writer
-    except BaseException:
-        restore_tensors(model, writer.originals)
-        raise
 
 
 def restore_tensors(model: nn.Module, originals: Mapping[str, Tensor]) -> None:
@@ -334,8 +351,7 @@ def restore_tensors(model: nn.Module, originals: Mapping[str, Tensor]) -> None:
                 f"The original of {name} is {tuple(original.shape)}; the model has {found} there, so it can't be put "
                 "back."
             )
-    for name, original in originals.items():
-        _copy(parameters[name], original)
+    do_all(partial(_copy, parameters[name], original) for name, original in originals.items())
 
 
 def _copy(parameter: nn.Parameter, value: Tensor) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import warnings as warning
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 from easyedit_moe.algebra.routed_keys import FactoredUpdate
 from easyedit_moe.errors import EditingWarning, NumericalError, PatchError, offloaded
 from easyedit_moe.hparams.sites import EXPERTS, site_entry
+from easyedit_moe.interrupts import do_all, uninterrupted
 from easyedit_moe.moe.experts import expert_matrix
 from easyedit_moe.moe.fingerprint import down_checksums, joined_fingerprint
+from easyedit_moe.moe.holding import held, intact
 from easyedit_moe.moe.layers import MoELayer, MoELayerView
 from easyedit_moe.moe.wrappers import plain_name
 from easyedit_moe.patches.checks import (
@@ -196,27 +199,33 @@ class WeightPatch(PatchRecord):
         """
         check_not_applied(self.applied)
         view = self._view(model)
-        check_model(view, self.fingerprint, parent=self.parent)
-        for layer, update in self.steps:
-            self.check_fits(view, layer, update)
-        check_unedited(self._compared(view), self.parent)
-        with writing(view) as writer:
+
+        def applied() -> bool:
+            return bool(self.originals)
+
+        with writing(view, applied) as writer, intact(model, applied) as hold:
+            hold.undo.append(self.forget)
+            check_model(view, self.fingerprint, parent=self.parent)
+            for layer, update in self.steps:
+                self.check_fits(view, layer, update)
+            check_unedited(self._compared(view), self.parent)
             if self.flips:
                 self._turn(writer)
             else:
                 for layer, update in self.steps:
                     writer.write(layer, update)
-                self.reports = writer.reports
-            written = writer.checksums()
-        self.originals, self.written, self._model = writer.originals, written, weakref.ref(model)
-        if written != self.after:
-            warning.warn(
-                "This machine rounds the patch otherwise than the one that made it, so some weights differ in their "
-                "last bit from the original edit. It can be reverted. A patch saved with keep_originals=True is exact "
-                "everywhere.",
-                EditingWarning,
-                stacklevel=2,
-            )
+            written, reports = writer.checksums(), self.reports if self.flips else writer.reports
+            if written != self.after:
+                warning.warn(
+                    "This machine rounds the patch otherwise than the one that made it, so some weights differ in "
+                    "their last bit from the original edit. It can be reverted. A patch saved with keep_originals=True "
+                    "is exact everywhere.",
+                    EditingWarning,
+                    stacklevel=2,
+                )
+            self.reports, self.written, self._model, self.originals = (
+                reports, written, weakref.ref(model), writer.originals,
+            )  # fmt: skip
         return self.reports
 
     def revert(self, model: nn.Module, base: Base | None = None) -> None:
@@ -232,21 +241,25 @@ class WeightPatch(PatchRecord):
                 are not at hand. Nothing is changed then.
         """
         view = self._view(model)
-        if self.applied:
-            check_edited(self._compared(view, self.written))
-            restore(view, overwritten(self, view))
-        else:
-            if not self.after:
-                raise PatchError("This patch is not applied, so there is nothing to revert.")
-            check_edited(self._compared(view))
-            restore(view, self._found_originals(view, base))
-        self.forget()
+        with held(model):
+            if self.applied:
+                check_edited(self._compared(view, self.written))
+                originals = overwritten(self, view)
+            else:
+                if not self.after:
+                    raise PatchError("This patch is not applied, so there is nothing to revert.")
+                check_edited(self._compared(view))
+                originals = self._found_originals(view, base)
+            with uninterrupted():
+                restore(view, originals)
+                self.forget()
 
     def restore(self, model: nn.Module) -> None:
         """Put the originals back, whatever happened to the weights since; nothing where the patch is not applied."""
-        view = self._view(model)
-        restore(view, overwritten(self, view) if self.applied else {})
-        self.forget()
+        with held(model), uninterrupted():
+            view = self._view(model)
+            restore(view, overwritten(self, view) if self.applied else {})
+            self.forget()
 
     def forget(self) -> None:
         """Not be applied any more, as the weights are those from before."""
@@ -515,14 +528,15 @@ class PatchWriter:
 
 
 @contextmanager
-def writing(view: MoELayerView) -> Iterator[PatchWriter]:
-    """All writes inside are kept, or, if anything raises, none: the model is then bit-equal to before."""
+def writing(view: MoELayerView, kept: Callable[[], bool] | None = None) -> Iterator[PatchWriter]:
+    """All writes inside are kept, or, if anything raises, none: the model is then bit-equal to before.
+
+    So it is if anything raises later in an `intact` scope around this one. ``kept`` is that scope's, for this one.
+    """
     writer = PatchWriter(view)
-    try:
+    with intact(view.model, kept) as hold:
+        hold.undo.append(lambda: restore(view, writer.originals))
         yield writer
-    except BaseException:
-        restore(view, writer.originals)
-        raise
 
 
 def restore(view: MoELayerView, originals: Mapping[int, Mapping[int, Tensor]]) -> None:
@@ -542,8 +556,7 @@ def restore(view: MoELayerView, originals: Mapping[int, Mapping[int, Tensor]]) -
                 )
             pairs.append((weight, original))
     with torch.no_grad():
-        for weight, original in pairs:
-            weight.copy_(original)
+        do_all(partial(weight.copy_, original) for weight, original in pairs)
 
 
 def _matrix(view: MoELayerView, layer: int, expert: int) -> Tensor:

@@ -28,6 +28,9 @@ def checkpoint_names(names: CheckpointNames, stored: StoredExperts) -> ExpertNam
     down = stored.parameter_of(0)
     if down not in names.parameters:
         raise PatchError(f"The patch changes {down}, which {type(names.model).__name__} lacks. Is it another model?")
+    if stored.single:
+        module, _, projection = names.stored_names(down)[0].removesuffix(".weight").rpartition(".")
+        return ExpertNames(module, projection, ())
     of_down = _of_first(names.stored_names(down))
     if stored.packed:
         before = next((name for name in _PLAIN_INPUTS if f"{stored.name}.{name}" in names.parameters), "up_proj")

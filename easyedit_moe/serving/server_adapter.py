@@ -42,8 +42,15 @@ def for_server(
         peft_version: what the configuration says.
 
     Raises:
-        PatchError: a rank that the server does not serve, or experts without gates where it needs them.
+        PatchError: a rank that the server does not serve, experts without gates where it needs them, or an update of
+            a shared expert or a dense FFN.
     """
+    if any(factors.stored.single for factors in layers):
+        raise PatchError(
+            f"The patch changes {layers[0].stored.parameter_of(0)}, which is no routed expert, and how {server.name} "
+            "reads an adapter of it is not known here. Give --to peft, or write a merged checkpoint with easyedit-moe "
+            "apply."
+        )
     reserved = server.reserved_rank(rank)
     called = [checkpoint_names(names, factors.stored) for factors in layers]
     if server.needs_gates and any(len(one.inputs) < 2 for one in called):

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from easyedit_moe.algebra.tucker import TuckerBasis, resolve_rank, tucker_basis
+from easyedit_moe.algebra.ranks import resolve_rank
+from easyedit_moe.algebra.tucker import TuckerBasis, tucker_basis
 from easyedit_moe.errors import DamagedCacheError
 from easyedit_moe.hparams import MoTEHyperParams
 from easyedit_moe.hparams.sites import EXPERTS, site_entry

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,17 @@ def finite(value: Any) -> Any:
 
 
 def json_text(value: Any, indent: int | None = 1) -> str:
-    """Strict JSON in the letters as they are; a newline ends indented text."""
+    """Strict JSON in the letters as they are; lists of numbers stay on one line, and a newline ends indented text."""
     text = json.dumps(finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
-    return text if indent is None else text + "\n"
+    return text if indent is None else _NUMBERS.sub(_on_one_line, text) + "\n"
+
+
+_NUMBER = r"(?:null|-?\d[\d.eE+-]*)"
+_NUMBERS = re.compile(rf"\[\n\s*({_NUMBER}(?:,\n\s*{_NUMBER})*)\n\s*\]")  # texts hold no line breaks as such
+
+
+def _on_one_line(found: re.Match[str]) -> str:
+    return f"[{', '.join(part.strip() for part in found[1].split(','))}]"
 
 
 def write_json(path: str | Path, value: Any, indent: int | None = 1) -> Path:

@@ -19,6 +19,7 @@ from easyedit_moe.facts.chat import user_turn
 from easyedit_moe.facts.records import EvaluationRecord, FactSet, load_facts
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.hparams import MoEHyperParams
+from easyedit_moe.moe.holding import intact
 from easyedit_moe.moe.hub import find_source
 from easyedit_moe.moe.loading import load_tokenizer
 from easyedit_moe.patches.checks import versions
@@ -105,7 +106,7 @@ def _edited(
     asked = [pair for record in records for pairs in prompts_of(record).values() for pair in pairs]
     before = ask_all(net, tok, asked, max_new_tokens, editor.progress, chat)
     results: list[EditResult] = []
-    try:
+    with intact(net):
         _edit_batches(net, tok, editor, screened.requests, results, parent_of(model))
         after = ask_all(net, tok, asked, max_new_tokens, editor.progress, chat)
         whole = chained([result.patch for result in results])
@@ -124,10 +125,6 @@ def _edited(
             return report
         with new_folder(Path(out)) as partial:
             return save_edit(report, whole, (model, net, tok), partial, Path(out), save, keep_originals)
-    except BaseException:
-        for result in reversed(results):
-            result.patch.restore(net)
-        raise
 
 
 def _edit_batches(

@@ -16,7 +16,9 @@ from easyedit_moe.adapters.moe_adapter import base_fingerprint
 from easyedit_moe.errors import DataError, DenseModelError
 from easyedit_moe.evaluation import harness, metrics
 from easyedit_moe.evaluation.neighbours import answered
+from easyedit_moe.evaluation.paired import PairedTest, paired_test
 from easyedit_moe.evaluation.portability import portability
+from easyedit_moe.evaluation.summary import Score, Summary
 from easyedit_moe.facts.records import PROTOCOLS, RecordSet, load_records
 from easyedit_moe.moe.fingerprint import model_fingerprint
 from easyedit_moe.moe.layers import MoELayerView
@@ -37,7 +39,7 @@ from easyedit_moe.workflow.session import (
 
 logger = logging.getLogger(__name__)
 
-Scores = dict[tuple[str, str], "Value"]
+Scores = dict[tuple[str, str], Summary]
 RECORDS = "records"
 PORTABILITY = "portability"
 HARNESS = "lm-evaluation-harness"
@@ -51,15 +53,6 @@ SCORES = {
 
 
 @dataclass(frozen=True)
-class Value:
-    """A mean over ``count`` records or examples, and its standard error (None where there is none)."""
-
-    mean: float
-    stderr: float | None
-    count: int
-
-
-@dataclass(frozen=True)
 class Measure:
     """One line of the table.
 
@@ -68,14 +61,16 @@ class Measure:
         name: of the score: of records in percent, of tasks as lm-evaluation-harness reports it.
         before: of the model as it was loaded.
         after: with the patches; None without any.
+        change: paired test of after against before, record by record; None for tasks, and without a patch.
         protocol: of `easyedit_moe.facts.records.PROTOCOLS`, or "lm-evaluation-harness".
     """
 
     group: str
     name: str
-    before: Value
-    after: Value | None
+    before: Summary
+    after: Summary | None
     protocol: str
+    change: PairedTest | None = None
 
 
 @dataclass(frozen=True)
@@ -86,9 +81,9 @@ class Evaluation:
     provenance: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """Content of results.json (schema 1); what is no number is null."""
+        """Content of results.json (schema 2); what is no number is null."""
         listed = [_finite(asdict(measure)) for measure in self.measures]
-        return {"schema": 1, "measures": listed, "provenance": self.provenance}
+        return {"schema": 2, "measures": listed, "provenance": self.provenance}
 
 
 def evaluate(
@@ -169,10 +164,24 @@ def _measures(
 
     before = scores()
     if not patches:
-        return tuple(Measure(*name, value, None, protocol(*name)) for name, value in before.items())
+        return tuple(Measure(*name, _summary(score), None, protocol(*name)) for name, score in before.items())
     with applied(net, tok, patches):
         after = scores()
-    return tuple(Measure(*name, value, after[name], protocol(*name)) for name, value in before.items())
+    return tuple(
+        Measure(*name, _summary(score), _summary(after[name]), protocol(*name), _change(score, after[name]))
+        for name, score in before.items()
+    )
+
+
+def _summary(score: Summary) -> Summary:
+    """Without the values of single records."""
+    return Summary(score.mean, score.stderr, score.count, score.low, score.high, score.interval)
+
+
+def _change(before: Summary, after: Summary) -> PairedTest | None:
+    if isinstance(before, Score) and isinstance(after, Score):
+        return paired_test(after.values, before.values)
+    return None
 
 
 def _fingerprint(net: nn.Module) -> str:
@@ -189,12 +198,12 @@ def _record_scores(
     result = metrics.evaluate(net, tok, records, protocol, chat=chat)
     found = {shown: getattr(result, name) for name, shown in SCORES.items()}
     found[PORTABILITY] = portability(net, tok, records, chat=chat)
-    return {(RECORDS, name): Value(s.mean, s.stderr, s.count) for name, s in found.items() if s.count}
+    return {(RECORDS, name): score for name, score in found.items() if score.count}
 
 
 def _task_scores(runner: harness.Harness, net: nn.Module, tok: PreTrainedTokenizerBase) -> Scores:
     return {
-        (task, metric): Value(score.value, score.stderr, score.count)
+        (task, metric): Summary(score.value, score.stderr, score.count)
         for task, found in runner.scores(net, tok).items()
         for metric, score in found.items()
     }

@@ -12,12 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from easyedit_moe.comparison.compare import PRE_EDIT
+from easyedit_moe.comparison.rows import PRE_EDIT
 from easyedit_moe.editors.proposal import Chosen, Proposal
 from easyedit_moe.editors.proposing import edits_one_layer, propose
 from easyedit_moe.errors import DataError
 from easyedit_moe.facts.records import FactSet, load_facts
 from easyedit_moe.hparams import SolverHyperParams
+from easyedit_moe.hparams.sites import EXPERTS
 from easyedit_moe.storage.files import replacing
 from easyedit_moe.storage.strict_json import json_text
 from easyedit_moe.workflow import locate as locating
@@ -41,6 +42,7 @@ def init(
     budget: float | None = None,
     on_cost: Callable[[Sequence[Cost]], Any] | None = None,
     progress: bool = True,
+    site: str = EXPERTS,
 ) -> Proposal:
     """Choose hyper-parameters and write them as a commented YAML; no weight is read unless layers are located.
 
@@ -58,6 +60,7 @@ def init(
         budget: minutes for that, loading left out; layers are by depth where no window could be tried.
         on_cost: is told the expected cost before anything is measured.
         progress: show progress bars of what is measured.
+        site: what is edited in the layers, see `easyedit_moe.hparams.sites`; only routed experts are located.
 
     Raises:
         DataError: no config by this name, unusable facts, a budget that is none, or a file that is there or can't be
@@ -66,12 +69,14 @@ def init(
     """
     if budget is not None and not locate:
         raise DataError(f"A budget of {budget:g} minutes bounds what is measured; pass --locate with it.")
+    if locate and site != EXPERTS:
+        raise DataError(f"Layers are located for routed experts only; found site {site}. Leave out --locate.")
     settings = LocateSettings(stages=STAGES, budget=budget)
     files = [] if out is None else [Path(out), *([rows_file(out)] if locate else [])]
     for file in files:
         _check_free(file, force)
     facts = load_facts(data) if isinstance(data, (str, Path)) else data
-    found = propose(model, method or DEFAULT_METHOD, facts, trust_remote_code)
+    found = propose(model, method or DEFAULT_METHOD, facts, trust_remote_code, site=site)
     found.hparams()
     texts: list[str] = []
     if locate:

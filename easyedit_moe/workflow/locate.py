@@ -13,8 +13,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from easyedit_moe.comparison.compare import PRE_EDIT, compare
+from easyedit_moe.comparison.compare import compare
 from easyedit_moe.comparison.report import check_folder
+from easyedit_moe.comparison.rows import PRE_EDIT
 from easyedit_moe.comparison.saved import row_of
 from easyedit_moe.comparison.task import Task
 from easyedit_moe.editors import make_editor

@@ -7,7 +7,7 @@ from math import hypot
 from pathlib import Path
 from typing import Any
 
-from easyedit_moe.comparison.compare import PRE_EDIT
+from easyedit_moe.comparison.rows import PRE_EDIT
 from easyedit_moe.storage.files import replacing
 from easyedit_moe.workflow.locate import Location
 from easyedit_moe.workflow.locate_cost import Cost

@@ -13,6 +13,7 @@ from easyedit_moe.errors import DataError, HyperParamsError
 from easyedit_moe.facts.records import NEUTRAL
 from easyedit_moe.host.baseline_hparams import BaselineHyperParams
 from easyedit_moe.hparams import MoEHyperParams, SolverHyperParams
+from easyedit_moe.hparams.sites import EXPERTS
 from easyedit_moe.localisation.tracing import TraceSettings
 from easyedit_moe.localisation.windows import Window, candidate_windows, window_name
 from easyedit_moe.workflow.session import Loaded
@@ -88,7 +89,8 @@ def locate_hparams(
     """The hyper-parameters of targets and trials; those of a model that no YAML is for are chosen from its config.
 
     Raises:
-        HyperParamsError, MethodError, DataError: see `settings_for`; also a method that does not solve for experts.
+        HyperParamsError, MethodError, DataError: see `settings_for`; also a method that does not solve for experts, or
+            hparams of another site than these.
     """
     if not isinstance(model, str) or isinstance(hparams, MoEHyperParams):
         return _solver(settings_for(model, method, hparams, overrides))
@@ -104,6 +106,11 @@ def _solver(found: MoEHyperParams | BaselineHyperParams) -> SolverHyperParams:
         raise HyperParamsError(
             f"{found.alg_name} has no target vectors at a layer's output, so its layers are not located this way; use "
             f"a method that solves for experts, such as {DEFAULT_METHOD}."
+        )
+    if found.site != EXPERTS:
+        raise HyperParamsError(
+            f"locate measures routed experts and their layers; the hparams say site: {found.site}. Leave it out, or "
+            "set site: experts; compare scores edits at any site."
         )
     return found
 

@@ -16,6 +16,7 @@ from easyedit_moe.adapters.moe_adapter import ADAPTER_FILE, MoEAdapter
 from easyedit_moe.errors import EditingWarning, HyperParamsError
 from easyedit_moe.hparams import DTYPES, MoEHyperParams, hparams_folder, load_hyperparams
 from easyedit_moe.hparams.models import model_file
+from easyedit_moe.moe.holding import intact
 from easyedit_moe.moe.hub import find_source
 from easyedit_moe.moe.loading import checkpoint_dtype, load_model
 from easyedit_moe.patches.files import holds_adapter, load_patch
@@ -153,19 +154,27 @@ def applied(net: nn.Module, tok: PreTrainedTokenizerBase, patches: Sequence[Save
     """
     before = find_adapter(net)
     done: list[SavedPatch] = []
-    try:
-        for patch in patches:
-            _lay(net, tok, patch)
-            done.append(patch)
-        yield
-    finally:
-        for patch in reversed(done):
-            if not isinstance(patch, MoEAdapter):
-                patch.revert(net)
-        if find_adapter(net) is not before:
-            detach(net)
-            if before is not None:
-                attach(net, tok, before)
+    with intact(net):
+        try:
+            for patch in patches:
+                _lay(net, tok, patch)
+                done.append(patch)
+            yield
+        finally:
+            for patch in reversed(done):
+                if not isinstance(patch, MoEAdapter):
+                    patch.revert(net)
+            _put_back_adapter(net, tok, before)
+
+
+def _put_back_adapter(net: nn.Module, tok: PreTrainedTokenizerBase, before: MoEAdapter | None) -> None:
+    found = find_adapter(net)
+    if found is before:
+        return
+    if found is not None:
+        detach(net)
+    if before is not None:
+        attach(net, tok, before)
 
 
 def _lay(net: nn.Module, tok: PreTrainedTokenizerBase, patch: SavedPatch) -> None:
@@ -173,14 +182,11 @@ def _lay(net: nn.Module, tok: PreTrainedTokenizerBase, patch: SavedPatch) -> Non
         patch.apply(net)
         return
     former = find_adapter(net)
-    if former is not None:
-        detach(net)
-    try:
-        attach(net, tok, patch)
-    except BaseException:
+    with intact(net) as hold:
+        hold.undo.append(lambda: _put_back_adapter(net, tok, former))
         if former is not None:
-            attach(net, tok, former)
-        raise
+            detach(net)
+        attach(net, tok, patch)
 
 
 def _made_in(patches: Sequence[SavedPatch]) -> str:

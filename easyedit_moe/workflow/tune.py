@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from easyedit_moe.checkpoints.staging import check_free, new_folder
-from easyedit_moe.comparison.compare import PRE_EDIT, Row, compare
+from easyedit_moe.comparison.compare import compare
+from easyedit_moe.comparison.rows import PRE_EDIT, Row
 from easyedit_moe.comparison.task import Task, load_task
 from easyedit_moe.comparison.tuned import TUNING, record_hash
 from easyedit_moe.editors.proposal import yaml_line
@@ -26,6 +27,7 @@ Change = Mapping[str, Any]
 
 _FACTORS: Mapping[str, tuple[float, ...]] = {
     "lambda_reg": (0.1, 10.0),
+    "lambda_relative": (0.1, 10.0),
     "v_num_grad_steps": (2,),
     "v_lr": (2.0,),
     "clamp_norm_factor": (0.5, 2.0, 4.0),
@@ -149,15 +151,26 @@ def axes(hparams: MoEHyperParams, num_layers: int, moe_layers: Sequence[int]) ->
         if name in values:
             found[name] = [{name: _rounded(values[name] * factor)} for factor in factors if values[name]]
     if values.get("metric") == "nullspace":
-        relative, threshold = values["nullspace_relative"], values["nullspace_threshold"]
-        scaled = [_rounded(threshold * factor) for factor in (0.1, 10.0)]
-        tried: list[dict[str, Any]] = [{"nullspace_threshold": t} for t in scaled if t > 0 and not (relative and t > 1)]
-        if not relative:
-            tried.append({"nullspace_threshold": 0.01, "nullspace_relative": True})
-        found["null space"] = tried + ([] if "metric" in fixed else [{"metric": "identity"}])
+        found["null space"] = _null_spaces(values) + ([] if "metric" in fixed else [{"metric": "identity"}])
     found["layers"] = [{"layers": window} for window in _windows(hparams.layers, num_layers, moe_layers)]
     changed = {axis: [one for one in tried if not set(one) & set(fixed)] for axis, tried in found.items()}
     return {axis: tried for axis, tried in changed.items() if tried}
+
+
+def _null_spaces(values: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Smaller and larger null spaces than these settings say, in their own terms."""
+    energy, rank, threshold = (values[f"nullspace_{name}"] for name in ("energy", "rank", "threshold"))
+    if energy is not None:
+        return [{"nullspace_energy": _rounded(1 - (1 - energy) * factor)} for factor in (0.1, 3.0) if energy < 1]
+    if rank is not None:
+        other = [rank * factor if isinstance(rank, float) else max(1, round(rank * factor)) for factor in (0.5, 1.5)]
+        return [{"nullspace_rank": _rounded(one)} for one in other if not isinstance(one, float) or one <= 1]
+    relative = values["nullspace_relative"]
+    scaled = [_rounded(threshold * factor) for factor in (0.1, 10.0)]
+    tried: list[dict[str, Any]] = [{"nullspace_threshold": t} for t in scaled if t > 0 and not (relative and t > 1)]
+    if not relative:
+        tried.append({"nullspace_threshold": 0.01, "nullspace_relative": True})
+    return tried
 
 
 def _windows(layers: Sequence[int], num_layers: int, moe_layers: Sequence[int]) -> list[list[int]]:

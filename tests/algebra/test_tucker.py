@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from easyedit_moe.algebra.tucker import WHITENING, TuckerBasis, resolve_rank, tucker_basis, whitening_factor
+from easyedit_moe.algebra.ranks import resolve_rank
+from easyedit_moe.algebra.tucker import WHITENING, TuckerBasis, tucker_basis, whitening_factor
 from easyedit_moe.errors import HyperParamsError, NumericalError
 
 E, D, H = 5, 6, 7

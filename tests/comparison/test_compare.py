@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import assert_same_state, state_of
+from tiny import assert_same_state, state_of, tiny_model
 from tiny_comparison import METHODS, run_compare, tiny_hparams, tiny_records
 from typer.testing import CliRunner
 
@@ -53,6 +54,19 @@ def test_first_targets_are_shared_only_where_nothing_differs(task: Task, tmp_pat
     assert alone.rows[1].scores == result.rows[1].scores
 
 
+def test_sites_are_compared_and_rows_say_what_was_edited(task: Task, tmp_path: Path) -> None:
+    task = replace(task, model=tiny_model("qwen2_moe"))
+    before = state_of(task.model)
+    settings = [
+        hyperparams_class("Global").from_dict(tiny_hparams(tmp_path, "Global", site=site, metric="identity"))
+        for site in ("experts", "shared_expert")
+    ]
+    rows = compare(task, settings, labels=["routed", "shared"]).rows
+    assert_same_state(before, state_of(task.model))
+    assert [(row.method, row.edits) for row in rows[1:]] == [("routed", "experts"), ("shared", "shared expert")]
+    assert rows[2].hparams["site"] == "shared_expert"
+
+
 def test_scores_are_those_after_all_batches(task: Task, tmp_path: Path) -> None:
     values = tiny_hparams(tmp_path, "Global", metric="identity", lambda_reg=1e-3, v_num_grad_steps=20, v_lr=0.5)
     hparams = hyperparams_class("Global").from_dict({**values, "clamp_norm_factor": 10.0})
@@ -86,10 +100,10 @@ def test_command_writes_table_json_and_chart(folder: Path) -> None:
     done = run_compare(folder, "--methods", "MoTE,MoEEdit", "--methods", "Global+speedup")
     assert done.exit_code == 0, done.output
     saved = json.loads((folder / "out" / "results.json").read_text())
-    assert saved["schema"] == 1
+    assert saved["schema"] == 2
     assert [row["method"] for row in saved["rows"]] == ["pre-edit", *METHODS]
     for row in saved["rows"]:
-        assert set(row["efficacy"]) >= {"mean", "stderr"}
+        assert set(row["efficacy"]) >= {"mean", "stderr", "low", "high", "interval", "values"}
         assert set(row["seconds"]) == {"statistics", "targets", "solve", "write", "diagnose", "evaluate"}
         assert {"generalisation", "specificity", "utility", "routing_similarity", "peak_memory_bytes"} <= set(row)
     assert {row["edits"] for row in saved["rows"][1:]} == {"experts"}

@@ -14,7 +14,8 @@ from tiny import assert_same_state, state_of
 from tiny_comparison import METHODS, run_compare, tiny_hparams
 
 from easyedit_moe.comparison import compare as comparing
-from easyedit_moe.comparison.compare import Row, compare
+from easyedit_moe.comparison.compare import compare
+from easyedit_moe.comparison.rows import Row
 from easyedit_moe.comparison.saved import earlier_rows, row_of, save_rows
 from easyedit_moe.comparison.task import Task
 from easyedit_moe.editors.global_speedup import GlobalSpeedupEditor

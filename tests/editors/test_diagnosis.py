@@ -310,7 +310,7 @@ def test_measuring_changes_no_bit(variant: str, data: Path, monkeypatch: pytest.
     def none(self: BatchSolve, start: int) -> None:
         self.shares = [None] * len(self.facts)
 
-    monkeypatch.setattr(BatchSolve, "_measure", none)
+    monkeypatch.setattr(BatchSolve, "measure", none)
     edit(plain, hparams(data, variant), facts)
     assert_same_state(state_of(plain), state_of(seen))
 
@@ -320,13 +320,13 @@ def test_the_last_forward_runs_no_layer_that_it_need_not(data: Path, monkeypatch
     for index in range(4):
         attention = model.model.layers[index].self_attn
         attention.register_forward_pre_hook(lambda *_, index=index: ran.append(index))
-    original = BatchSolve._measure
+    original = BatchSolve.measure
 
     def counted(self: BatchSolve, start: int) -> None:
         ran.clear()
         original(self, start)
 
-    monkeypatch.setattr(BatchSolve, "_measure", counted)
+    monkeypatch.setattr(BatchSolve, "measure", counted)
     edit(model, hparams(data), requests(3))
     assert ran == [2]
     edit(model, hparams(data, "MoTE/update"), requests(3))

@@ -9,7 +9,21 @@ from typing import Any
 
 import pytest
 import torch
-from solving_editors import METHODS, TOK, VARIANTS, changed_parameters, down_projections, edit, hparams, plain_ridge
+from solving_editors import (
+    METHODS,
+    TOK,
+    VARIANTS,
+    add,
+    captured,
+    changed_parameters,
+    check_equal,
+    dense_ridge,
+    down_projections,
+    edit,
+    hparams,
+    plain_ridge,
+    stacked,
+)
 from tiny import FAMILIES, TEXTS, assert_same_state, facts, requests, state_of, tiny_model
 from torch import Tensor, nn
 
@@ -42,13 +56,11 @@ from easyedit_moe.errors import (
 )
 from easyedit_moe.facts.requests import parse_requests
 from easyedit_moe.hparams import MoEHyperParams, hyperparams_class, presets
-from easyedit_moe.moe.capture import capture_facts
 from easyedit_moe.moe.fingerprint import model_fingerprint
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.patches.weights import WeightPatch
 from easyedit_moe.statistics.gather import layer_statistics
 from easyedit_moe.statistics.moments import LayerMoments
-from easyedit_moe.targets.search import fact_contexts
 
 APPLY = {
     "MoTE": editors.apply_mote_to_model, "MoEEdit-BCD": editors.apply_moeedit_to_model,
@@ -87,10 +99,6 @@ def fact_output(model: nn.Module, layer: int, facts: Sequence[dict[str, str]]) -
             model(torch.tensor([out["input_ids"]]))
         hook.remove()
     return torch.stack(states).float()
-
-
-def stacked(model: nn.Module, layer: int) -> Tensor:
-    return MoELayerView(model).layers[layer].experts.stacked(torch.float64)
 
 
 # ---------------------------------------------------------------- what every method does
@@ -243,33 +251,6 @@ def test_a_saved_edit_can_be_applied_elsewhere(variant: str, data: Path, tmp_pat
 
 
 # ---------------------------------------------------------------- spread and solve against plain formulas
-
-
-def captured(model: nn.Module, hp: MoEHyperParams, layer: int, facts: Sequence[Any]) -> tuple[Any, Tensor]:
-    contexts = [c for f in parse_requests(facts) for c in fact_contexts(TOK, f, hp.context_prefixes, hp.fact_token)]
-    state = capture_facts(MoELayerView(model), [c.ids for c in contexts], [c.fact for c in contexts], [layer],
-                          [hp.layers[-1]], 0)  # fmt: skip
-    return state.keys[layer], state.outputs[hp.layers[-1]]
-
-
-def dense_ridge(keys: Any, residual: Tensor, lambda_reg: float) -> Tensor:
-    """``argmin ||R - Delta Psi||^2 + lambda ||Delta||^2`` as ``[E, d, h]``, by the normal equations of Psi."""
-    psi = keys.dense(8)
-    gram = psi.T @ psi + lambda_reg * torch.eye(psi.shape[1], dtype=torch.float64)
-    delta = torch.linalg.solve(gram, psi.T @ residual.double())
-    return delta.T.reshape(residual.shape[1], 8, -1).transpose(0, 1)
-
-
-def add(model: nn.Module, layer: int, change: Tensor) -> None:
-    with torch.no_grad():
-        model.model.layers[layer].mlp.experts.down_proj += change.float()
-
-
-def check_equal(model: nn.Module, expected: nn.Module, layers: Sequence[int]) -> None:
-    for layer in layers:
-        start, ours, theirs = (stacked(m, layer) for m in (tiny_model(), model, expected))
-        assert (theirs - start).norm() > 1e-3
-        assert (ours - theirs).norm() < 1e-4 * (theirs - start).norm()
 
 
 def test_residual_spread_by_hand(data: Path) -> None:

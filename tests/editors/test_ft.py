@@ -282,3 +282,33 @@ def test_compare_names_the_site(tmp_path: Path) -> None:
     assert sites == dict.fromkeys(methods, "experts") | {"AdaLoRA": "dense site"}
     assert all(row.seconds["solve"] > 0 and row.rounding_loss is not None for row in result.rows[1:])
     assert_same_state(before, state_of(model))
+
+
+@pytest.mark.parametrize(("order", "size"), [("minibatch", 2), ("minibatch", 3), ("depth_first", 8)])
+def test_a_bound_on_updates_ends_training_in_the_middle_of_a_pass(order: str, size: int) -> None:
+    """The same updates as without the bound, and no more of them."""
+    made = []
+    for limit in (5, 0):
+
+        class Counted(Masters):
+            def step(self, *args: Any) -> None:
+                super().step(*args)
+                made[-1].append(float(sum(v.double().sum() for v in self.values.values())))
+
+        made.append([])
+        hp = settings("MoE-FT", order=order, num_steps=8, train_batch_size=size, num_updates=limit, early_stop_loss=0)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("easyedit_moe.editors.moe_ft.Masters", Counted)
+            edit(tiny_model(), hp, requests(3))
+    assert len(made[0]) == 5 < len(made[1])
+    assert made[0] == made[1][:5]
+
+
+def test_adalora_plans_its_ranks_over_the_bounded_updates() -> None:
+    hp = settings("AdaLoRA", num_steps=25, num_updates=25, train_batch_size=2)
+    job = TrainingJob(hp, tiny_model(), 0, [[]] * 9, None, False)
+    assert job.total_steps == 25
+    free = settings("AdaLoRA", num_steps=25, train_batch_size=2)
+    assert TrainingJob(free, tiny_model(), 0, [[]] * 9, None, False).total_steps == 125
+    short = settings("AdaLoRA", num_steps=2, num_updates=25, train_batch_size=2)
+    assert TrainingJob(short, tiny_model(), 0, [[]] * 9, None, False).total_steps == 10

@@ -106,3 +106,13 @@ def test_a_name_that_is_one() -> None:
     found = named_proposal("MoEEdit/factworld")
     assert found is not None
     assert (found.method, found.model) == ("MoEEdit-BCD", "factworld")
+
+
+@pytest.mark.parametrize(
+    ("method", "wanted"),
+    [("MoE-FT", [3]), ("MoE-FT-L", [3]), ("UnKE", [3]), ("AdaLoRA", list(range(8))), ("MoE-LoRA", [1, 2, 3])],
+)
+def test_baselines_get_the_layers_that_the_papers_give_them(method: str, wanted: list[int]) -> None:
+    made = proposing._Proposing("m", method, empty_model("factworld", "float32"), None, Memory("cpu"))
+    made.depth, made.moe_layers = 8, list(range(8))
+    assert made._layers().value == wanted

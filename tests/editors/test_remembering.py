@@ -172,13 +172,14 @@ def test_the_memory_of_every_batch_takes_no_more_than_that_of_the_last() -> None
     steps = [solve("a", "b"), solve("c"), solve("a"), solve("d")]
     values = [EditMemory()]
     for step in steps:
-        values.append(values[-1].extended([step]))
+        values.append(values[-1].extended([step], len(step.prompts)))
+    assert [value.edits for value in values] == [0, 2, 3, 4, 5]
     assert len({id(value._log) for value in values[1:]}) == 1
     held = [[(steps.index(s), i) for s, i in value.rows(0)] for value in values]
     assert held == [[], [(0, 0), (0, 1)], [(0, 0), (0, 1), (1, 0)], [(0, 1), (1, 0), (2, 0)], [*held[3], (3, 0)]]
     assert [keys.num_tokens for keys in values[-1].keys[0]] == [1, 1, 1, 1]
     assert [(steps.index(s), i) for s, i in values[-1].rows(0, ["b", "d"])] == [(1, 0), (2, 0)]
-    other = values[2].extended([solve("e")])
+    other = values[2].extended([solve("e")], 1)
     assert len(other.rows(0)) == 4
     assert len(values[-1].rows(0)) == 4
     assert other._log is not values[-1]._log

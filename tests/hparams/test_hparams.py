@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from easyedit_moe.errors import EditingError, HyperParamsError, MethodError, did_you_mean
-from easyedit_moe.host.baseline_hparams import HOST_METHODS
+from easyedit_moe.host.baseline_hparams import HOST_METHODS, BaselineHyperParams
 from easyedit_moe.hparams import (
     HYPERPARAMS,
     GlobalHyperParams,
@@ -72,6 +72,7 @@ def test_shipped_yaml_loads_and_round_trips(path: Path, tmp_path: Path) -> None:
 
 
 LAYERS = {"qwen3-30b-a3b": [3, 4, 5, 6, 7], "gpt-oss-20b": [3, 4, 5], "qwen3.6-35b-a3b": [3, 4, 5, 6]}
+DEPTH = {"qwen3-30b-a3b": 48, "gpt-oss-20b": 24, "qwen3.6-35b-a3b": 40}
 NAMES = {
     "qwen3-30b-a3b": "Qwen/Qwen3-30B-A3B",
     "gpt-oss-20b": "openai/gpt-oss-20b",
@@ -108,7 +109,8 @@ def test_shipped_values_of_the_baselines_are_the_papers(model: str) -> None:
     for method in BASELINES:
         hp = load_hyperparams(f"{method}/{model}.yaml")
         assert hp.model_name == NAMES[model]
-        assert hp.layers == (LAYERS[model][-1:] if method == "UnKE" else LAYERS[model])
+        wanted = {"MoE-LoRA": LAYERS[model], "AdaLoRA": list(range(DEPTH[model]))}
+        assert hp.layers == wanted.get(method, LAYERS[model][-1:])
         assert (hp.batch_size, hp.dtype) == (50, "bfloat16")
     for method, bound in (("MoE-FT", None), ("MoE-FT-L", 1e-3)):
         hp = load_hyperparams(f"{method}/{model}")
@@ -116,7 +118,14 @@ def test_shipped_values_of_the_baselines_are_the_papers(model: str) -> None:
     for method in ("MoE-LoRA", "AdaLoRA"):
         hp = load_hyperparams(f"{method}/{model}")
         assert (hp.rank, hp.lora_alpha, hp.lr, hp.num_steps) == (8, 32.0, 5e-4 if gpt else 5e-3, 25)
+    hp = load_hyperparams(f"AdaLoRA/{model}")
+    assert (hp.num_updates, hp.train_batch_size) == (25, hp.batch_size), "an update sees all edits of a batch"
+    for method, bound in (("FT", False), ("FT-L", 1e-3)):
+        theirs = BaselineHyperParams.read(method, hparams_folder() / method / f"{model}.yaml")
+        assert (theirs.layers, theirs.values["lr"], theirs.values["num_steps"]) == ((LAYERS[model][-1],), 1e-3, 25)
+        assert theirs.values["norm_constraint"] == bound
     hp = load_hyperparams(f"UnKE/{model}")
+    assert (hp.train, hp.fact_token, hp.kl_factor) == ("layer", "last", 0.0)
     assert (hp.v_lr, hp.v_num_grad_steps, hp.v_weight_decay) == (0.5, 50 if gpt else 25, 1e-3)
     assert (hp.lr, hp.optim_num_step) == (1e-4 if gpt else 2e-4, 50)
 
@@ -234,6 +243,7 @@ OF_OTHERS = {
     "max_layers": ("Global", 0),
     "lr": ("MoE-FT", 0.0),
     "num_steps": ("MoE-FT", 0),
+    "num_updates": ("AdaLoRA", -1),
     "weight_decay": ("MoE-FT", -0.1),
     "train_batch_size": ("MoE-FT", 0),
     "norm_constraint": ("MoE-FT-L", 0.0),
@@ -344,7 +354,7 @@ def test_class_of_another_method() -> None:
     ("alg_name", "changes"),
     [
         ("BCD+speedup", {"spread": "residual"}), ("Global+speedup", {"spread": "residual"}),
-        ("MoEEdit-BCD", {"spread": "update"}), ("Global", {"spread": "update"}), ("MoE-MEMIT", {"metric": "nullspace"}),
+        ("MoE-ROME", {"spread": "once"}), ("Global+speedup", {"spread": "last"}), ("MoE-MEMIT", {"metric": "nullspace"}),
         ("MoE-AlphaEdit", {"metric": "identity"}), ("MoE-AlphaEdit", {"remember_edits": False}),
         ("MoE-ROME", {"edits_per_solve": 2}), ("MoE-ROME", {"max_layers": 2}), ("MoE-ROME", {"metric": "identity"}),
     ],

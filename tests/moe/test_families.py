@@ -29,7 +29,7 @@ same_version = pytest.mark.skipif(
 def test_a_family_is_edited_exactly_or_refused_as_the_site_says(family: str) -> None:
     found, row = judge(family, tokenizer(), methods=False), ROWS[family]
     assert found.status == row.status, found.why
-    for name in ("model", "layers", "experts", "tail", "why"):
+    for name in ("model", "layers", "experts", "tail", "why", "sites"):
         assert getattr(found, name) == getattr(row, name)
     if found.status == "edited":
         assert found.sum_error < 1e-5

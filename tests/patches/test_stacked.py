@@ -12,11 +12,9 @@ from tiny import assert_same_state, facts, state_of
 from torch import nn
 
 from benchmarks.family_models import tiny_model
-from easyedit_moe.checkpoints.targets import expert_target
 from easyedit_moe.editors import make_editor
 from easyedit_moe.editors.base import EditResult
-from easyedit_moe.errors import EditingWarning, PatchError
-from easyedit_moe.moe.layers import MoELayerView
+from easyedit_moe.errors import EditingWarning
 from easyedit_moe.patches.weights import WeightPatch
 
 pytest.importorskip("transformers.models.dbrx")
@@ -50,10 +48,3 @@ def test_a_patch_is_saved_applied_elsewhere_and_reverted(method: str, tmp_path: 
     for patch, edited_model in ((result.patch, model), (loaded, other)):
         patch.revert(edited_model)
         assert_same_state(before, state_of(edited_model))
-
-
-def test_single_experts_are_not_written_into_files(tmp_path: Path) -> None:
-    model, _, result = edited("Global", tmp_path)
-    moe = MoELayerView(model).layers[1]
-    with pytest.raises(PatchError, match="one matrix"):
-        expert_target(result.patch, moe, next(iter(result.patch.before[1])))

@@ -62,6 +62,32 @@ def test_peft_alone_loads_what_the_edit_wrote(family: str, tmp_path: Path) -> No
         torch.testing.assert_close(parameter.detach(), weights[name], rtol=0, atol=float(change) * 1e-5)
 
 
+SITES = {"qwen2_moe": ("shared_expert", (1, 2)), "deepseek_v3": ("shared_expert", (1, 2)), "glm4_moe": ("dense", (0,))}
+
+
+@pytest.mark.parametrize("family", SITES)
+def test_a_shared_expert_or_dense_ffn_is_an_ordinary_linear_layer(family: str, tmp_path: Path) -> None:
+    site, layers = SITES[family]
+    source = saved(tmp_path / "source", model_of(family, torch.float32))
+    model = model_of(family, torch.float32)
+    patch = edited(model, layers, site=site)
+    after = logits(model)
+    patch.revert(model)
+    found = exported(patch, tmp_path / "adapter", model=str(source), form="per-expert")
+    assert (found.form, found.layers[0].loss < 1e-6) == ("per-expert", True)
+    served = with_adapter(model, tmp_path / "adapter")
+    targets = {name.removesuffix(".lora_A.default.weight") for name, _ in served.named_parameters() if "lora_A" in name}
+    assert len(targets) == len(layers)
+    assert all(name.endswith(".down_proj") for name in targets)
+    torch.testing.assert_close(logits(served), after, rtol=1e-4, atol=1e-5)
+    assert exported(patch, tmp_path / "by_default").form == "per-expert"
+    for server in ("vllm", "sglang"):
+        with pytest.raises(PatchError, match=r"no routed expert.*--to peft"):
+            export(patch, server, tmp_path / server, model=str(source), progress=False)
+    with pytest.raises(PatchError, match="packed"):
+        exported(patch, tmp_path / "packed", form="packed")
+
+
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_in_bfloat16_the_loss_is_that_of_rounding(family: str, tmp_path: Path) -> None:
     model = model_of(family, torch.float32)

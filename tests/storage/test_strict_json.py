@@ -74,3 +74,10 @@ def test_metadata_of_tensors_is_strict_too(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_committed_files_are_strict(path: Path) -> None:
     strictly(path.read_text(encoding="utf-8"))
+
+
+def test_lists_of_numbers_stay_on_one_line() -> None:
+    value = {"a": [1, -2.5, None, 1e-9], "b": ["x", "[\n 1,\n 2\n]"], "c": [[1, 2], [3]], "d": [], "e": [{"f": [0.1]}]}
+    text = json_text(value)
+    assert '"a": [1, -2.5, null, 1e-09]' in text
+    assert json.loads(text) == value

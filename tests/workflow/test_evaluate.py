@@ -26,11 +26,12 @@ from easyedit_moe.evaluation import metrics
 from easyedit_moe.evaluation.neighbours import answered
 from easyedit_moe.evaluation.portability import portability
 from easyedit_moe.evaluation.scoring import score_targets
+from easyedit_moe.evaluation.summary import Summary
 from easyedit_moe.facts.records import load_records
 from easyedit_moe.patches.files import load_patch
 from easyedit_moe.patches.tensors import TensorPatch
 from easyedit_moe.workflow import evaluate as evaluating
-from easyedit_moe.workflow.evaluate import Evaluation, Measure, Value, evaluate
+from easyedit_moe.workflow.evaluate import Evaluation, Measure, evaluate
 from easyedit_moe.workflow.evaluation_report import cells, markdown, write_evaluation
 
 
@@ -101,7 +102,7 @@ def test_the_numbers_are_those_of_each_model(kind: str, data: Path, tmp_path: Pa
 def test_without_a_patch_there_is_one_column(data: Path) -> None:
     result = evaluate((tiny_model(), TOK), data=data)
     assert all(measure.after is None for measure in result.measures)
-    assert cells(result.measures[0])[4:] == ["-", "-", "3"]
+    assert cells(result.measures[0])[4:] == ["-", "-", "-", "3"]
 
 
 def test_patches_are_applied_in_order_and_taken_back(data: Path, tmp_path: Path) -> None:
@@ -166,11 +167,13 @@ def test_nothing_to_measure() -> None:
 
 
 def test_files_are_strict_json(tmp_path: Path) -> None:
-    nothing = Value(float("nan"), float("inf"), 0)
-    result = Evaluation((Measure("records", "efficacy", Value(5.0, 1.0, 2), nothing, "counterfact"),), {"model": "x"})
+    nothing = Summary(float("nan"), float("inf"), 0)
+    result = Evaluation((Measure("records", "efficacy", Summary(5.0, 1.0, 2), nothing, "counterfact"),), {"model": "x"})
     paths = write_evaluation(result, tmp_path / "out")
     content = json.loads(paths[0].read_text(), parse_constant=lambda name: pytest.fail(name))
-    assert content["measures"][0]["after"] == {"mean": None, "stderr": None, "count": 0}
+    assert content["measures"][0]["after"] == {
+        "mean": None, "stderr": None, "count": 0, "low": None, "high": None, "interval": "",
+    }  # fmt: skip
     assert paths[1].read_text() == markdown(result)
     assert "| records | counterfact | efficacy | 5.0 ± 1.0 |" in markdown(result)
 

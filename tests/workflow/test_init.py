@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from easyedit_moe import MoEEditor
 from easyedit_moe.commands.app import app
 from easyedit_moe.comparison.settings import loading_settings, resolve_hparams, resolve_methods
-from easyedit_moe.errors import DataError, DenseModelError, EditingWarning, HyperParamsError, MethodError
+from easyedit_moe.errors import DataError, DenseModelError, EditingWarning, HyperParamsError, LayerError, MethodError
 from easyedit_moe.facts.records import load_facts
 from easyedit_moe.hparams import load_hyperparams, presets
 from easyedit_moe.hparams.sources import sourced_values
@@ -148,6 +148,32 @@ def test_facts_decide_on_batch_and_fact_token(mixtral: Path, tmp_path: Path) -> 
     found = init(str(mixtral), "Global", nameless)
     assert (found.hparams().fact_token, found.hparams().batch_size) == ("last", 2)
     assert "name no subject" in init(str(mixtral), "MEMoE", nameless).notes[0]
+
+
+@pytest.mark.parametrize(
+    ("family", "site", "layers"),
+    [("qwen2_moe", "shared_expert", [0, 1]), ("deepseek_v3", "dense", [0]), ("deepseek_v3", "shared_expert", [1, 2])],
+)
+def test_another_site(family: str, site: str, layers: list[int], tmp_path: Path) -> None:
+    folder = saved(tmp_path / "model", model_of(family))
+    result = CliRunner().invoke(
+        app, ["init", "--model", str(folder), "--method", "MoTE", "--site", site, "-o", str(tmp_path / "my.yaml")]
+    )
+    assert result.exit_code == 0, result.output
+    settings = load_hyperparams(tmp_path / "my.yaml")
+    assert (settings.site, settings.layers, settings.expert_rank) == (site, layers, 1)
+    assert f"site: {site}  # asked for" in (tmp_path / "my.yaml").read_text()
+
+
+def test_refused_sites(mixtral: Path) -> None:
+    with pytest.raises(HyperParamsError, match="MoE-FT has no setting site"):
+        init(str(mixtral), "MoE-FT", site="shared_expert")
+    with pytest.raises(HyperParamsError, match="one of experts, shared_expert, dense; found 'all'"):
+        init(str(mixtral), site="all")
+    with pytest.raises(LayerError, match="no layer of this model has one"):
+        init(str(mixtral), site="dense")
+    with pytest.raises(DataError, match="routed experts only"):
+        init(str(mixtral), site="dense", locate=True)
 
 
 def test_refusals(mixtral: Path, tmp_path: Path) -> None:

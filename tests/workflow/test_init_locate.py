@@ -17,7 +17,7 @@ from tiny_comparison import tiny_records
 from typer.testing import CliRunner
 
 from easyedit_moe.commands.app import app
-from easyedit_moe.comparison.compare import PRE_EDIT
+from easyedit_moe.comparison.rows import PRE_EDIT
 from easyedit_moe.errors import DataError, EditingError
 from easyedit_moe.facts.records import load_facts
 from easyedit_moe.hparams import load_hyperparams

@@ -244,6 +244,8 @@ def test_refusals(tmp_path: Path) -> None:
     loaded = (shared_model(), tiny_tokenizer())
     with pytest.raises(DataError, match="no fact is left"):
         locate([EditRequest("It is cold in", None, "Rome")], loaded, hparams=hparams(tmp_path), settings=settings())
+    with pytest.raises(HyperParamsError, match="site: shared_expert"):
+        locate(RECORDS, (shared_model(), tiny_tokenizer()), hparams=hparams(tmp_path, site="shared_expert"))
     with pytest.raises(HyperParamsError, match="ROME has no target vectors"):
         locate(method="ROME")
     ft = resolve_hparams("MoE-FT", "factworld", None, {})

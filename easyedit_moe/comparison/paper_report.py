@@ -1,0 +1,144 @@
+"""A table of the paper as text, Markdown and a chart, made from the comparison that its ``results.json`` holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from easyedit_moe.comparison import report
+from easyedit_moe.comparison.compare import PRE_EDIT, Comparison, Row
+from easyedit_moe.comparison.papers import TABLES, PaperTable
+from easyedit_moe.comparison.saved import save_rows
+from easyedit_moe.facts.records import PROTOCOLS
+from easyedit_moe.storage.files import replacing
+
+WINDOWS = ("early", "middle", "late")
+PROMPTS = ("edit", "preservation")
+"""What routing is compared on: prompts that are edited, and those that are to stay as they are."""
+SIMILARITY = "mean Jaccard similarity of the routed expert sets before and after, by windows of layers"
+PUBLISHED = ("efficacy", "generalisation", "specificity")
+_LEFT = ("code", "edits")
+
+
+def about(table: PaperTable, comparison: Comparison) -> str:
+    """What a table compares, on what, and how it was scored, in one line."""
+    found = comparison.provenance
+    scores = SIMILARITY if "routing" in table.columns else PROTOCOLS[found["protocol"]]
+    text = (
+        f"{table.heading}. {found['edits']} {found['protocol']} edits in batches of {found['batch_size']} on "
+        f"{found['model']}, scored after all of them in percent: {scores}."
+    )
+    if table.ready_targets:
+        text += " Targets of all records were found once, at the unedited weights, and given to every method."
+    return text
+
+
+def header(table: PaperTable, comparison: Comparison) -> list[str]:
+    """Names of the columns; those of published figures only where there are some."""
+    names = ["method"]
+    for column in table.columns:
+        names += _windows(comparison) if column == "routing" else [column]
+    found = comparison.provenance.get("published")
+    if found:
+        names += [f"paper: {name}" for name in PUBLISHED] + [f"paper: s ({found['hardware']})"]
+    return names
+
+
+def lines(table: PaperTable, comparison: Comparison) -> list[list[str]]:
+    """The cells of every row."""
+    found = (comparison.provenance.get("published") or {}).get("figures")
+    out = []
+    for row in comparison.rows:
+        known = _cells(row)
+        cells = [row.method]
+        for column in table.columns:
+            cells += _routing(row, comparison) if column == "routing" else [known[column]]
+        out.append(cells if found is None else [*cells, *_published(found.get(row.method))])
+    return out
+
+
+def _cells(row: Row) -> dict[str, str]:
+    seconds = row.seconds
+    known = dict(zip(report.COLUMNS, report.cells(row), strict=True))
+    total = seconds["solve"] + seconds["write"]
+    return {**known, "statistics s": f"{seconds['statistics']:.1f}", "total s": f"{total:.2f}"}
+
+
+def _published(figures: Mapping[str, float] | None) -> list[str]:
+    if figures is None:
+        return ["-"] * (len(PUBLISHED) + 1)
+    return [*(f"{figures[name]:.2f}" for name in PUBLISHED), f"{figures['seconds']:.1f}"]
+
+
+def _windows(comparison: Comparison) -> list[str]:
+    windows = comparison.provenance.get("routing_windows")
+    names = [f"{first}-{last}" for first, last in windows] if windows else WINDOWS
+    return [f"{prompts}, {name}" for prompts in PROMPTS for name in (*names, "all layers")]
+
+
+def _routing(row: Row, comparison: Comparison) -> list[str]:
+    windows = comparison.provenance.get("routing_windows")
+    values = []
+    for prompts in PROMPTS:
+        found = row.routing[prompts]
+        by_window = [_mean_of(found, *window) for window in windows] if windows else [found[name] for name in WINDOWS]
+        values += [*by_window, found["mean"]]
+    return ["-" if value is None or math.isnan(value) else f"{value:.1f}" for value in values]
+
+
+def _mean_of(routing: Mapping[str, Any], first: int, last: int) -> float | None:
+    """Over the layers of a window that the model has."""
+    values = [value for layer, value in routing["per_layer"].items() if first <= layer <= last]
+    return sum(values) / len(values) if values else None
+
+
+def markdown(comparison: Comparison) -> str:
+    """The table that a comparison was made for, under a line that says of what, with what was left out below."""
+    table = TABLES[comparison.provenance["table"]]
+    names = header(table, comparison)
+    text = f"{about(table, comparison)}\n\n" + report.markdown_rows(names, _texts(names), lines(table, comparison))
+    notes = [f"Left out: {line}" for line in comparison.provenance.get("left_out", [])]
+    if comparison.provenance.get("published"):
+        notes.append("Published: arXiv 2605.16686; its seconds are not of this machine.")
+    return text + "".join(f"\n{note}\n" for note in notes)
+
+
+def _texts(names: Sequence[str]) -> int:
+    """How many columns from the left hold texts."""
+    return next((number for number, name in enumerate(names) if number and name not in _LEFT), len(names))
+
+
+def write_table(comparison: Comparison, folder: Path) -> list[Path]:
+    """Write ``results.json``, ``table.md`` and a chart; each in full or not at all."""
+    table = TABLES[comparison.provenance["table"]]
+    path = folder / "table.md"
+    paths = [save_rows(comparison, folder), path, folder / "comparison.png"]
+    with replacing(path) as partial:
+        partial.write_text(markdown(comparison), encoding="utf-8")
+    chart = routing_chart if "routing" in table.columns else report.chart
+    chart(comparison, paths[-1])
+    return paths
+
+
+def routing_chart(comparison: Comparison, path: Path) -> None:
+    """Routing similarity by layer, a line for each method, on both sets of prompts."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(PROMPTS), figsize=(13, 4.5), sharey=True, layout="constrained")
+    for axis, prompts in zip(axes, PROMPTS, strict=True):
+        for row in comparison.rows:
+            if row.method != PRE_EDIT:
+                per_layer = row.routing[prompts]["per_layer"]
+                axis.plot(list(per_layer), list(per_layer.values()), marker=".", label=row.method)
+        axis.set(title=f"{prompts} prompts", xlabel="layer", ylim=(0, 104))
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("Jaccard similarity of the routed experts, percent")
+    axes[0].legend(frameon=False)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=110)
+    plt.close(figure)
