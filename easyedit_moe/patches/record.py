@@ -14,7 +14,11 @@ from easyedit_moe.errors import PatchError
 from easyedit_moe.patches.flips import CODEC
 from easyedit_moe.storage.tensors import digest, read_safetensors
 
-SCHEMA = 2
+SCHEMA = 3
+"""Since 3 a step of a patch may name an earlier one whose experts, columns and right factors are its own, too."""
+
+READ = (2, 3)
+"""Schemas of files that are read."""
 
 
 @dataclass(kw_only=True)
@@ -77,8 +81,8 @@ def read_patch(path: str | Path, kind: str, called: str) -> tuple[dict[str, Tens
         PatchError: missing, truncated or corrupt file, or another kind.
     """
     tensors, metadata = read_safetensors(Path(path), PatchError, "save the patch anew")
-    if metadata.get("kind") != kind or metadata.get("schema") != SCHEMA:
-        raise PatchError(f"{path} is not a {called} of schema {SCHEMA}.")
+    if metadata.get("kind") != kind or metadata.get("schema") not in READ:
+        raise PatchError(f"{path} is not a {called} of schema {' or '.join(map(str, READ))}.")
     if metadata.get("originals", CODEC) != CODEC:
         raise PatchError(f"{path} holds originals as {metadata['originals']!r}; this version reads {CODEC!r}.")
     return tensors, metadata

@@ -7,7 +7,7 @@ import warnings as warning
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -289,8 +289,13 @@ class WeightPatch(PatchRecord):
         """
         flips = self._flips() if keep_originals else {}
         tensors: dict[str, Tensor] = {}
+        first: dict[tuple[int, ...], int] = {}
         for i, (_, update) in enumerate(self.steps):
             tensors[f"{i}.left"] = update.left.clone()  # two steps may share it, which safetensors refuses
+            same = first.setdefault(_shared_part(update), i)
+            if same != i:
+                tensors[f"{i}.same"] = torch.tensor([same])
+                continue
             tensors[f"{i}.experts"] = torch.tensor(update.experts)
             tensors[f"{i}.sizes"] = torch.tensor([len(c) for c in update.columns])
             tensors[f"{i}.columns"] = torch.cat(update.columns)
@@ -446,6 +451,7 @@ class PatchWriter:
         self.originals: dict[int, dict[int, Tensor]] = {}
         self.steps: list[tuple[int, FactoredUpdate]] = []
         self.reports: list[WriteReport] = []
+        self._last: tuple[Any, FactoredUpdate | None] = (None, None)
         self._places: dict[tuple[torch.device, int], tuple[int, int]] = {}
 
     def write(self, layer: int, update: FactoredUpdate) -> WriteReport:
@@ -460,7 +466,7 @@ class PatchWriter:
         moe = self.view.layers[layer]
         # On the weights' device, so that a patch read from a file is multiplied out as when it was made.
         device = next(iter(moe.experts.parameters()))[1].device
-        update = update.to(device=device, dtype=torch.float32)
+        update = self._converted(update, device)
         if not update.is_finite():
             raise NumericalError(f"The update of layer {layer} holds NaN or infinity; nothing was kept of this edit.")
         lost, scratch = 0.0, Scratch()
@@ -477,6 +483,15 @@ class PatchWriter:
         loss = (lost / total) ** 0.5 if total else 0.0
         self.reports.append(WriteReport(layer, loss, total**0.5, len(update.experts), updates, weights))
         return self.reports[-1]
+
+    def _converted(self, update: FactoredUpdate, device: torch.device) -> FactoredUpdate:
+        """In float32 on a device; where a solution is spread over layers, they share one copy of its right factors."""
+        right, last = self._last
+        if last is not None and right is update.right and last.left.device == device:
+            return replace(last, left=update.left.to(device=device, dtype=torch.float32))
+        converted = update.to(device=device, dtype=torch.float32)
+        self._last = (update.right, converted)
+        return converted
 
     def keep(self, layer: int, experts: Sequence[int]) -> None:
         """Remember experts as they are now, to be called before they change; a matrix that several share, once."""
@@ -576,8 +591,16 @@ def _place(moe: MoELayer, expert: int) -> tuple[torch.device, int]:
     return weight.device, weight.data_ptr()
 
 
+def _shared_part(update: FactoredUpdate) -> tuple[int, ...]:
+    """What tells whether two updates differ in their left factor only: the very same other tensors."""
+    return (*update.experts, *(id(tensor) for tensor in (*update.columns, *update.right)))
+
+
 def _loaded_update(tensors: Mapping[str, Tensor], i: int) -> FactoredUpdate:
     """Step ``i`` of a saved patch; KeyError where a part is missing."""
+    if f"{i}.same" in tensors:
+        first = _loaded_update(tensors, int(tensors[f"{i}.same"]))
+        return replace(first, left=tensors[f"{i}.left"])
     sizes = tensors[f"{i}.sizes"].tolist()
     columns = torch.split(tensors[f"{i}.columns"], sizes)
     right = torch.split(tensors[f"{i}.right"], sizes, dim=1)
