@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.algebra.metric import IdentityMetric, Metric, covariance_metric, mean_energy
-from easyedit_moe.algebra.nullspace import NullSpace, null_space
+from easyedit_moe.algebra.nullspace import NullSpace
 from easyedit_moe.algebra.routed_keys import FactoredUpdate, RoutedKeys
 from easyedit_moe.algebra.tucker import TuckerBasis
 from easyedit_moe.editors.base import Editor, EditResult, provenance
@@ -41,6 +41,7 @@ from easyedit_moe.moe.tails import FactPlaces, Tail
 from easyedit_moe.patches.weights import PatchWriter, writing
 from easyedit_moe.statistics.gather import layer_statistics
 from easyedit_moe.statistics.moments import LayerMoments
+from easyedit_moe.statistics.null_spaces import layer_null_space
 from easyedit_moe.targets.cache import cached_targets
 from easyedit_moe.targets.search import (
     TargetSearch,
@@ -202,7 +203,7 @@ class SolvingEditor(Editor):
     def _prepared_layer(
         self, view: MoELayerView, layer: int, tail: Tail, moments: LayerMoments | None, fingerprint: str
     ) -> PreparedLayer:
-        metric = self._metric(moments)
+        metric = self._metric(layer, moments, fingerprint)
         ranks = tuple(metric.ranks) if isinstance(metric, NullSpace) else None
         basis = self.basis(view, layer, moments, fingerprint)
         experts = view.layers[layer].experts.layout.num_experts
@@ -224,17 +225,15 @@ class SolvingEditor(Editor):
         else:
             logger.info("%s", found.summary())
 
-    def _metric(self, moments: LayerMoments | None) -> Metric:
+    def _metric(self, layer: int, moments: LayerMoments | None, fingerprint: str) -> Metric:
         hp = self.hparams
         if hp.metric == "identity" or moments is None:
             return IdentityMetric()
-        keys, counts = moments.keys, moments.counts
         if hp.metric == "covariance":
-            return covariance_metric(keys, counts, hp.covariance_ridge, hp.min_coverage, hp.low_coverage)
-        return null_space(
-            keys, counts, hp.nullspace_threshold, hp.nullspace_relative, hp.min_coverage, hp.low_coverage,
-            hp.nullspace_energy, hp.nullspace_rank,
-        )  # fmt: skip
+            return covariance_metric(
+                moments.keys, moments.counts, hp.covariance_ridge, hp.min_coverage, hp.low_coverage
+            )
+        return layer_null_space(layer, moments, hp, fingerprint)
 
     def _check_model(self, view: MoELayerView) -> None:
         view.require(self.hparams.layers)
