@@ -22,6 +22,7 @@ from easyedit_moe.editors.keywords import check_keywords
 from easyedit_moe.editors.proposing import named_proposal
 from easyedit_moe.errors import HyperParamsError, KeywordError, RequestError, shown
 from easyedit_moe.evaluation.answers import AnswerScorer
+from easyedit_moe.evaluation.context import check_fit
 from easyedit_moe.evaluation.scoring import TargetScore, score_targets
 from easyedit_moe.facts.easyedit_requests import (
     HostRequest,
@@ -252,7 +253,7 @@ class EditCalls(ABC):
     ) -> Results:
         checked = checked_batches(batches)
         editor = self._current_editor()
-        editor.check_subjects([request.fact for batch in checked for request in batch])
+        self._check_all([request for batch in checked for request in batch])
         metrics: list[dict[str, Any]] = []
         weights: dict[str, Tensor] = {}
         with held(self.model), self._scope(), _bars_of(editor, editor.progress and verbose):
@@ -272,6 +273,12 @@ class EditCalls(ABC):
         if measure_first:
             self._finished(metrics)
         return metrics, self.model, weights
+
+    def _check_all(self, requests: Sequence[HostRequest]) -> None:
+        """Refuse, before the first edit, what would be refused at a later one or when it is scored."""
+        self._current_editor().check_requests(self.model, self.tok, [request.fact for request in requests])
+        asked = [(prompt, answer) for request in requests for _, prompt, answer in prompts_of(request.record)]
+        check_fit(self.model, self.tok, asked, self.hparams.chat)
 
     def _edited(
         self,

@@ -95,6 +95,10 @@ class DataError(EditingError, ValueError):
     """A data file that is missing or not in the expected layout."""
 
 
+class WriteError(EditingError, OSError):
+    """A file or folder that can't be written: no space, no permission, something in the way, or an impossible name."""
+
+
 class HostError(EditingError, ImportError):
     """EasyEdit is not there, or is not the version that this package knows."""
 

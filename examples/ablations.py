@@ -15,7 +15,7 @@ from easyedit_moe.comparison.compare import compare
 from easyedit_moe.comparison.task import load_task
 
 VARIANTS: list[tuple[str, str, dict[str, object]]] = [
-    ("MoTE, update spread (paper)", "MoTE", {"spread": "update"}),
+    ("MoTE, update spread (paper)", "MoTE", {"spread": "update", "whitening": "in", "metric": "nullspace"}),
     ("MoTE, no null space", "MoTE", {"metric": "identity"}),
     ("MoTE, whitening none", "MoTE", {"whitening": "none"}),
     ("MoTE, whitening in", "MoTE", {"whitening": "in"}),

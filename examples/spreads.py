@@ -18,30 +18,36 @@ ONCE: dict[str, object] = {"spread": "once"}
 PAPER: dict[str, object] = {"spread": "update", "whitening": "in"}
 SHARES: dict[str, list[float]] = {
     "equal parts": [0.25, 0.25, 0.25, 0.25],
-    "half of 1 / layers left": [0.125, 0.167, 0.25, 0.5],
-    "1.5 of 1 / layers left": [0.375, 0.5, 0.75, 1.5],
-    "1 / root of layers left": [0.5, 0.577, 0.707, 1.0],
     "half each": [0.5, 0.5, 0.5, 0.5],
     "all each": [1.0, 1.0, 1.0, 1.0],
+    "1 / root of layers left": [0.5, 0.577, 0.707, 1.0],
     "1 / layers left, reversed": [1.0, 0.5, 0.333, 0.25],
+    "reversed, adding up to 1": [0.48, 0.24, 0.16, 0.12],
+    "the first alone": [1.0, 0.0, 0.0, 0.0],
     "the last two": [0.0, 0.0, 0.5, 1.0],
 }
+"""Of the bundled model's four layers; 1 / layers left is what stands for no shares: 0.25, 0.333, 0.5, 1."""
+TWICE = ("equal parts", "1 / layers left, reversed", "reversed, adding up to 1")
+
+
+def _of(method: str) -> list[tuple[str, str, dict[str, object]]]:
+    """Each value of spread, and rounds of once."""
+    spreads = [(f"{method}, {how}", method, {"spread": how}) for how in ("update", "last", "residual", "once")]
+    return [*spreads, *((f"{method}, once, {n} rounds", method, {**ONCE, "rounds": n}) for n in (2, 3))]
+
+
 VARIANTS: list[tuple[str, str, dict[str, object]]] = [
     ("MoTE, paper (update, whitening in)", "MoTE", PAPER),
-    *(
-        (f"{m}, {how}", m, {"spread": how})
-        for m in ("MoTE", "Global")
-        for how in ("update", "last", "residual", "once")
-    ),
-    *((f"{m}, once, {n} rounds", m, {**ONCE, "rounds": n}) for m in ("MoTE", "Global") for n in (2, 3, 4)),
+    *_of("MoTE"),
+    *_of("Global"),
     *((f"Global, once, {name}", "Global", {**ONCE, "shares": shares}) for name, shares in SHARES.items()),
-    ("Global, once, all each, 2 rounds", "Global", {**ONCE, "shares": SHARES["all each"], "rounds": 2}),
-    ("Global, once, equal parts, 2 rounds", "Global", {**ONCE, "shares": SHARES["equal parts"], "rounds": 2}),
+    *((f"Global, once, {n}, 2 rounds", "Global", {**ONCE, "shares": SHARES[n], "rounds": 2}) for n in TWICE),
+    ("MoTE, once, equal parts, 2 rounds", "MoTE", {**ONCE, "shares": SHARES["equal parts"], "rounds": 2}),
     ("MoEEdit-BCD, once", "MoEEdit-BCD", ONCE),
-    ("MoEEdit-BCD, once, 2 rounds", "MoEEdit-BCD", {**ONCE, "rounds": 2}),
     ("MoEEdit-BCD, variant paper", "MoEEdit-BCD", {}),
     ("MoEEdit-BCD, variant code", "MoEEdit-BCD", {"variant": "code"}),
-    ("MoE-MEMIT, once, 2 rounds", "MoE-MEMIT", {**ONCE, "rounds": 2}),
+    ("MoE-MEMIT, residual", "MoE-MEMIT", {}),
+    ("MoE-MEMIT, once", "MoE-MEMIT", ONCE),
 ]
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from torch import Tensor, nn
 from easyedit_moe.errors import AdapterError
 from easyedit_moe.facts.anchors import SubjectMatcher
 from easyedit_moe.hparams.memoe import WITHOUT_ANCHOR
-from easyedit_moe.storage.files import replacing
-from easyedit_moe.storage.tensors import digest, read_metadata, read_safetensors, write_safetensors
+from easyedit_moe.storage.files import write_text
+from easyedit_moe.storage.schema import Expected, check_tensors, content_of, read_record
+from easyedit_moe.storage.strict_json import digest, read_json
+from easyedit_moe.storage.tensors import read_metadata, read_safetensors, write_safetensors
 
 SCHEMA = 1
 WEIGHTS_FILE = "adapter.safetensors"
@@ -64,6 +67,30 @@ class AdapterConfig:
     without_anchor: str
     fingerprint: str
 
+    def __post_init__(self) -> None:
+        if self.layer < 0 or min(self.d_model, self.num_experts, self.expert_width) < 1:
+            raise AdapterError(
+                f"layer must be >= 0, and d_model, num_experts and expert_width >= 1; found {self.layer}, "
+                f"{self.d_model}, {self.num_experts} and {self.expert_width}."
+            )
+        if not 1 <= self.top_k <= self.num_experts:
+            raise AdapterError(f"top_k must lie in 1..{self.num_experts}, the experts; found {self.top_k}.")
+        if self.without_anchor not in WITHOUT_ANCHOR:
+            raise AdapterError(f"without_anchor must be skip or null; found {self.without_anchor!r}.")
+
+    def tensors(self, anchors: int) -> dict[str, Expected]:
+        """What an adapter of this shape with this many anchors holds; all in one dtype."""
+        count, width, d = self.num_experts, self.expert_width, self.d_model
+        shapes: dict[str, tuple[int, ...]] = {
+            "gate_weight": (count, 2 * d),
+            "first": (count, width, d),
+            "first_bias": (count, width),
+            "second": (count, d, width),
+            "null_anchor": (d,),
+            "anchors": (anchors, d),
+        }
+        return {name: Expected(shape) for name, shape in shapes.items()}
+
 
 @dataclass(frozen=True)
 class Fact:
@@ -72,6 +99,18 @@ class Fact:
     prompt: str
     subject: str
     target_new: str
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What a file says of an adapter beside its tensors."""
+
+    schema: int
+    kind: str
+    config: AdapterConfig
+    edits: int
+    subjects: list[str]
+    facts: list[Fact]
 
 
 @dataclass(frozen=True)
@@ -121,10 +160,6 @@ class MoEAdapter(nn.Module):
 
     def __init__(self, config: AdapterConfig, seed: int = 0) -> None:
         super().__init__()
-        if not 1 <= config.top_k <= config.num_experts:
-            raise AdapterError(f"top_k must lie in 1..{config.num_experts}, the experts; found {config.top_k}.")
-        if config.without_anchor not in WITHOUT_ANCHOR:
-            raise AdapterError(f"without_anchor must be skip or null; found {config.without_anchor!r}.")
         generator = torch.Generator().manual_seed(seed)
         count, width, d = config.num_experts, config.expert_width, config.d_model
 
@@ -216,7 +251,8 @@ class MoEAdapter(nn.Module):
         ``adapter.safetensors`` and ``adapter.json``.
 
         Raises:
-            AdapterError: an adapter of another model is there; nothing is written then.
+            AdapterError: an adapter of another model is there; nothing is written then. WriteError: the place can't be
+                written to.
         """
         path = Path(path)
         self.check_place(path)
@@ -226,8 +262,7 @@ class MoEAdapter(nn.Module):
             return
         # Of two files, the second may be missing after a crash: the tensors name the configuration they belong to.
         write_safetensors(path / WEIGHTS_FILE, tensors, {"kind": KIND, "belongs_to": digest(content)})
-        with replacing(path / CONFIG_FILE) as partial:
-            partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(path / CONFIG_FILE, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
     def check_place(self, path: Path) -> None:
         """Refuse a place that can't take this adapter; see `save`.
@@ -236,14 +271,14 @@ class MoEAdapter(nn.Module):
             AdapterError: an adapter of another model is there, or a file where a folder should be.
         """
         one_file = path.suffix == SUFFIX
-        if path.exists() and path.is_dir() == one_file:
+        if os.path.exists(path) and os.path.isdir(path) == one_file:
             raise AdapterError(
                 f"{path} is a {'folder' if one_file else 'file'}; an adapter is saved as a folder, or as a file that "
                 f"ends in {SUFFIX}."
             )
-        if not (path if one_file else path / CONFIG_FILE).exists():
+        if not os.path.exists(path if one_file else path / CONFIG_FILE):
             return
-        found = (_content_of_file(path) if one_file else _content_of_folder(path))["config"]["fingerprint"]
+        found = (_content_of_file(path) if one_file else _content_of_folder(path)).config.fingerprint
         if found != self.config.fingerprint:
             raise AdapterError(
                 f"{path} holds an adapter of another model (fingerprint {found[:16]}, this one's is "
@@ -258,23 +293,24 @@ class MoEAdapter(nn.Module):
             AdapterError: missing, truncated or corrupt files, or two that do not belong together.
         """
         path = Path(path)
-        if (path / ADAPTER_FILE).is_file() and not (path / CONFIG_FILE).is_file():
+        if os.path.isfile(path / ADAPTER_FILE) and not os.path.isfile(path / CONFIG_FILE):
             path = path / ADAPTER_FILE
-        if path.suffix == SUFFIX and not path.is_dir():
+        if path.suffix == SUFFIX and not os.path.isdir(path):
             content = _content_of_file(path)
             tensors, _ = read_safetensors(path, AdapterError, ADVICE)
         else:
             content = _content_of_folder(path)
             tensors, metadata = read_safetensors(path / WEIGHTS_FILE, AdapterError, ADVICE)
-            if metadata.get("belongs_to") != digest(content):
+            if metadata != {"kind": KIND, "belongs_to": digest(read_json(path / CONFIG_FILE, AdapterError))}:
                 raise AdapterError(f"{WEIGHTS_FILE} and {CONFIG_FILE} in {path} do not belong together; save anew.")
-        adapter = MoEAdapter(AdapterConfig(**content["config"]))
+        with content_of(path, AdapterError, ADVICE):
+            check_tensors(tensors, content.config.tensors(len(content.subjects)))
+        adapter = MoEAdapter(content.config)
         adapter.to(tensors["first"].dtype)
         adapter.anchors = torch.zeros_like(tensors["anchors"])
         adapter.load_state_dict(tensors)
-        adapter.subjects = tuple(content["subjects"])
-        adapter.facts = tuple(Fact(**fact) for fact in content["facts"])
-        adapter.edits = content["edits"]
+        adapter.subjects = tuple(content.subjects)
+        adapter.facts, adapter.edits = tuple(content.facts), content.edits
         return adapter.requires_grad_(False).eval()
 
     @property
@@ -286,7 +322,7 @@ class MoEAdapter(nn.Module):
         """Shape, facts and base of the adapter, as JSON; and the bytes of the file or folder ``path`` that holds it."""
         names = (WEIGHTS_FILE, CONFIG_FILE, ADAPTER_FILE)
         where = None if path is None else Path(path)
-        files = [] if where is None else [where] if where.is_file() else [where / name for name in names]
+        files = [] if where is None else [where] if os.path.isfile(where) else [where / name for name in names]
         settings = {key: value for key, value in asdict(self.config).items() if key != "fingerprint"}
         return {
             "kind": "adapter beside one FFN",
@@ -300,19 +336,12 @@ class MoEAdapter(nn.Module):
             "parameters": sum(parameter.numel() for parameter in self.parameters()),
             "dtype": str(self.first.dtype).removeprefix("torch."),
             "settings": [settings],
-            "bytes": sum(file.stat().st_size for file in files if file.is_file()) if files else None,
+            "bytes": sum(file.stat().st_size for file in files if os.path.isfile(file)) if files else None,
         }
 
     def _content(self) -> dict[str, Any]:
         """Everything but the tensors, as JSON."""
-        return {
-            "schema": SCHEMA,
-            "kind": KIND,
-            "config": asdict(self.config),
-            "edits": self.edits,
-            "subjects": list(self.subjects),
-            "facts": [asdict(fact) for fact in self.facts],
-        }
+        return asdict(_Saved(SCHEMA, KIND, self.config, self.edits, list(self.subjects), list(self.facts)))
 
 
 @contextmanager
@@ -352,29 +381,24 @@ def base_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _content_of_folder(folder: Path) -> dict[str, Any]:
+def _content_of_folder(folder: Path) -> _Saved:
     path = folder / CONFIG_FILE
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise AdapterError(f"{folder} holds no adapter: {CONFIG_FILE} does not exist.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise AdapterError(f"{path} is no adapter of schema {SCHEMA} ({error}); {ADVICE}.") from error
-    return _checked(path, content)
+    return _checked(path, read_json(path, AdapterError))
 
 
-def _content_of_file(path: Path) -> dict[str, Any]:
+def _content_of_file(path: Path) -> _Saved:
     return _checked(path, read_metadata(path, AdapterError, ADVICE))
 
 
-def _checked(path: Path, content: Any) -> dict[str, Any]:
+def _checked(path: Path, content: Any) -> _Saved:
     """What an adapter's file says of it; AdapterError where that is something else."""
-    try:
-        known = content["kind"] == KIND and content["schema"] == SCHEMA
-        names = {f.name for f in fields(AdapterConfig)}
-        if not known or set(content["config"]) != names or not {"subjects", "facts", "edits"} <= set(content):
-            raise ValueError("unknown content")
-    except (ValueError, KeyError, TypeError) as error:
-        raise AdapterError(f"{path} is no adapter of schema {SCHEMA} ({error}); {ADVICE}.") from error
-    found: dict[str, Any] = content
-    return found
+    known = isinstance(content, dict) and content.get("kind") == KIND
+    if not known or type(content.get("schema")) is not int or content["schema"] != SCHEMA:
+        raise AdapterError(f"{path} is no adapter of schema {SCHEMA}; {ADVICE}.")
+    with content_of(path, AdapterError, ADVICE):
+        found = read_record(content, _Saved)
+        if found.edits < 0:
+            raise ValueError(f"edits is {found.edits}")
+        return found

@@ -15,7 +15,8 @@ from easyedit_moe.adapters.base_saving import BaseSaving
 from easyedit_moe.adapters.moe_adapter import ADAPTER_FILE, MoEAdapter
 from easyedit_moe.errors import AdapterError
 from easyedit_moe.moe.loading import checkpoint_dtype, load_model
-from easyedit_moe.storage.files import replacing
+from easyedit_moe.storage.files import filled_folder, write_text
+from easyedit_moe.storage.tensors import system_errors
 
 LOADER_FILE = "load_with_adapter.py"
 LOADER = """\
@@ -45,21 +46,22 @@ def save_with_adapter(
 
     Raises:
         AdapterError: no adapter is attached, or the folder holds one of another model; nothing is written then.
+        WriteError: the folder can't be written.
     """
     folder, adapter = Path(folder), find_adapter(model)
     if adapter is None:
         raise AdapterError("The model has no adapter to save; use its save_pretrained.")
     adapter.check_place(folder / ADAPTER_FILE)
-    if save_base is not None:
-        save_base(folder)
-    else:
-        with _quiet(adapter):
-            of_transformers: Any = model
-            of_transformers.save_pretrained(folder)
-        tok.save_pretrained(folder)
-    adapter.save(folder / ADAPTER_FILE)
-    with replacing(folder / LOADER_FILE) as partial:
-        partial.write_text(LOADER, encoding="utf-8")
+    with filled_folder(folder) as partial:
+        if save_base is not None:
+            save_base(partial)
+        else:
+            with _quiet(adapter), system_errors():
+                of_transformers: Any = model
+                of_transformers.save_pretrained(partial)
+                tok.save_pretrained(partial)
+        adapter.save(partial / ADAPTER_FILE)
+        write_text(partial / LOADER_FILE, LOADER)
 
 
 @contextmanager

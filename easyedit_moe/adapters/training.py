@@ -116,7 +116,8 @@ def train_adapter(
                     raise not_finite("The loss of the adapter is not finite")
                 optimizer.zero_grad()
                 loss.backward()
-                nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
+                if not torch.isfinite(nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)):
+                    raise not_finite("The gradient of the adapter is not finite")
                 optimizer.step()
                 schedule.step()
                 bar.update()

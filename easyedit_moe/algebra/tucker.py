@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from easyedit_moe.algebra.ranks import resolve_rank
+from easyedit_moe.algebra.ranks import leading_directions, resolve_rank
 from easyedit_moe.errors import HyperParamsError, NumericalError
 
 WHITENING = ("none", "in", "out", "both")
@@ -68,12 +68,14 @@ def whitening_factor(sigma: Tensor, eps: float) -> Tensor:
     return factor
 
 
-def _leading(gram: Tensor, rank: int) -> Tensor:
-    """Eigenvectors of the ``rank`` largest eigenvalues, largest first."""
+def _leading(gram: Tensor, rank: int | float) -> Tensor:
+    """Eigenvectors of the ``rank`` largest eigenvalues, largest first; of as many as hold a fraction of their sum."""
     try:
-        return torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1).contiguous()
+        values, vectors = torch.linalg.eigh(gram)
     except torch.linalg.LinAlgError as error:
         raise NumericalError(f"Eigendecomposition of a mode's Gram matrix failed: {error}") from error
+    count = rank if isinstance(rank, int) else max(1, leading_directions(values.flip(0), rank))
+    return vectors[:, -count:].flip(1).contiguous()
 
 
 class _Stack:
@@ -215,6 +217,7 @@ def tucker_basis(
     whitening_eps: float = 1e-5,
     method: str = "auto",
     chunk_numbers: int = CHUNK_NUMBERS,
+    energy: Sequence[float] | None = None,
 ) -> TuckerBasis:
     """Truncated HOSVD of stacked down-projections by Gram matrices and eigh, refined by HOOI sweeps.
 
@@ -239,14 +242,16 @@ def tucker_basis(
         method: "gram", "randomised" (modes 1 and 2, see `_randomised_range` for its error), or "auto": the range
             finder for a rank below a seventh of its mode.
         chunk_numbers: numbers in one chunk, of which there are three at most.
+        energy: instead of the ranks: per mode (expert, out, in) the share in (0, 1] of ``||Wt||^2`` that its factor
+            keeps at least, with the fewest directions. By Gram matrices, whatever ``method``.
 
     Raises:
-        HyperParamsError: rank, sweeps, whitening, eps or method out of range. NumericalError: weights not finite.
+        HyperParamsError: rank, energy, sweeps, whitening, eps or method out of range. NumericalError: weights not
+            finite.
     """
     _check_choices(whitening, hooi_sweeps, method)
     shape = (len(weights), *weights[0].shape)
-    named = {"rank_expert": rank_expert, "rank_out": rank_out, "rank_in": rank_in}
-    ranks = [resolve_rank(rank, size, name) for (name, rank), size in zip(named.items(), shape, strict=True)]
+    ranks = _resolved(shape, (rank_expert, rank_out, rank_in), energy)
     s_in = s_out = None
     if whitening in ("in", "both"):
         s_in = whitening_factor(_required(sigma_in, "sigma_in", whitening), whitening_eps)
@@ -265,6 +270,18 @@ def tucker_basis(
     return TuckerBasis(u_expert, u_out, u_in, error)
 
 
+def _resolved(
+    shape: Sequence[int], ranks: Sequence[int | float], energy: Sequence[float] | None
+) -> Sequence[int | float]:
+    """Per mode its rank, an int, or the share of energy that chooses it, a float."""
+    if energy is None:
+        named = zip(ranks, shape, ("rank_expert", "rank_out", "rank_in"), strict=True)
+        return [resolve_rank(rank, size, name) for rank, size, name in named]
+    if len(energy) != 3 or not all(0 < share <= 1 for share in energy):
+        raise HyperParamsError(f"tucker_energy must be three shares in (0, 1], one per mode; found {energy}.")
+    return [float(share) for share in energy]
+
+
 def _check_choices(whitening: str, hooi_sweeps: int, method: str) -> None:
     if whitening not in WHITENING:
         raise HyperParamsError(f"whitening must be one of {', '.join(WHITENING)}; found {whitening!r}.")
@@ -275,21 +292,22 @@ def _check_choices(whitening: str, hooi_sweeps: int, method: str) -> None:
 
 
 def _decomposed(
-    stack: _Stack, shape: tuple[int, ...], ranks: Sequence[int], hooi_sweeps: int, method: str
+    stack: _Stack, shape: tuple[int, ...], ranks: Sequence[int | float], hooi_sweeps: int, method: str
 ) -> tuple[list[Tensor], float]:
-    """Factors of the three modes, and the relative error of what they keep."""
+    """Factors of the three modes, and the relative error of what they keep; a fractional rank is a share of energy."""
     factors, energies = [], []
     for mode, rank in enumerate(ranks):
-        if mode > 0 and (method == "randomised" or (method == "auto" and _wins_randomised(rank, shape[mode]))):
-            factors.append(_randomised_range(stack, mode, rank))
+        chosen = isinstance(rank, int) and mode > 0
+        if chosen and (method == "randomised" or (method == "auto" and _wins_randomised(int(rank), shape[mode]))):
+            factors.append(_randomised_range(stack, mode, int(rank)))
             continue
         gram = _stack_gram(stack, mode)
         factors.append(_leading(gram, rank))
         energies.append((mode, float(torch.trace(gram)), float((factors[mode] * (gram @ factors[mode])).sum())))
     for _ in range(hooi_sweeps):
-        for mode, rank in enumerate(ranks):
+        for mode, factor in enumerate(factors):
             gram = _total(_chunk_gram(chunk, mode) for chunk in _project(stack, factors, skip=mode))
-            factors[mode] = _leading(gram, rank)
+            factors[mode] = _leading(gram, factor.shape[1])
     return factors, _relative_error(stack, factors, energies)
 
 

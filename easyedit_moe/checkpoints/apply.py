@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from easyedit_moe.checkpoints.history import EDITS, Edit, history_text, read_history
+from easyedit_moe.checkpoints.history import EDITS, Edit, read_history, write_history
 from easyedit_moe.checkpoints.naming import CheckpointNames
 from easyedit_moe.checkpoints.parameters import StoredParameters
 from easyedit_moe.checkpoints.rewriting import Rewriting
@@ -77,4 +77,4 @@ def _write(
     written = rewriting.start(folder, partial)
     write_patch(patch, written, targets)
     entry = edit_of(patch, written, targets)
-    (partial / EDITS).write_text(history_text([*edits, entry]), encoding="utf-8")
+    write_history(partial, [*edits, entry])

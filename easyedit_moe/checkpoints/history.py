@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-from easyedit_moe.checkpoints.shards import read_json
 from easyedit_moe.errors import CheckpointError
+from easyedit_moe.storage.schema import content_of, read_record
+from easyedit_moe.storage.strict_json import read_checked_json, write_checked_json
 
 EDITS = "easyedit_moe_edits.json"
 SCHEMA = 1
@@ -39,22 +40,24 @@ def read_history(folder: Path) -> list[Edit]:
         CheckpointError: the file is there but unreadable.
     """
     path = folder / EDITS
-    if not path.exists():
+    if not os.path.exists(path):
         return []
-    content = read_json(path)
-    try:
-        if content["schema"] != SCHEMA:
-            raise ValueError(f"schema {content['schema']}")
-        return [_edit(entry) for entry in content["edits"]]
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); delete it if you know which patches lie here.") from error
+    advice = "delete it if you know which patches lie here"
+    content = read_checked_json(path, CheckpointError, advice)
+    with content_of(path, CheckpointError, advice):
+        return read_record(content, _Saved).edits
 
 
-def history_text(edits: Iterable[Edit]) -> str:
-    """The content of the file."""
-    return json.dumps({"schema": SCHEMA, "edits": [asdict(edit) for edit in edits]}, indent=2) + "\n"
+def write_history(folder: Path, edits: Iterable[Edit]) -> None:
+    """Write the edits of the checkpoint in a folder, oldest first.
+
+    Raises:
+        WriteError: the file can't be written.
+    """
+    write_checked_json(folder / EDITS, {"schema": SCHEMA, "edits": [asdict(edit) for edit in edits]}, indent=2)
 
 
-def _edit(entry: dict[str, Any]) -> Edit:
-    own = {key: (int(recorded), int(found)) for key, (recorded, found) in entry["own"].items()}
-    return Edit(str(entry["id"]), entry["parent"], str(entry["method"]), own)
+@dataclass(frozen=True)
+class _Saved:
+    schema: Literal[1]
+    edits: list[Edit]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from easyedit_moe.checkpoints.history import EDITS, Edit, history_text, read_history
+from easyedit_moe.checkpoints.history import EDITS, Edit, read_history, write_history
 from easyedit_moe.checkpoints.naming import CheckpointNames
 from easyedit_moe.checkpoints.parameters import StoredParameters
 from easyedit_moe.checkpoints.rewriting import Rewriting
@@ -63,7 +63,7 @@ def revert_patch(patch: Patch, folder: str | Path, out: str | Path, base: str | 
         else:
             _put_back_values(patch, folder, partial, stored, targets, before)
         if left:
-            (partial / EDITS).write_text(history_text(left), encoding="utf-8")
+            write_history(partial, left)
     return out
 
 

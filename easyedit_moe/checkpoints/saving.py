@@ -8,6 +8,7 @@ an edited model is saved onto the checkpoint it came from: files are copied, and
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from easyedit_moe.checkpoints.history import EDITS, Edit, history_text, read_history
+from easyedit_moe.checkpoints.history import Edit, read_history, write_history
 from easyedit_moe.checkpoints.naming import CheckpointNames, Row
 from easyedit_moe.checkpoints.parameters import StoredParameters
 from easyedit_moe.checkpoints.rewriting import Rewriting
@@ -27,6 +28,7 @@ from easyedit_moe.checkpoints.staging import copy_files, new_folder
 from easyedit_moe.errors import CheckpointError, DataError
 from easyedit_moe.moe.hub import find_source
 from easyedit_moe.moe.loading import empty_load, empty_model, quant_method, quiet_transformers
+from easyedit_moe.storage.tensors import system_errors
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +70,7 @@ def save_edited(
         else:
             _save_onto(model, tok, partial, origin, *changes)
         if edits:
-            (partial / EDITS).write_text(history_text([*read_history(origin), *edits]), encoding="utf-8")
+            write_history(partial, [*read_history(origin), *edits])
         check_saved(partial)
     return folder
 
@@ -86,7 +88,7 @@ def check_saved(folder: str | Path, trust_remote_code: bool = False) -> None:
     shapes = {name: (entry.shape, entry.dtype) for name, entry in checkpoint.tensors.items()}
     try:
         model = empty_model(str(folder), trust_remote_code=trust_remote_code)
-        settings = getattr(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code), _QUANTIZED, None)
+        settings = getattr(_config(folder, trust_remote_code), _QUANTIZED, None)
         if settings is not None:
             setattr(model.config, _QUANTIZED, settings)
         _, report = empty_load(model, shapes)
@@ -111,12 +113,20 @@ def source_folder(source: str) -> Path:
         DataError: there is no such folder, and it is not in the cache.
     """
     found = find_source(source)
-    if Path(found.name).is_dir():
+    if os.path.isdir(found.name):
         return Path(found.name)
     try:
         return Path(str(cached_file(found.name, "config.json", local_files_only=True))).parent
     except OSError as error:
         raise DataError(f"{source!r} is no folder and not in the hub's cache: {error}") from error
+
+
+def _config(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The config in a folder; CheckpointError where it can't be read, or has code of its own that is not trusted."""
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        raise CheckpointError(f"The config in {folder} can't be read: {error}") from error
 
 
 def _check_savable(model: nn.Module) -> None:
@@ -132,7 +142,7 @@ def _check_savable(model: nn.Module) -> None:
 
 def _changes(model: PreTrainedModel, origin: Path) -> tuple[StoredParameters, list[tuple[str, Row]]] | None:
     """What of a model differs from the checkpoint it came from; None where that can't hold it bit by bit."""
-    if quant_method(AutoConfig.from_pretrained(origin)) not in (None, "mxfp4"):
+    if quant_method(_config(origin)) not in (None, "mxfp4"):
         return None
     checkpoint = Checkpoint.of_folder(origin)
     stored = StoredParameters(CheckpointNames(origin, checkpoint))
@@ -185,19 +195,23 @@ def _save_onto(
         value = model.get_parameter(name).detach()
         value = value if row is None else value[row]
         parameters.write(name, value.to("cpu", parameters.dtype(name)), row)
-    if not any((origin / file).exists() for file in ("tokenizer.json", "tokenizer_config.json")):
+    if not any(os.path.exists(origin / file) for file in ("tokenizer.json", "tokenizer_config.json")):
         tok.save_pretrained(partial)
 
 
 def _save_dense(model: PreTrainedModel, tok: PreTrainedTokenizerBase, partial: Path, origin: Path) -> None:
     """Write all parameters, in the dtype they have in memory, and what else came with the source."""
-    whole = type(AutoConfig.from_pretrained(origin))
+    whole = type(_config(origin))
     if whole is not type(model.config):
         raise CheckpointError(
             f"{origin} holds more than the {type(model).__name__} in memory, and not in its dtype, so the whole can't "
             "be saved. Load the model in the checkpoint's dtype."
         )
-    with _as_float(model, quant_method(AutoConfig.from_pretrained(origin)) is not None), quiet_transformers():
+    with (
+        _as_float(model, quant_method(_config(origin)) is not None),
+        quiet_transformers(),
+        system_errors(),
+    ):
         model.save_pretrained(partial)
     tok.save_pretrained(partial)
     written = {path.name for path in partial.iterdir()}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -146,9 +147,9 @@ def weight_files(folder: Path) -> list[str]:
         CheckpointError: there is none.
     """
     index = folder / INDEX
-    if (folder / SINGLE).is_file():
+    if os.path.isfile(folder / SINGLE):
         return [SINGLE]
-    if index.is_file():
+    if os.path.isfile(index):
         places = read_json(index).get("weight_map")
         if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
             raise CheckpointError(f"{index} has no weight_map, or one that names no files. Get the file anew.")

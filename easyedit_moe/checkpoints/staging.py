@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,8 @@ from filelock import FileLock, Timeout
 
 from easyedit_moe.checkpoints.shards import read_json
 from easyedit_moe.errors import CheckpointError
+from easyedit_moe.storage import files
+from easyedit_moe.storage.files import check_writable, flush, flush_folder, writing
 
 PARTIAL = ".easyedit_moe_partial"
 BACKUP = "easyedit_moe_backup"
@@ -24,31 +25,26 @@ _NOT_COPIED = {PARTIAL, BACKUP, _LOCK, ".git", ".cache"}
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder beside ``out`` that takes its place, flushed to the disk, if nothing raises inside.
+    """`easyedit_moe.storage.files.new_folder` at a place that `check_free` takes.
 
     Raises:
-        CheckpointError: ``out`` exists and is not an empty folder.
+        CheckpointError: ``out`` exists and is not an empty folder. WriteError: it can't be written.
     """
     check_free(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.partial-"))
-    try:
+    with files.new_folder(out) as partial:
         yield partial
-        mask = os.umask(0)
-        os.umask(mask)
-        partial.chmod(0o777 & ~mask)
-        flush_folder(partial)
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
-        _flush(out.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_free(out: Path) -> None:
-    """Refuse a folder that holds something; CheckpointError."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    """Refuse a folder that holds something, or that can't be made.
+
+    Raises:
+        CheckpointError: it exists and is not an empty folder. WriteError: nothing can be written there.
+    """
+    check_writable(out)
+    with writing(out):
+        taken = os.path.lexists(out) and (not os.path.isdir(out) or any(out.iterdir()))
+    if taken:
         raise CheckpointError(f"{out} exists and is not an empty folder. Give another one, or delete it.")
 
 
@@ -57,7 +53,7 @@ def copy_files(source: Path, target: Path, without: set[str]) -> None:
     for path in sorted(source.iterdir()):
         if path.name in without or path.name in _NOT_COPIED:
             continue
-        if path.is_dir():
+        if os.path.isdir(path):
             shutil.copytree(path, target / path.name)
         else:
             shutil.copy2(path, target / path.name)
@@ -70,20 +66,24 @@ def replacing_in_place(folder: Path, name: str) -> Iterator[Path]:
     All new files are on the disk before the first one is put in place, and a journal says which they are: what is
     interrupted before is undone by `recover`, what is interrupted after is completed by it. Backups lie in
     ``easyedit_moe_backup/<name>``.
+
+    Raises:
+        CheckpointError: another command is at work in this folder. WriteError: the folder can't be written to; its
+            files are as they were.
     """
-    with _locked(folder):
-        partial = folder / PARTIAL
+    partial = folder / PARTIAL
+    with writing(folder, partial), _locked(folder):
         partial.mkdir()
         try:
             yield partial
-            files = sorted(path.name for path in partial.iterdir())
+            names = sorted(path.name for path in partial.iterdir())
             flush_folder(partial)
-            _back_up(folder, files, folder / BACKUP / name)
+            _back_up(folder, names, folder / BACKUP / name)
             journal = partial / f".{_JOURNAL}"
-            journal.write_text(json.dumps({"files": files}), encoding="utf-8")
-            _flush(journal)
+            journal.write_text(json.dumps({"files": names}), encoding="utf-8")
+            flush(journal)
             journal.rename(partial / _JOURNAL)
-            _flush(partial)
+            flush(partial)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -94,44 +94,37 @@ def recover(folder: Path) -> None:
     """Finish or undo an in-place change that was interrupted.
 
     Raises:
-        CheckpointError: another command is at work in this folder.
+        CheckpointError: another command is at work in this folder. WriteError: the folder can't be written to.
     """
-    if (folder / PARTIAL).is_dir():
-        with _locked(folder):
+    if os.path.isdir(folder / PARTIAL):
+        with writing(folder), _locked(folder):
             _complete(folder)
-
-
-def flush_folder(folder: Path) -> None:
-    """Have the system write all files of a folder to the disk."""
-    for path in folder.rglob("*"):
-        _flush(path)
-    _flush(folder)
 
 
 def _complete(folder: Path) -> None:
     partial = folder / PARTIAL
-    if (partial / _JOURNAL).is_file():
+    if os.path.isfile(partial / _JOURNAL):
         for file in read_json(partial / _JOURNAL)["files"]:
-            if (partial / file).exists():
+            if os.path.exists(partial / file):
                 (partial / file).replace(folder / file)
-        _flush(folder)
+        flush(folder)
     shutil.rmtree(partial, ignore_errors=True)
 
 
-def _back_up(folder: Path, files: list[str], backup: Path) -> None:
+def _back_up(folder: Path, names: list[str], backup: Path) -> None:
     """Keep the files that will be replaced. A second name is enough, since they are replaced and not overwritten."""
     backup.mkdir(parents=True, exist_ok=True)
-    for file in files:
+    for file in names:
         old, kept = (folder / file).resolve(), backup / file
-        if not old.exists():
+        if not os.path.exists(old):
             continue
         kept.unlink(missing_ok=True)
         try:
             os.link(old, kept)
         except OSError:
             shutil.copy2(old, kept)
-            _flush(kept)
-    _flush(backup)
+            flush(kept)
+    flush(backup)
 
 
 @contextmanager
@@ -145,11 +138,3 @@ def _locked(folder: Path) -> Iterator[None]:
                 path.unlink(missing_ok=True)
     except Timeout as error:
         raise CheckpointError(f"Another command is changing {folder}; wait until it has ended.") from error
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

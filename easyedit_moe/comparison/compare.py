@@ -18,13 +18,9 @@ from easyedit_moe.comparison.seeds import pooled, seeded
 from easyedit_moe.comparison.task import Task
 from easyedit_moe.editors import Editor, EditResult, Patch, make_editor
 from easyedit_moe.errors import EditingWarning, HyperParamsError
-from easyedit_moe.evaluation.metrics import (
-    EvaluationResult,
-    RoutingSnapshot,
-    evaluate,
-    routing_similarity,
-    routing_snapshot,
-)
+from easyedit_moe.evaluation.context import check_fit
+from easyedit_moe.evaluation.metrics import EvaluationResult, evaluate
+from easyedit_moe.evaluation.routing import RoutingSnapshot, routing_similarity, routing_snapshot
 from easyedit_moe.evaluation.summary import Score
 from easyedit_moe.facts.records import PROTOCOLS
 from easyedit_moe.facts.requests import EditRequest
@@ -157,8 +153,10 @@ class _Judge:
         self.task, self.progress = task, progress
         self.quality = _easyedit_quality(task) if easyedit_metrics else None
         edited = [record.request.prompt for record in task.records]
-        kept = sorted({prompt for record in task.records for prompt, _ in record.neighbours})
-        self._prompts = {"edit": edited, "preservation": kept or edited}
+        near = sorted({prompt for record in task.records for prompt, _ in record.neighbours})
+        self._prompts = {"edit": edited, "preservation": list(task.preserved) or near or edited}
+        asked = [prompt for prompts in self._prompts.values() for prompt in prompts]
+        check_fit(task.model, task.tok, [(prompt, "") for prompt in (*asked, *near)], task.chat)
         self._before = {name: self._snapshot(name) for name in self._prompts}
 
     def _snapshot(self, name: str) -> RoutingSnapshot:
@@ -219,6 +217,7 @@ def _run_method(
     memory, reached = None, None
     patches: list[Patch] = []
     told: list[str] = []
+    editor.check_requests(model, task.tok, [record.request for record in task.records])
     targets.before(editor)
     with _restored(model, patches):
         for start in range(0, len(task.records), task.batch_size):

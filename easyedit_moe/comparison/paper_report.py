@@ -5,19 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from easyedit_moe.comparison import report
-from easyedit_moe.comparison.compare import PRE_EDIT, Comparison, Row
+from easyedit_moe.comparison.compare import Comparison
+from easyedit_moe.comparison.differences import differences, said
 from easyedit_moe.comparison.papers import TABLES, PaperTable
+from easyedit_moe.comparison.rows import PRE_EDIT, Row
 from easyedit_moe.comparison.saved import save_rows
+from easyedit_moe.evaluation.routing import NAMES as WINDOWS
 from easyedit_moe.facts.records import PROTOCOLS
-from easyedit_moe.storage.files import replacing
+from easyedit_moe.storage.figures import save_figure
+from easyedit_moe.storage.files import write_text
 
-WINDOWS = ("early", "middle", "late")
 PROMPTS = ("edit", "preservation")
 """What routing is compared on: prompts that are edited, and those that are to stay as they are."""
-SIMILARITY = "mean Jaccard similarity of the routed expert sets before and after, by windows of layers"
+SIMILARITY = (
+    "mean Jaccard similarity of the routed expert sets before and after at the last token, by windows of layers"
+)
 PUBLISHED = ("efficacy", "generalisation", "specificity")
 _LEFT = ("code", "edits")
 
@@ -50,18 +54,18 @@ def lines(table: PaperTable, comparison: Comparison) -> list[list[str]]:
     """The cells of every row."""
     found = (comparison.provenance.get("published") or {}).get("figures")
     out = []
-    for row in comparison.rows:
-        known = _cells(row)
+    for row, differs in zip(comparison.rows, differences(comparison.rows), strict=True):
+        known = _cells(row, said(differs))
         cells = [row.method]
         for column in table.columns:
-            cells += _routing(row, comparison) if column == "routing" else [known[column]]
+            cells += _routing(row) if column == "routing" else [known[column]]
         out.append(cells if found is None else [*cells, *_published(found.get(row.method))])
     return out
 
 
-def _cells(row: Row) -> dict[str, str]:
+def _cells(row: Row, differs: str) -> dict[str, str]:
     seconds = row.seconds
-    known = dict(zip(report.COLUMNS, report.cells(row), strict=True))
+    known = dict(zip(report.COLUMNS, report.cells(row, differs), strict=True))
     total = seconds["solve"] + seconds["write"]
     return {**known, "statistics s": f"{seconds['statistics']:.1f}", "total s": f"{total:.2f}"}
 
@@ -73,25 +77,15 @@ def _published(figures: Mapping[str, float] | None) -> list[str]:
 
 
 def _windows(comparison: Comparison) -> list[str]:
-    windows = comparison.provenance.get("routing_windows")
-    names = [f"{first}-{last}" for first, last in windows] if windows else WINDOWS
+    """Columns of both sets of prompts: each window with its layers, where the rows say which (schema 2), and all."""
+    found = comparison.rows[0].routing[PROMPTS[0]].get("windows") if comparison.rows else None
+    names = ["{} {}-{}".format(name, *found[name]) for name in WINDOWS] if found else WINDOWS
     return [f"{prompts}, {name}" for prompts in PROMPTS for name in (*names, "all layers")]
 
 
-def _routing(row: Row, comparison: Comparison) -> list[str]:
-    windows = comparison.provenance.get("routing_windows")
-    values = []
-    for prompts in PROMPTS:
-        found = row.routing[prompts]
-        by_window = [_mean_of(found, *window) for window in windows] if windows else [found[name] for name in WINDOWS]
-        values += [*by_window, found["mean"]]
+def _routing(row: Row) -> list[str]:
+    values = [row.routing[prompts][name] for prompts in PROMPTS for name in (*WINDOWS, "mean")]
     return ["-" if value is None or math.isnan(value) else f"{value:.1f}" for value in values]
-
-
-def _mean_of(routing: Mapping[str, Any], first: int, last: int) -> float | None:
-    """Over the layers of a window that the model has."""
-    values = [value for layer, value in routing["per_layer"].items() if first <= layer <= last]
-    return sum(values) / len(values) if values else None
 
 
 def markdown(comparison: Comparison) -> str:
@@ -102,6 +96,8 @@ def markdown(comparison: Comparison) -> str:
     notes = [f"Left out: {line}" for line in comparison.provenance.get("left_out", [])]
     if comparison.provenance.get("published"):
         notes.append("Published: arXiv 2605.16686; its seconds are not of this machine.")
+    if "routing" not in table.columns:
+        notes += report.notes(comparison)
     return text + "".join(f"\n{note}\n" for note in notes)
 
 
@@ -115,8 +111,7 @@ def write_table(comparison: Comparison, folder: Path) -> list[Path]:
     table = TABLES[comparison.provenance["table"]]
     path = folder / "table.md"
     paths = [save_rows(comparison, folder), path, folder / "comparison.png"]
-    with replacing(path) as partial:
-        partial.write_text(markdown(comparison), encoding="utf-8")
+    write_text(path, markdown(comparison))
     chart = routing_chart if "routing" in table.columns else report.chart
     chart(comparison, paths[-1])
     return paths
@@ -139,6 +134,4 @@ def routing_chart(comparison: Comparison, path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("Jaccard similarity of the routed experts, percent")
     axes[0].legend(frameon=False)
-    with replacing(path) as partial:
-        figure.savefig(partial, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path)

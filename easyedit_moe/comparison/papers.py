@@ -58,7 +58,7 @@ class PaperTable:
         return f"Table {self.name}: {self.title}" if self.name.isdecimal() else self.title
 
 
-_SCORES = ("efficacy", "generalisation", "specificity", "utility")
+_SCORES = ("efficacy", "generalisation", "specificity", "utility", "differs from the best")
 _SECONDS = ("targets s", "statistics s", "solve s", "write s", "total s")
 
 # The paper's whole setting of MoTE. Lambda, eps, layers and null space are the model's, and in its file.
@@ -124,14 +124,6 @@ def find_tables(names: Sequence[str]) -> list[PaperTable]:
         found = f"There is no table {unknown[0]!r}.{hint}" if unknown else "Name at least one table."
         raise DataError(f"{found} There are {', '.join(TABLES)}.")
     return [TABLES[name] for name in dict.fromkeys(names)]
-
-
-ROUTING_WINDOWS: Mapping[str, tuple[tuple[int, int], ...]] = {
-    "qwen3-30b-a3b": ((11, 20), (21, 30), (31, 40)),
-    "qwen3.6-35b-a3b": ((11, 20), (21, 30), (31, 40)),
-    "gpt-oss-20b": ((5, 9), (10, 14), (15, 19)),
-}
-"""Model -> first and last layer of the paper's early, middle and late windows; others have thirds of their layers."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -14,11 +13,11 @@ from easyedit_moe.comparison.compare import Comparison
 from easyedit_moe.comparison.differences import MEANING, differences, said
 from easyedit_moe.comparison.rows import SCORES, Row
 from easyedit_moe.comparison.saved import save_rows
-from easyedit_moe.errors import DataError
 from easyedit_moe.evaluation.summary import Score, legend, shown
 from easyedit_moe.facts.records import PROTOCOLS
 from easyedit_moe.host.baseline_hparams import PROTOCOL
-from easyedit_moe.storage.files import replacing
+from easyedit_moe.storage.figures import save_figure
+from easyedit_moe.storage.files import check_writable, make_folder, write_text
 
 COLUMNS = (
     "method", "code", "edits", "protocol", "efficacy", "generalisation", "specificity", "utility",
@@ -115,29 +114,18 @@ def check_folder(out: str | Path) -> Path:
     """The folder for results, made if need be.
 
     Raises:
-        DataError: it can't be made or written to.
+        WriteError: it can't be made or written to.
     """
-    folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"The output folder {folder} can't be made: {error}") from error
-    if not os.access(folder, os.W_OK):
-        raise DataError(f"The output folder {folder} is not writable.")
+    folder = make_folder(out)
+    check_writable(folder / "results.json")
     return folder
 
 
 def write_results(comparison: Comparison, folder: Path) -> list[Path]:
     """Write ``results.json``, ``table.md`` and ``comparison.png``; each in full or not at all."""
-    paths = [save_rows(comparison, folder), _write(folder / "table.md", markdown(comparison))]
+    paths = [save_rows(comparison, folder), write_text(folder / "table.md", markdown(comparison))]
     chart(comparison, folder / "comparison.png")
     return [*paths, folder / "comparison.png"]
-
-
-def _write(path: Path, text: str) -> Path:
-    with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
-    return path
 
 
 def _reach(score: Score) -> tuple[float, float]:
@@ -185,6 +173,4 @@ def chart(comparison: Comparison, path: Path) -> None:
     times.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=3, frameon=False)
     for axis in (scores, times):
         axis.spines[["top", "right"]].set_visible(False)
-    with replacing(path) as partial:
-        figure.savefig(partial, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from easyedit_moe.comparison.compare import Comparison
 from easyedit_moe.comparison.ready import READY
@@ -14,14 +14,16 @@ from easyedit_moe.comparison.rows import PRE_EDIT, SCORES, Row
 from easyedit_moe.errors import DataError
 from easyedit_moe.evaluation.metrics import EvaluationResult
 from easyedit_moe.evaluation.summary import Score
-from easyedit_moe.storage.strict_json import json_text, read_json, write_json
+from easyedit_moe.storage.schema import content_of, read_record, read_value
+from easyedit_moe.storage.strict_json import finite, json_text, read_checked_json, write_checked_json
 
 RESULTS = "results.json"
+_ADVICE = "it is no result of compare; choose another --out, or leave --resume out to write it anew"
 
 
 def save_rows(comparison: Comparison, folder: Path) -> Path:
     """Write ``results.json``, in full or not at all; its ``state`` says whether all rows are there."""
-    return write_json(folder / RESULTS, comparison.to_dict())
+    return write_checked_json(folder / RESULTS, comparison.to_dict())
 
 
 def earlier_rows(folder: Path, provenance: Mapping[str, Any], wanted: Sequence[str]) -> list[Row]:
@@ -60,37 +62,94 @@ def earlier_rows(folder: Path, provenance: Mapping[str, Any], wanted: Sequence[s
 
 
 def read_results(path: Path) -> Comparison:
-    """What a ``results.json`` holds.
+    """What a ``results.json`` holds, of schema 1 or 2.
 
     Raises:
-        DataError: it can't be read, or is something else.
+        DataError: it can't be read, is not what was written, or is something else.
     """
-    saved = read_json(path)
-    try:
-        about = saved["provenance"]
-        rows = tuple(row_of(values, about["protocol"]) for values in saved["rows"])
-        return Comparison(rows, about, complete=saved["state"] == "complete")
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is no result of compare ({error!r}); choose another --out.") from error
+    content = read_checked_json(path, DataError, _ADVICE)
+    with content_of(path, DataError, _ADVICE):
+        saved = read_record(content, _Saved)
+        protocol = read_value(saved.provenance.get("protocol"), str, "its provenance.protocol")
+        rows = tuple(_row(row, protocol) for row in saved.rows)
+    return Comparison(rows, saved.provenance, complete=saved.state == "complete")
 
 
 def row_of(values: Mapping[str, Any], protocol: str) -> Row:
-    """The row that ``Row.to_dict`` made ``values`` of, read back from JSON of schema 1 or 2."""
-    own = {item.name for item in fields(Row)}
-    read: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name in own}
-    read["scores"] = EvaluationResult(protocol, **{name: _score(values[name]) for name in SCORES})
-    read["routing"] = {name: _routing(found) for name, found in values["routing_similarity"].items()}
-    if values["easyedit"] is not None:
-        read["easyedit"] = {name: _score(found) for name, found in values["easyedit"].items()}
-    return Row(**read)
+    """The row that ``Row.to_dict`` made ``values`` of, read back from JSON of schema 1 or 2.
+
+    Raises:
+        ValueError: values that a row has not, or lacks.
+    """
+    return _row(read_record(finite(values), _SavedRow, "a row"), protocol)
 
 
-def _score(values: Mapping[str, Any]) -> Score:
+@dataclass(frozen=True)
+class _SavedScore:
     """Of either schema: in the first there were neither intervals nor values."""
-    mean, stderr = (math.nan if values[name] is None else values[name] for name in ("mean", "stderr"))
-    interval = (values.get("low"), values.get("high"), values.get("interval", ""))
-    return Score(mean, stderr, values["count"], *interval, tuple(values.get("values", ())))
+
+    mean: float | None
+    stderr: float | None
+    count: int
+    low: float | None = None
+    high: float | None = None
+    interval: str = ""
+    values: tuple[float | None, ...] = ()
+
+    def score(self) -> Score:
+        mean, stderr = (math.nan if value is None else value for value in (self.mean, self.stderr))
+        return Score(mean, stderr, self.count, self.low, self.high, self.interval, self.values)
 
 
-def _routing(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {**values, "per_layer": {int(layer): value for layer, value in values["per_layer"].items()}}
+@dataclass(frozen=True)
+class _SavedRow:
+    """As `Row.to_dict` has it, with what `Comparison.to_dict` adds."""
+
+    method: str
+    edits: str
+    code: str
+    efficacy: _SavedScore
+    generalisation: _SavedScore
+    specificity: _SavedScore
+    utility: _SavedScore
+    exact_match: _SavedScore
+    routing_similarity: dict[str, dict[str, Any]]
+    seconds: dict[str, float]
+    peak_memory_bytes: int
+    targets_reached: int | None
+    rounding_loss: float | None
+    easyedit: dict[str, _SavedScore] | None
+    hparams: dict[str, Any]
+    warnings: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()
+    per_seed: tuple[dict[str, float | None], ...] = ()
+    protocol: str = ""
+    differs_from_best: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """Content of ``results.json``."""
+
+    schema: Literal[1, 2]
+    state: Literal["complete", "interrupted"]
+    rows: list[_SavedRow]
+    provenance: dict[str, Any]
+
+
+def _row(saved: _SavedRow, protocol: str) -> Row:
+    own = {item.name for item in fields(Row)} - {"easyedit"}
+    easyedit = saved.easyedit
+    return Row(
+        **{name: value for name, value in vars(saved).items() if name in own},
+        scores=EvaluationResult(protocol, **{name: getattr(saved, name).score() for name in SCORES}),
+        routing={name: _routing(name, found) for name, found in saved.routing_similarity.items()},
+        easyedit=None if easyedit is None else {name: found.score() for name, found in easyedit.items()},
+    )
+
+
+def _routing(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    where = f"routing_similarity.{name}"
+    mean = read_value(values.get("mean"), float | None, f"{where}.mean")
+    per_layer = read_value(values.get("per_layer"), dict[int, float | None], f"{where}.per_layer")
+    return {**values, "mean": mean, "per_layer": per_layer}

@@ -22,10 +22,16 @@ from easyedit_moe.statistics.corpus import corpus_hash
 
 logger = logging.getLogger(__name__)
 
+PRESERVED = 1000
+"""Other edits whose routing is watched. Papers: 1000."""
+
 
 @dataclass(frozen=True)
 class Task:
-    """What a comparison runs on: a loaded model and the records to edit and judge, in a chat or as plain text."""
+    """What a comparison runs on: a loaded model and the records to edit and judge, in a chat or as plain text.
+
+    ``preserved`` are prompts whose routing should stay as it is; without any, the records' neighbours are taken.
+    """
 
     model: nn.Module
     tok: PreTrainedTokenizerBase
@@ -34,6 +40,7 @@ class Task:
     batch_size: int
     provenance: dict[str, Any]
     chat: bool = False
+    preserved: tuple[str, ...] = ()
 
 
 def load_task(
@@ -47,19 +54,21 @@ def load_task(
         DataError: unusable data or model, or fewer records than asked for. HyperParamsError: bad dtype or device.
     """
     found, records = _chosen(data, edits, skip, batch_size, protocol)
+    preserved = _preserved(found, records)
     with library_bars(progress):
         model, tok = load_model(model_name, dtype, device, model_parallel, trust_remote_code=trust_remote_code)
     provenance = {
         "model": model_name,
         "model_fingerprint": model_fingerprint(MoELayerView(model)),
-        **_about(data, found, records, skip),
+        **_about(data, found, records, skip, preserved),
         "batch_size": batch_size,
         **({"chat": True} if chat else {}),
         "dtype": dtype,
         "device": str(device),
         "versions": versions(),
     }
-    return Task(model, tok, answered(model, tok, records, chat), found.protocol, batch_size, provenance, chat)
+    judged = answered(model, tok, records, chat)
+    return Task(model, tok, judged, found.protocol, batch_size, provenance, chat, preserved)
 
 
 def with_data(task: Task, data: str, edits: int, skip: int = 0) -> Task:
@@ -69,9 +78,10 @@ def with_data(task: Task, data: str, edits: int, skip: int = 0) -> Task:
         DataError: unusable data, or fewer records than asked for.
     """
     found, records = _chosen(data, edits, skip, task.batch_size)
-    provenance = {**task.provenance, **_about(data, found, records, skip)}
+    preserved = _preserved(found, records)
+    provenance = {**task.provenance, **_about(data, found, records, skip, preserved)}
     judged = answered(task.model, task.tok, records, task.chat)
-    return replace(task, records=judged, protocol=found.protocol, provenance=provenance)
+    return replace(task, records=judged, protocol=found.protocol, provenance=provenance, preserved=preserved)
 
 
 def _chosen(
@@ -92,7 +102,16 @@ def _chosen(
     return found, records
 
 
-def _about(data: str, found: RecordSet, records: Sequence[EvaluationRecord], skip: int) -> dict[str, Any]:
+def _preserved(found: RecordSet, records: Sequence[EvaluationRecord]) -> tuple[str, ...]:
+    """Prompts of the first other edits of the file, as the papers' preservation set has them."""
+    edited = {record.request.prompt for record in records}
+    others = dict.fromkeys(record.request.prompt for record in found.records if record.request.prompt not in edited)
+    return tuple(others)[:PRESERVED]
+
+
+def _about(
+    data: str, found: RecordSet, records: Sequence[EvaluationRecord], skip: int, preserved: Sequence[str]
+) -> dict[str, Any]:
     return {
         "data": data,
         "data_hash": corpus_hash([repr(record) for record in records]),
@@ -100,4 +119,5 @@ def _about(data: str, found: RecordSet, records: Sequence[EvaluationRecord], ski
         "edits": len(records),
         "skip": skip,
         "skipped_records": len(found.skipped),
+        "preserved_prompts": len(preserved),
     }

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from easyedit_moe.errors import DataError
 from easyedit_moe.facts.records import EvaluationRecord
-from easyedit_moe.storage.strict_json import read_json
-from easyedit_moe.storage.tensors import digest
+from easyedit_moe.storage.schema import content_of, read_value
+from easyedit_moe.storage.strict_json import digest, read_checked_json
 
+_ADVICE = "delete it, or run tune again"
 TUNING = "tuning.json"
 """File beside the tuned settings: the records that were used, and all trials."""
 
@@ -31,13 +33,12 @@ def check_held_out(hparams: str | Path | None, records: Sequence[EvaluationRecor
     """
     if hparams is None:
         return
-    path = (Path(hparams) if Path(hparams).is_dir() else Path(hparams).parent) / TUNING
-    if not path.is_file():
+    path = (Path(hparams) if os.path.isdir(hparams) else Path(hparams).parent) / TUNING
+    if not os.path.isfile(path):
         return
-    saved = read_json(path)
-    used = saved.get("records") if isinstance(saved, dict) else None
-    if not isinstance(used, list):
-        raise DataError(f"{path} does not say which records were used for tuning; delete it, or run tune again.")
+    saved = read_checked_json(path, DataError, _ADVICE)
+    with content_of(path, DataError, f"it does not say which records were used for tuning; {_ADVICE}"):
+        used = read_value(saved.get("records"), list[str], "records")
     seen = [record for record in records if record_hash(record) in set(used)]
     if seen:
         raise DataError(

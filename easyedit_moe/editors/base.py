@@ -17,11 +17,13 @@ from easyedit_moe.editors.keywords import check_keywords
 from easyedit_moe.editors.planner import MemoryPlan, Workload
 from easyedit_moe.editors.remembering import remember, remember_copy, remembered
 from easyedit_moe.errors import HyperParamsError, RequestError
+from easyedit_moe.evaluation.context import check_fit
 from easyedit_moe.facts.requests import EditRequest, check_batch, parse_requests
 from easyedit_moe.hparams import MoEHyperParams, hyperparams_class, presets
 from easyedit_moe.moe.holding import held, intact
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.patches.weights import WeightPatch
+from easyedit_moe.targets.search import fact_contexts
 
 APPLY_KEYWORDS = ("model", "tok", "requests", "hparams", "copy", "return_orig_weights", "keep_original_weight")
 """What EasyEdit's ``apply_algo`` is called with."""
@@ -212,7 +214,7 @@ class Editor(ABC):
         `EditingWarning`), naming the setting to change.
         """
         check_batch(requests)
-        self.check_subjects(requests)
+        self.check_requests(model, tok, requests)
         if targets is not None and self.target_settings() is None:
             raise RequestError(f"{self.method} has no target vectors; found {type(targets).__name__}.")
         if targets is not None and len(targets.delta) != len(requests):
@@ -227,6 +229,21 @@ class Editor(ABC):
 
     def _forget(self) -> None:
         self.newest = None
+
+    def check_requests(self, model: nn.Module, tok: PreTrainedTokenizerBase, requests: Sequence[EditRequest]) -> None:
+        """Refuse what `edit` would refuse of these requests, by what is known without a forward.
+
+        Raises:
+            RequestError: as `check_subjects`; a prompt that does not fit the model's context with a context prefix and
+                its target; a subject or a chat template that is not found.
+        """
+        self.check_subjects(requests)
+        chat, prefixes = getattr(self.hparams, "chat", False), getattr(self.hparams, "context_prefixes", ())
+        place = getattr(self.hparams, "fact_token", "last") if self.needs_subject() else "last"
+        texts = [(prefix + one.prompt, one.target_new) for one in requests for prefix in ("", *prefixes)]
+        check_fit(model, tok, texts, chat)
+        for request in requests:
+            fact_contexts(tok, request, prefixes, place, chat)
 
     def check_subjects(self, requests: Sequence[EditRequest]) -> None:
         """Refuse facts without a subject, unless the method as it is set does not use it.

@@ -32,8 +32,8 @@ HARDLY = 0.9
 
 SETTINGS = (
     "lambda_reg", "lambda_relative", "metric", "nullspace_threshold", "nullspace_relative", "nullspace_energy",
-    "nullspace_rank", "low_coverage", "min_coverage", "spread", "variant", "rank_in", "num_passes", "lr", "num_steps",
-    "optim_num_step", "steps", "early_stop_loss", "norm_constraint",
+    "nullspace_rank", "low_coverage", "min_coverage", "spread", "variant", "rank_in", "tucker_energy", "num_passes",
+    "lr", "num_steps", "optim_num_step", "steps", "early_stop_loss", "norm_constraint",
 )  # fmt: skip
 """Hyper-parameters that warnings name; a diagnosis keeps those that its method has."""
 
@@ -294,7 +294,8 @@ def _why_not_as_solved(d: EditDiagnosis) -> str:
 
 
 def _why_not_solved(d: EditDiagnosis, layer: LayerDiagnosis) -> str:
-    raised = ["rank_in, rank_out and rank_expert"] if "rank_in" in d.settings else []
+    ranks = "tucker_energy" if d.settings.get("tucker_energy") else "rank_in, rank_out and rank_expert"
+    raised = [ranks] if "rank_in" in d.settings else []
     raised += ["num_passes"] if "num_passes" in d.settings else []
     may = [f"raise {' or '.join(raised)}"] if raised else []
     if d.settings.get("metric") == "nullspace":

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from easyedit_moe.algebra.ranks import resolve_rank
 from easyedit_moe.algebra.tucker import CHUNK_NUMBERS
 from easyedit_moe.errors import DenseModelError, HyperParamsError, LayoutError
 from easyedit_moe.hparams import MoTEHyperParams, SolverHyperParams
@@ -288,11 +287,9 @@ def metric_stage(shapes: Shapes, hparams: SolverHyperParams) -> Stage:
 
 
 def _ranks(shapes: Shapes, hparams: MoTEHyperParams) -> tuple[int, int, int]:
-    return (
-        resolve_rank(hparams.expert_rank, shapes.experts, "rank_expert"),
-        resolve_rank(hparams.rank_out, shapes.d_model, "rank_out"),
-        resolve_rank(hparams.rank_in, shapes.d_hidden, "rank_in"),
-    )
+    """Those of the hparams; all of each mode where only the weights tell them."""
+    sizes = (shapes.experts, shapes.d_model, shapes.d_hidden)
+    return hparams.ranks(*sizes) or sizes
 
 
 def basis_stage(shapes: Shapes, hparams: MoTEHyperParams, chunk_numbers: int) -> Stage:

@@ -32,7 +32,7 @@ from easyedit_moe.hparams import (
     presets,
 )
 from easyedit_moe.hparams.files import read_layers
-from easyedit_moe.hparams.models import OUTLINES
+from easyedit_moe.hparams.models import OUTLINES, outline
 from easyedit_moe.hparams.sites import CALLED, EXPERTS, SITES
 from easyedit_moe.hparams.sources import descriptions, origin, yaml_comments
 from easyedit_moe.moe.config import model_config, text_config
@@ -62,6 +62,11 @@ _SHOWN = (
     "optim_num_step", "preserve_n_samples", "num_experts", "top_k", "expert_width", "steps", "locality_weight",
 )  # fmt: skip
 """Fields that are written out even where they have their default: those that one would want to change."""
+LAMBDA_RELATIVE, NULLSPACE_RANK = 0.1, 0.75
+"""Of models that no paper has values for; on the bundled one utility hardly changes from 0.01 to 0.3 of the first."""
+_SCALE_FREE = "absolute values carry over to no other model (docs/results.md, scale-free settings)"
+_EXCLUDED = {"lambda_relative": ("lambda_reg",), "nullspace_rank": ("nullspace_threshold", "nullspace_relative")}
+"""What a setting replaces."""
 _CHUNKS = ("target_batch_size", "capture_batch_size", "train_batch_size", "locality_batch_size")
 
 
@@ -190,6 +195,7 @@ class _Proposing:
         self._take([*nearest, *self._defaults({one.name for one in nearest})])
         where = layers or self._layers()
         self._take([Chosen("model_name", self.model, ""), dtype, where, *self._texts(), *self._sizes()])
+        self._replace(self._scale_free())
         self._take(self._of_facts())
         if self.site != EXPERTS:
             self._take([Chosen("site", self.site, "asked for")])
@@ -204,6 +210,24 @@ class _Proposing:
     def _take(self, chosen: Iterable[Chosen]) -> None:
         """Later ones count more; a value that the method itself sets is left to it."""
         self.found |= {one.name: one for one in chosen if one.name in self.fields and one.name not in self.row.fixed}
+
+    def _replace(self, chosen: Iterable[Chosen]) -> None:
+        """As `_take`, with what the chosen settings exclude left out."""
+        for one in chosen:
+            for name in _EXCLUDED[one.name]:
+                self.found.pop(name, None)
+            self._take([one])
+
+    def _scale_free(self) -> list[Chosen]:
+        """Ridge and null space in the model's own units, unless it is one that a YAML has values for."""
+        known = outline(model_config(self.empty).to_dict()) in OUTLINES.values()
+        metric = self.row.fixed.get("metric", self.cls.metric if issubclass(self.cls, SolverHyperParams) else None)
+        if known or metric not in ("identity", "nullspace"):  # of a covariance metric the ridge is in its units already
+            return []
+        chosen = [Chosen("lambda_relative", LAMBDA_RELATIVE, f"ours: {_SCALE_FREE}")]
+        if metric == "nullspace":
+            chosen.append(Chosen("nullspace_rank", NULLSPACE_RANK, f"ours: a share of h; {_SCALE_FREE}"))
+        return chosen
 
     def _nearest(self) -> list[Chosen]:
         """What the YAML of the nearest model says, small or of the same architecture, that depends on no size of it."""
@@ -225,14 +249,12 @@ class _Proposing:
     def _defaults(self, known: set[str]) -> list[Chosen]:
         """Fields that are shown whatever they are, where the nearest YAML, whose names are ``known``, is silent."""
         told = descriptions(self.cls)
-        own = {item.name: item for item in fields(self.cls)}
-        chosen = []
-        for name in _SHOWN:
-            if name in own and name not in known:
-                item: Any = own[name]
-                value = item.default_factory() if callable(item.default_factory) else item.default
-                chosen.append(Chosen(name, value, f"default. {origin(told.get(name, ''))}"))
-        return chosen
+        plain = self.cls.from_dict({"alg_name": self.method, "model_name": self.model, "layers": [0]})
+        return [
+            Chosen(name, getattr(plain, name), f"default. {origin(told.get(name, ''))}")
+            for name in _SHOWN
+            if name in self.fields and name not in known
+        ]
 
     def _layers(self) -> Chosen:
         window = critical_layers(self.depth, self.moe_layers)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from easyedit_moe.algebra.ranks import resolve_rank
 from easyedit_moe.editors.planner import shapes_of
 from easyedit_moe.hparams import MoTEHyperParams, SolverHyperParams
 from easyedit_moe.moe.layers import MoELayerView, decoder_stack
@@ -61,8 +60,8 @@ def plan_statistics(hparams: Any, model: nn.Module) -> StatisticsPlan | None:
     item = 8 if hp.mom2_dtype == "float64" else 4
     disk = item * (e * h * h + d * d) + 8 * e
     if isinstance(hp, MoTEHyperParams):
-        pairs = ((hp.expert_rank, e, "rank_expert"), (hp.rank_out, d, "rank_out"), (hp.rank_in, h, "rank_in"))
-        disk += 8 * sum(size * resolve_rank(rank, size, name) for rank, size, name in pairs)
+        sizes = (e, d, h)
+        disk += 8 * sum(size * rank for size, rank in zip(sizes, hp.ranks(*sizes) or sizes, strict=True))
     sampled = hp.mom2_dataset == GENERATED
     most = hp.mom2_n_samples * (min(hp.max_length, hp.generated_length) if sampled else hp.max_length)
     if hp.mom2_n_tokens is not None and not sampled:

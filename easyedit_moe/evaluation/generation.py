@@ -12,8 +12,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.errors import RequestError
+from easyedit_moe.evaluation.context import check_fit
 from easyedit_moe.facts.tokens import decode, encode_context
 from easyedit_moe.moe.capture import inference_mode_of, model_device
+from easyedit_moe.moe.config import context_length
 from easyedit_moe.progress import progress_bar
 
 MAX_NEW_TOKENS = 16
@@ -94,16 +96,18 @@ def generate_answers(
         model: any causal language model of transformers.
         tok: its tokenizer.
         prompts: texts, or with ``chat`` the user's turns.
-        max_new_tokens: most tokens of an answer.
+        max_new_tokens: most tokens of an answer, which also ends where the model's context does.
         chat: put each prompt into the tokenizer's chat template.
         sampling: greedy by default.
         batch_size: prompts at a time.
         progress: show a bar.
 
     Raises:
-        RequestError: a limit below 1, a prompt without tokens, or ``chat`` with a tokenizer that has no template.
+        RequestError: a limit below 1, a prompt without tokens or one that fills the model's context, or ``chat`` with a
+            tokenizer that has no template.
     """
     check_limit(max_new_tokens)
+    check_fit(model, tok, [(prompt, "") for prompt in prompts], chat)
     rows = [encode_context(tok, prompt, chat) for prompt in prompts]
     by_length: dict[int, list[int]] = defaultdict(list)
     for number, ids in enumerate(rows):
@@ -139,6 +143,9 @@ def _generated(
     sampling: Sampling,
 ) -> list[Answer]:
     ids = torch.tensor(rows, device=model_device(model))
+    limit = context_length(model)
+    if limit is not None:
+        max_new_tokens = min(max_new_tokens, limit - ids.shape[1] + 1)
     generate: Any = model.generate
     with torch.no_grad():
         out = generate(

@@ -1,4 +1,4 @@
-"""Efficacy, generalisation, specificity, utility by the papers' protocols, with intervals; routing similarity.
+"""Efficacy, generalisation, specificity, utility by the papers' protocols, with intervals.
 
 All numbers are teacher-forced. ``exact_match`` stands beside them: whether free greedy generation after the prompt
 writes the new target.
@@ -6,12 +6,11 @@ writes the new target.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.errors import DataError
@@ -19,9 +18,6 @@ from easyedit_moe.evaluation.scoring import TargetScore, score_targets
 from easyedit_moe.evaluation.summary import Score
 from easyedit_moe.facts.records import PROTOCOLS, EvaluationRecord
 from easyedit_moe.facts.requests import EditRequest
-from easyedit_moe.facts.tokens import collate, encode_context, pad_id
-from easyedit_moe.moe.capture import Routing, hooks, inference_mode_of, read_routing, run
-from easyedit_moe.moe.layers import MoELayerView
 
 
 @dataclass(frozen=True)
@@ -126,56 +122,3 @@ def _judge_tokens(record: EvaluationRecord, scores: _Scores) -> _Row:
 
 def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
-
-
-@dataclass(frozen=True)
-class RoutingSnapshot:
-    """Experts picked for every token of some prompts: per MoE layer, ``[N, E]`` bool."""
-
-    picked: dict[int, Tensor]
-
-
-def routing_snapshot(
-    model: nn.Module, tok: PreTrainedTokenizerBase, prompts: Sequence[str], batch_size: int = 64, chat: bool = False
-) -> RoutingSnapshot:
-    """The top-K expert sets of every token of ``prompts``, at every MoE layer; see `evaluate` for ``chat``."""
-    view = MoELayerView(model)
-    sequences = [encode_context(tok, prompt, chat) for prompt in prompts]
-    parts: dict[int, list[Tensor]] = {index: [] for index in view.layers}
-    real: list[Tensor] = []
-
-    def receive(index: int, experts: int) -> Callable[[Routing], None]:
-        def keep(routing: Routing) -> None:
-            rows = real[-1].to(routing.expert.device)
-            expert, gate = routing.expert[rows], routing.gate[rows]
-            token, slot = torch.nonzero(gate, as_tuple=True)
-            picked = torch.zeros(len(rows), experts, dtype=torch.bool, device=rows.device)
-            picked[token, expert[token, slot]] = True
-            parts[index].append(picked.cpu())
-
-        return keep
-
-    with inference_mode_of(model), hooks() as handles:
-        for index, moe in view.layers.items():
-            handles.append(read_routing(moe, receive(index, moe.experts.layout.num_experts)))
-        for start in range(0, len(sequences), batch_size):
-            batch = collate(sequences[start : start + batch_size], pad_id(tok))
-            real.append(torch.nonzero(batch.mask.reshape(-1)).squeeze(1))
-            run(model, batch)
-    return RoutingSnapshot({index: torch.cat(chunks) for index, chunks in parts.items()})
-
-
-def routing_similarity(before: RoutingSnapshot, after: RoutingSnapshot) -> dict[str, Any]:
-    """Mean Jaccard similarity of the expert sets, in percent: per layer, per third of the layers, and overall."""
-    per_layer = {}
-    for index, old in before.picked.items():
-        new = after.picked[index]
-        shared, union = (old & new).sum(1).float(), (old | new).sum(1).float()
-        per_layer[index] = float(100 * (shared / union.clamp_min(1)).mean())
-    values = list(per_layer.values())
-    n = len(values)
-    cuts = [0, max(1, round(n / 3)), max(1, round(2 * n / 3)), n]
-    windows = {
-        name: _mean(values[a:b]) for name, a, b in zip(("early", "middle", "late"), cuts, cuts[1:], strict=False)
-    }
-    return {"mean": _mean(values), **windows, "per_layer": per_layer}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from easyedit_moe.evaluation.context import check_fit
 from easyedit_moe.facts.tokens import collate, cut_context, encode_pair, pad_id
 from easyedit_moe.moe.capture import hooks, inference_mode_of, model_device
 from easyedit_moe.moe.embeddings import output_embeddings
@@ -67,8 +68,11 @@ def score_targets(
     ``chat`` each prompt is the user's turn in the tokenizer's template, and the target the beginning of the answer.
 
     Raises:
-        RequestError: a blank target, or ``chat`` without a template.
+        RequestError: a blank target, a prompt that does not fit the model's context and is not cut, or ``chat`` without
+            a template. Nothing is computed then.
     """
+    if max_length is None:
+        check_fit(model, tok, pairs, chat)
     rows = []
     for prompt, target in pairs:
         ids, labels = encode_pair(tok, prompt, target, chat=chat)

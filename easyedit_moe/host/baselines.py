@@ -31,6 +31,8 @@ from easyedit_moe.host.baseline_hparams import CLASSES, BaselineHyperParams
 from easyedit_moe.host.baseline_planner import CORPUS_TOKENS, edited_parameters, needs_statistics, plan_baseline
 from easyedit_moe.host.caches import HostCaches
 from easyedit_moe.host.dense_statistics import (
+    holds_projectors,
+    holds_statistics,
     input_moments,
     module_of,
     write_layer_statistics,
@@ -51,7 +53,7 @@ from easyedit_moe.statistics.cache import statistics_folder
 from easyedit_moe.statistics.corpus import corpus_hash
 from easyedit_moe.statistics.generated import SAMPLED_TOKENS, corpus_texts
 from easyedit_moe.storage.checksums import checksum
-from easyedit_moe.storage.tensors import digest
+from easyedit_moe.storage.strict_json import digest
 
 logger = logging.getLogger(__name__)
 
@@ -251,8 +253,8 @@ class BaselineEditor(Editor):
         threshold = values.get("nullspace_threshold", 0.0)
         layers = "-".join(str(layer) for layer in values["layers"])
         projectors = folder / f"{corpus}_stats" / f"projectors_{layers}_{threshold}.pt"
-        wanted = self.alg_name == "AlphaEdit" and not projectors.exists()
-        if wanted or not all(path.exists() for path in paths.values()):
+        wanted = self.alg_name == "AlphaEdit" and not holds_projectors(projectors, len(names))
+        if wanted or not all(map(holds_statistics, paths.values())):
             moments = input_moments(model, tok, names, texts, CORPUS_TOKENS)
             for name, path in paths.items():
                 write_layer_statistics(path, *moments[name], len(texts))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from easyedit_moe.errors import LayerError, NumericalError, not_finite
+from easyedit_moe.errors import EditingWarning, LayerError, NumericalError, not_finite
 from easyedit_moe.facts.tokens import collate, encode_text, pad_id
 from easyedit_moe.moe.capture import hooks, inference_mode_of, run
-from easyedit_moe.storage.files import replacing
+from easyedit_moe.storage.files import is_file, replacing
+from easyedit_moe.storage.tensors import write_torch
 
 
 def module_of(model: nn.Module, name: str) -> nn.Module:
@@ -92,6 +94,45 @@ def write_layer_statistics(path: Path, moment: Tensor, count: int, sample_size: 
         np.savez(file, **arrays)
 
 
+def holds_statistics(path: Path) -> bool:
+    """Whether a file holds what `write_layer_statistics` writes; read without running anything.
+
+    Warns `EditingWarning` where it is damaged; it is to be made anew then.
+    """
+
+    def fits() -> bool:
+        with np.load(path, allow_pickle=False) as found:
+            moment, count = found["mom2.mom2"], found["mom2.count"]
+            square = moment.ndim == 2 and moment.shape[0] == moment.shape[1] and moment.dtype == np.float32
+            return bool(square and np.isfinite(moment).all() and count.shape == () and count > 0)
+
+    return _holds(path, fits)
+
+
+def holds_projectors(path: Path, layers: int) -> bool:
+    """As `holds_statistics`, for what `write_projectors` writes of this many layers."""
+
+    def fits() -> bool:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        square = isinstance(found, Tensor) and found.dim() == 3 and found.shape[1] == found.shape[2]
+        return bool(square and found.dtype == torch.float32 and len(found) == layers and torch.isfinite(found).all())
+
+    return _holds(path, fits)
+
+
+def _holds(path: Path, fits: Callable[[], bool]) -> bool:
+    if not is_file(path):
+        return False
+    try:
+        if fits():
+            return True
+        reason = "other values than statistics"
+    except Exception as error:  # of the formats' readers, which raise many types
+        reason = f"{type(error).__name__}"
+    warnings.warn(f"{path} is damaged ({reason}). It is made anew now.", EditingWarning, stacklevel=4)
+    return False
+
+
 def write_projectors(path: Path, moments: Sequence[tuple[Tensor, int]], threshold: float) -> list[int]:
     """Write AlphaEdit's ``P_loc`` file: ``[layers, d_in, d_in]`` float32, each the projector on a null space.
 
@@ -115,6 +156,5 @@ def write_projectors(path: Path, moments: Sequence[tuple[Tensor, int]], threshol
             )
         projectors.append((null @ null.T).float())
         dimensions.append(null.shape[1])
-    with replacing(path) as partial:
-        torch.save(torch.stack(projectors), partial)  # EasyEdit reads it with torch.load
+    write_torch(path, torch.stack(projectors))  # EasyEdit reads it with torch.load
     return dimensions

@@ -20,6 +20,7 @@ import yaml
 from easyedit_moe.errors import HyperParamsError, did_you_mean, shown
 from easyedit_moe.hparams import presets
 from easyedit_moe.hparams.files import read_with_defaults
+from easyedit_moe.storage.files import write_text
 
 DTYPES = ("float32", "bfloat16", "float16")
 LARGEST = 2**31 - 1
@@ -159,8 +160,12 @@ class MoEHyperParams:
         return asdict(self)
 
     def to_yaml(self, path: str | Path) -> None:
-        """Write all fields to a YAML file."""
-        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        """Write all fields to a YAML file, in full or not at all.
+
+        Raises:
+            WriteError: it can't be written.
+        """
+        write_text(path, yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True))
 
 
 _MISFIT = object()

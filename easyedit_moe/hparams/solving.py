@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from math import isfinite
 
 from easyedit_moe.algebra.nullspace import LOW_COVERAGE
+from easyedit_moe.algebra.ranks import resolve_rank
 from easyedit_moe.algebra.tucker import WHITENING
 from easyedit_moe.errors import HyperParamsError
 from easyedit_moe.facts.tokens import FACT_TOKENS
@@ -16,6 +17,8 @@ METRICS = ("identity", "nullspace", "covariance")
 
 SPREADS = ("residual", "update", "once", "last")
 VARIANTS = ("paper", "code")
+_RANKS = {"rank_expert": 1.0, "rank_out": 1.0, "rank_in": 0.5}
+"""Ranks that stand for those that are not given."""
 
 
 @dataclass(kw_only=True)
@@ -198,12 +201,16 @@ class SolverHyperParams(MoEHyperParams):
 class MoTEHyperParams(SolverHyperParams):
     """MoTE: ridge on a Tucker core. The paper does not state its ranks; ours are explicit."""
 
-    rank_expert: int | float = 1.0
-    """Rank of the expert mode: an int, or a fraction of E; 1 at another ``site`` than the routed experts. Ours."""
-    rank_out: int | float = 1.0
-    """Rank of the output mode: an int, or a fraction of d. Ours."""
-    rank_in: int | float = 0.5
-    """Rank of the input mode: an int, or a fraction of h. Ours."""
+    rank_expert: int | float | None = None
+    """Rank of the expert mode: an int, or a fraction of E; 1.0 without tucker_energy, and 1 at another
+    ``site`` than the routed experts. Ours."""
+    rank_out: int | float | None = None
+    """Rank of the output mode: an int, or a fraction of d; 1.0 without tucker_energy. Ours."""
+    rank_in: int | float | None = None
+    """Rank of the input mode: an int, or a fraction of h; 0.5 without tucker_energy. Ours."""
+    tucker_energy: list[float] = field(default_factory=list)
+    """Instead of the ranks: the shares in (0, 1] of the (whitened) weights' squared norm that the factors of the
+    expert, output and input mode keep, in this order, so that each layer has its own ranks. Ours."""
     whitening: str = "in"
     """none, in, out or both. Paper: in."""
     whitening_eps: float = 1e-5
@@ -212,19 +219,42 @@ class MoTEHyperParams(SolverHyperParams):
     """Sweeps of higher-order orthogonal iteration after HOSVD, >= 0. Ours."""
 
     @property
-    def expert_rank(self) -> int | float:
+    def expert_rank(self) -> int | float | None:
         """``rank_expert`` as it is used: a site with one expert has one slice in that mode."""
-        return self.rank_expert if self.site == EXPERTS else 1
+        return self.rank_expert if self.site == EXPERTS or self.tucker_energy else 1
 
     @property
     def needs_statistics(self) -> bool:
         """As for all solvers, and to whiten the basis."""
         return super().needs_statistics or self.whitening != "none"
 
+    def ranks(self, experts: int, d_model: int, d_hidden: int) -> tuple[int, int, int] | None:
+        """``(re, ro, ri)`` for these sizes; None where ``tucker_energy`` chooses them, which takes the weights.
+
+        Raises:
+            HyperParamsError: a rank beyond the size of its mode.
+        """
+        sizes = {"rank_expert": experts, "rank_out": d_model, "rank_in": d_hidden}
+        given = (self.expert_rank, self.rank_out, self.rank_in)
+        ranks = [resolve_rank(r, n, name) for r, (name, n) in zip(given, sizes.items(), strict=True) if r is not None]
+        return (ranks[0], ranks[1], ranks[2]) if len(ranks) == 3 else None
+
+    def __post_init__(self) -> None:
+        for name, default in _RANKS.items():
+            if self.tucker_energy:
+                fine = getattr(self, name) is None
+                self._require(name, fine, "left out, or null, where tucker_energy chooses the ranks")
+            elif getattr(self, name) is None:
+                setattr(self, name, default)
+        super().__post_init__()
+
     def _check_ranges(self) -> None:
         super()._check_ranges()
-        for name in ("rank_expert", "rank_out", "rank_in"):
+        for name in () if self.tucker_energy else _RANKS:
             self._require_rank(name)
+        shares = [share for share in self.tucker_energy if 0 < share <= 1]
+        fine = not self.tucker_energy or len(shares) == len(self.tucker_energy) == 3
+        self._require("tucker_energy", fine, "empty, or three shares in (0, 1]: expert, output and input mode")
         self._require("whitening", self.whitening in WHITENING, f"one of {', '.join(WHITENING)}")
         self._require("whitening_eps", self.whitening_eps > 0, "greater than 0")
         self._require("hooi_sweeps", self.hooi_sweeps >= 0, "at least 0")

@@ -153,7 +153,14 @@ def _config(model_name: str, source: Source, options: Mapping[str, Any]) -> Any:
 def _weights(model_name: str, source: Source, auto: Any, options: Mapping[str, Any]) -> Any:
     """The model with its weights; DataError where they can't be read or some are missing."""
     with _reading(f"The weights of {model_name!r}"):
-        model, report = auto.from_pretrained(source.name, output_loading_info=True, **options)
+        try:
+            # Other formats are pickles, which may run code while they are read.
+            model, report = auto.from_pretrained(source.name, output_loading_info=True, use_safetensors=True, **options)
+        except OSError as error:
+            raise OSError(
+                f"{error} Only weights in safetensors are read; others (.bin, .pt) are pickles, which may run code. "
+                "Have the model saved by save_pretrained, which writes safetensors."
+            ) from error
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise DataError(

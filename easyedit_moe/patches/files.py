@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from easyedit_moe.errors import PatchError
@@ -21,7 +22,7 @@ def load_patch(path: str | Path) -> WeightPatch | TensorPatch:
     path = Path(path)
     if holds_adapter(path):
         raise _is_adapter(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         raise PatchError(f"{path} is a folder; a patch is one safetensors file.")
     kind = read_metadata(path, PatchError, "save the patch anew").get("kind")
     return TensorPatch.load(path) if kind == "tensor patch" else WeightPatch.load(path)
@@ -34,8 +35,8 @@ def holds_adapter(path: str | Path) -> bool:
         PatchError: a file that is missing or no safetensors file.
     """
     path = Path(path)
-    if path.is_dir():
-        return (path / "adapter.json").is_file() or (path / "memoe_adapter.safetensors").is_file()
+    if os.path.isdir(path):
+        return os.path.isfile(path / "adapter.json") or os.path.isfile(path / "memoe_adapter.safetensors")
     return read_metadata(path, PatchError, "save the patch anew").get("kind") == _ADAPTER
 
 

@@ -6,6 +6,8 @@ With it the edit is applied exactly on any machine, whatever its rounding, and t
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,13 +33,25 @@ def flipped(weight: Tensor, flips: Tensor) -> Tensor:
     Raises:
         PatchError: the bytes are damaged, or of a tensor of another size.
     """
-    planes, turn = _planes(weight), _unpacked(flips)
+    planes = _planes(weight)
+    turn = _unpacked(flips, planes.numel() + 1)
     if turn.numel() != planes.numel():
         raise PatchError(
-            f"The originals in this patch are of {turn.numel()} bytes, the matrix is of {planes.numel()}; save it anew."
+            f"The originals in this patch are not of {planes.numel()} bytes, as the matrix is; save the patch anew."
         )
     turned = planes ^ turn.view(planes.shape)
     return turned.mT.contiguous().view(-1).view(weight.dtype).view(weight.shape)
+
+
+def check_flips(flips: Mapping[Any, Tensor]) -> None:
+    """Refuse what can't be flips by its dtype and shape.
+
+    Raises:
+        ValueError: one is not bytes in a row.
+    """
+    for name, bits in flips.items():
+        if bits.dtype != torch.uint8 or bits.dim() != 1:
+            raise ValueError(f"the original of {name} is {list(bits.shape)} of {bits.dtype}, expected bytes in a row")
 
 
 def joined_flips(first: Tensor, second: Tensor) -> Tensor:
@@ -65,9 +79,13 @@ def _packed(planes: Tensor) -> Tensor:
     return torch.frombuffer(bytearray(compressed), dtype=torch.uint8)
 
 
-def _unpacked(flips: Tensor) -> Tensor:
+def _unpacked(flips: Tensor, most: int = 0) -> Tensor:
+    """The bytes; no more than ``most`` of them, 0: all."""
     try:
-        content = bytearray(zlib.decompress(flips.numpy().tobytes()))
+        coder = zlib.decompressobj()
+        content = bytearray(coder.decompress(flips.numpy().tobytes(), most))
+        if not coder.eof or coder.unused_data:
+            raise zlib.error("cut off, or too long")
     except zlib.error as error:
         raise PatchError(f"The originals in this patch are damaged ({error}); save the patch anew.") from error
     return torch.frombuffer(content, dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)

@@ -6,19 +6,23 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from easyedit_moe.errors import PatchError
 from easyedit_moe.patches.flips import CODEC
-from easyedit_moe.storage.tensors import digest, read_safetensors
+from easyedit_moe.storage.schema import content_of, read_record
+from easyedit_moe.storage.strict_json import digest
+from easyedit_moe.storage.tensors import read_safetensors
 
 SCHEMA = 3
 """Since 3 a step of a patch may name an earlier one whose experts, columns and right factors are its own, too."""
 
 READ = (2, 3)
 """Schemas of files that are read."""
+ADVICE = "save the patch anew"
+_Saved = TypeVar("_Saved", bound="SavedRecord")
 
 
 @dataclass(kw_only=True)
@@ -63,43 +67,54 @@ class PatchRecord(ABC):
         }
 
 
-def record_fields(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The attributes of `PatchRecord` that a file's metadata holds, reports left out; KeyError where one is missing."""
-    return {
-        "fingerprint": str(metadata["fingerprint"]),
-        "metadata": metadata["provenance"],
-        "base": str(metadata["base"]),
-        "parent": metadata["parent"],
-        "warnings": [str(text) for text in metadata["warnings"]],
-    }
+@dataclass(frozen=True, kw_only=True)
+class SavedRecord:
+    """What the metadata of both kinds of patches hold, by name; each kind adds its own."""
+
+    schema: int
+    kind: str
+    id: str
+    parent: str | None
+    base: str
+    fingerprint: str
+    warnings: list[str]
+    provenance: dict[str, Any]
+    originals: str | None = None
+
+    def fields(self) -> dict[str, Any]:
+        """The attributes of a patch that both kinds have, reports left out."""
+        return {
+            "fingerprint": self.fingerprint,
+            "metadata": self.provenance,
+            "base": self.base,
+            "parent": self.parent,
+            "warnings": self.warnings,
+        }
 
 
-def read_patch(path: str | Path, kind: str, called: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_patch(path: str | Path, kind: str, called: str, record: type[_Saved]) -> tuple[dict[str, Tensor], _Saved]:
     """Tensors and metadata of a saved patch of one kind, which people call ``called``.
 
     Raises:
-        PatchError: missing, truncated or corrupt file, or another kind.
+        PatchError: a file that is missing, truncated or corrupt, of another kind, or with other metadata than
+            ``record`` has.
     """
-    tensors, metadata = read_safetensors(Path(path), PatchError, "save the patch anew")
-    if metadata.get("kind") != kind or metadata.get("schema") not in READ:
+    tensors, metadata = read_safetensors(Path(path), PatchError, ADVICE)
+    schema = metadata.get("schema")
+    if metadata.get("kind") != kind or type(schema) is not int or schema not in READ:
         raise PatchError(f"{path} is not a {called} of schema {' or '.join(map(str, READ))}.")
-    if metadata.get("originals", CODEC) != CODEC:
-        raise PatchError(f"{path} holds originals as {metadata['originals']!r}; this version reads {CODEC!r}.")
-    return tensors, metadata
+    with content_of(Path(path), PatchError, ADVICE):
+        found = read_record(metadata, record)
+    if found.originals not in (CODEC, None):
+        raise PatchError(f"{path} holds originals as {found.originals!r}; this version reads {CODEC!r}.")
+    return tensors, found
 
 
-def check_id(path: str | Path, patch: PatchRecord, metadata: Mapping[str, Any]) -> None:
-    """Refuse a file whose content is not what its id stands for.
+def check_id(patch: PatchRecord, found: SavedRecord) -> None:
+    """Refuse content that is not what its id stands for.
 
     Raises:
-        PatchError: it was changed after it was saved.
+        ValueError: it was changed after it was saved.
     """
-    if metadata.get("id") != patch.id:
-        raise PatchError(
-            f"{path} is damaged: its id is {metadata.get('id')}, its content's {patch.id}; save the patch anew."
-        )
-
-
-def split_by_number(table: Mapping[str, Any]) -> dict[int, Any]:
-    """A table of JSON with whole numbers as keys again."""
-    return {int(key): value for key, value in table.items()}
+    if found.id != patch.id:
+        raise ValueError(f"its id is {found.id}, its content's {patch.id}")

@@ -34,9 +34,10 @@ from easyedit_moe.patches.checks import (
     reader_of,
     versions,
 )
-from easyedit_moe.patches.flips import flipped, flips_between
-from easyedit_moe.patches.record import PatchRecord, check_id, read_patch, record_fields
+from easyedit_moe.patches.flips import check_flips, flipped, flips_between
+from easyedit_moe.patches.record import ADVICE, PatchRecord, SavedRecord, check_id, read_patch
 from easyedit_moe.storage.checksums import checksum
+from easyedit_moe.storage.schema import FLOATS, Expected, check_tensors, content_of
 from easyedit_moe.storage.tensors import write_safetensors
 
 _FLIPS = "flips:"
@@ -63,6 +64,16 @@ class TensorReport:
     def relative_size(self) -> float | None:
         """The norm of the change by that of the parameter before; None where that is zero or not known."""
         return self.update_norm / self.weight_norm if self.weight_norm else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Saved(SavedRecord):
+    """Metadata of a file."""
+
+    without: list[str]
+    before: dict[str, int]
+    after: dict[str, int]
+    reports: list[TensorReport]
 
 
 @dataclass
@@ -184,7 +195,7 @@ class TensorPatch(PatchRecord):
         then be applied, or have been loaded with it.
 
         Raises:
-            PatchError: the originals are not at hand; no file is written.
+            PatchError: the originals are not at hand; no file is written. WriteError: the file can't be written.
         """
         flips = self._flips() if keep_originals else {}
         metadata = self.described("tensor patch", self.reports, self.metadata, bool(flips))
@@ -195,27 +206,23 @@ class TensorPatch(PatchRecord):
         """Read a saved patch; it holds no originals, but ``flips`` where it was saved with them.
 
         Raises:
-            PatchError: missing, truncated or corrupt file, or not a patch of tensors.
+            PatchError: a file that is missing, truncated or corrupt, or holds anything else than a patch of tensors.
         """
-        tensors, metadata = read_patch(path, "tensor patch", "patch of tensors")
+        tensors, saved = read_patch(path, "tensor patch", "patch of tensors", _Saved)
         values = {name: tensor for name, tensor in tensors.items() if not name.startswith(_FLIPS)}
-        before, after = metadata.get("before", {}), metadata.get("after", {})
-        damaged = [n for n in {*values, *before, *after} if n not in values or checksum(values[n]) != after.get(n)]
-        if damaged or before.keys() != after.keys():
-            raise PatchError(f"{path} is damaged: {', '.join(sorted(damaged)) or 'checksums'}; save the patch anew.")
-        try:
+        flips = {name.removeprefix(_FLIPS): bits for name, bits in tensors.items() if name.startswith(_FLIPS)}
+        with content_of(Path(path), PatchError, ADVICE):
+            _check_values(values, flips, saved)
             patch = TensorPatch(
                 values=values,
-                before=before,
-                after=after,
-                reports=[TensorReport(**report) for report in metadata["reports"]],
-                without=tuple(metadata["without"]),
-                flips={n.removeprefix(_FLIPS): t for n, t in tensors.items() if n.startswith(_FLIPS)},
-                **record_fields(metadata),
+                before=saved.before,
+                after=saved.after,
+                reports=saved.reports,
+                without=tuple(saved.without),
+                flips=flips,
+                **saved.fields(),
             )
-        except KeyError as error:
-            raise PatchError(f"{path} is incomplete: it lacks {error}; save the patch anew.") from error
-        check_id(path, patch, metadata)
+            check_id(patch, saved)
         return patch
 
     def _compared(self, parameters: Mapping[str, nn.Parameter]) -> list[Compared]:
@@ -257,6 +264,20 @@ class TensorPatch(PatchRecord):
             if parameter.is_meta:
                 raise PatchError(f"{name} is offloaded (on the meta device); load the model with it on a device.")
         return {name: known[name] for name in self.values}
+
+
+def _check_values(values: Mapping[str, Tensor], flips: Mapping[str, Tensor], saved: _Saved) -> None:
+    """ValueError unless these are the tensors that the metadata of a file speak of."""
+    if not values.keys() == saved.before.keys() == saved.after.keys():
+        raise ValueError("its tensors are not those that its checksums are of")
+    if bool(flips) != bool(saved.originals) or (flips and flips.keys() != values.keys()):
+        raise ValueError("it holds originals of other tensors than it changes")
+    kinds = {f"{name}": Expected(tuple(value.shape), FLOATS) for name, value in values.items()}
+    check_tensors(values, kinds)
+    check_flips(flips)
+    damaged = [name for name, value in values.items() if checksum(value) != saved.after[name]]
+    if damaged:
+        raise ValueError(f"{damaged[0]} has another checksum")
 
 
 class TensorWriter:

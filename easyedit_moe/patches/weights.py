@@ -23,7 +23,6 @@ from easyedit_moe.moe.experts import expert_matrix
 from easyedit_moe.moe.fingerprint import down_checksums, joined_fingerprint
 from easyedit_moe.moe.holding import held, intact
 from easyedit_moe.moe.layers import MoELayer, MoELayerView
-from easyedit_moe.moe.wrappers import plain_name
 from easyedit_moe.patches.checks import (
     Base,
     Compared,
@@ -38,86 +37,22 @@ from easyedit_moe.patches.checks import (
 )
 from easyedit_moe.patches.flips import flipped, flips_between
 from easyedit_moe.patches.groups import Scratch, groups_of, originals_of
-from easyedit_moe.patches.record import PatchRecord, check_id, read_patch, record_fields, split_by_number
+from easyedit_moe.patches.record import ADVICE, PatchRecord, check_id, read_patch
 from easyedit_moe.patches.runs import overwritten
+from easyedit_moe.patches.stored import (
+    FLIPS,
+    Checksums,
+    SavedWeights,
+    StoredExperts,
+    WriteReport,
+    flips_of,
+    shared_part,
+    step_tensors,
+    steps_of,
+)
 from easyedit_moe.storage.checksums import checksum
+from easyedit_moe.storage.schema import content_of
 from easyedit_moe.storage.tensors import write_safetensors
-
-Checksums = dict[int, dict[int, int]]
-"""Layer -> expert -> checksum of its down-projection ``[d, h]``."""
-
-
-@dataclass(frozen=True)
-class WriteReport:
-    """What one write did to one layer.
-
-    Attributes:
-        layer: index of the layer.
-        rounding_loss: ``||applied - intended|| / ||intended||`` over the layer; what the parameter's dtype swallowed.
-        update_norm: Frobenius norm of the intended update.
-        experts: number of experts written.
-        update_squared: squared Frobenius norm of each expert's intended update.
-        weight_squared: squared Frobenius norm of each of those experts' down-projections before the write.
-    """
-
-    layer: int
-    rounding_loss: float
-    update_norm: float
-    experts: int
-    update_squared: dict[int, float] = field(default_factory=dict)
-    weight_squared: dict[int, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class StoredExperts:
-    """Where a layer's down-projections lie in a model, by name; so that files can be read without the model.
-
-    Attributes:
-        name: full name of the experts module, without wrappers.
-        parameter: name of the parameter within it; ``{expert}`` stands for the expert where each has its own.
-        transposed: stored as ``[h, d]`` rather than ``[d, h]``.
-        experts: how many experts the layer has.
-        dtype: of the parameter, such as "bfloat16".
-    """
-
-    name: str
-    parameter: str
-    transposed: bool
-    experts: int
-    dtype: str
-
-    @staticmethod
-    def of(moe: MoELayer) -> StoredExperts:
-        """As a model has them."""
-        layout, (name, parameter) = moe.experts.layout, moe.experts.parameters_of(0)
-        if layout.storage != "packed":
-            name = "{expert}" + name.removeprefix("0")
-        dtype = str(parameter.dtype).removeprefix("torch.")
-        return StoredExperts(
-            plain_name(moe.experts_name), plain_name(name), layout.transposed, layout.num_experts, dtype
-        )
-
-    @property
-    def single(self) -> bool:
-        """The one expert is a linear layer, whose weight is its down-projection."""
-        return self.experts == 1 and self.parameter.endswith(".weight")
-
-    @property
-    def packed(self) -> bool:
-        """One parameter holds all experts, along its first dimension."""
-        return "{expert}" not in self.parameter and not self.single
-
-    def parameter_of(self, expert: int) -> str:
-        """Full name of the parameter that holds an expert's down-projection."""
-        return f"{self.name}.{self.parameter.format(expert=expert)}"
-
-    def matrix(self, parameter: Tensor, expert: int) -> Tensor:
-        """``W_j [d, h]``, a view, in the parameter that `parameter_of` names."""
-        weight = parameter
-        if self.packed:
-            # All experts below one another are one matrix.
-            weight = (parameter if parameter.dim() == 3 else parameter.unflatten(0, (self.experts, -1)))[expert]
-        return weight.mT if self.transposed else weight
 
 
 @dataclass
@@ -285,23 +220,16 @@ class WeightPatch(PatchRecord):
         for bit: the patch must then be applied, or have been loaded with it.
 
         Raises:
-            PatchError: the originals are not at hand; no file is written.
+            PatchError: the originals are not at hand; no file is written. WriteError: the file can't be written.
         """
         flips = self._flips() if keep_originals else {}
         tensors: dict[str, Tensor] = {}
         first: dict[tuple[int, ...], int] = {}
         for i, (_, update) in enumerate(self.steps):
-            tensors[f"{i}.left"] = update.left.clone()  # two steps may share it, which safetensors refuses
-            same = first.setdefault(_shared_part(update), i)
-            if same != i:
-                tensors[f"{i}.same"] = torch.tensor([same])
-                continue
-            tensors[f"{i}.experts"] = torch.tensor(update.experts)
-            tensors[f"{i}.sizes"] = torch.tensor([len(c) for c in update.columns])
-            tensors[f"{i}.columns"] = torch.cat(update.columns)
-            tensors[f"{i}.right"] = torch.cat(update.right, dim=1)
+            same = first.setdefault(shared_part(update), i)
+            tensors.update(step_tensors(i, update, same))
         for layer, experts in flips.items():
-            tensors.update({f"flips.{layer}.{expert}": bits for expert, bits in experts.items()})
+            tensors.update({f"{FLIPS}{layer}.{expert}": bits for expert, bits in experts.items()})
         write_safetensors(Path(path), tensors, self.described("patch", self.reports, self.metadata, bool(flips)))
 
     @staticmethod
@@ -309,26 +237,21 @@ class WeightPatch(PatchRecord):
         """Read a saved patch; it holds no originals, but ``flips`` where it was saved with them.
 
         Raises:
-            PatchError: missing, truncated or corrupt file, or not a patch.
+            PatchError: a file that is missing, truncated or corrupt, or holds anything else than a patch.
         """
-        tensors, metadata = read_patch(path, "patch", "patch")
-        try:
+        tensors, saved = read_patch(path, "patch", "patch", SavedWeights)
+        with content_of(Path(path), PatchError, ADVICE):
             patch = WeightPatch(
-                steps=[(int(layer), _loaded_update(tensors, i)) for i, layer in enumerate(metadata["layers"])],
-                reports=[_loaded_report(report) for report in metadata["reports"]],
-                before=_from_json(metadata["before"]),
-                after=_from_json(metadata["after"]),
-                stored={n: StoredExperts(**s) for n, s in split_by_number(metadata["stored"]).items()},
-                site=metadata.get("site", EXPERTS),
-                **record_fields(metadata),
+                steps=steps_of(tensors, saved),
+                reports=saved.reports,
+                before=saved.before,
+                after=saved.after,
+                stored=saved.stored,
+                flips=flips_of(tensors, saved),
+                site=saved.site,
+                **saved.fields(),
             )
-        except KeyError as error:
-            raise PatchError(f"{path} is incomplete: it lacks {error}; save the patch anew.") from error
-        for name, bits in tensors.items():
-            if name.startswith("flips."):
-                _, layer, expert = name.split(".")
-                patch.flips.setdefault(int(layer), {})[int(expert)] = bits
-        check_id(path, patch, metadata)
+            check_id(patch, saved)
         return patch
 
     @staticmethod
@@ -591,30 +514,5 @@ def _place(moe: MoELayer, expert: int) -> tuple[torch.device, int]:
     return weight.device, weight.data_ptr()
 
 
-def _shared_part(update: FactoredUpdate) -> tuple[int, ...]:
-    """What tells whether two updates differ in their left factor only: the very same other tensors."""
-    return (*update.experts, *(id(tensor) for tensor in (*update.columns, *update.right)))
-
-
-def _loaded_update(tensors: Mapping[str, Tensor], i: int) -> FactoredUpdate:
-    """Step ``i`` of a saved patch; KeyError where a part is missing."""
-    if f"{i}.same" in tensors:
-        first = _loaded_update(tensors, int(tensors[f"{i}.same"]))
-        return replace(first, left=tensors[f"{i}.left"])
-    sizes = tensors[f"{i}.sizes"].tolist()
-    columns = torch.split(tensors[f"{i}.columns"], sizes)
-    right = torch.split(tensors[f"{i}.right"], sizes, dim=1)
-    return FactoredUpdate(tensors[f"{i}.left"], tuple(tensors[f"{i}.experts"].tolist()), columns, right)
-
-
-def _loaded_report(report: Mapping[str, Any]) -> WriteReport:
-    squared = {name: split_by_number(report[name]) for name in ("update_squared", "weight_squared")}
-    return WriteReport(**{**report, **squared})
-
-
 def _as_json(checksums: Checksums) -> dict[str, dict[str, int]]:
     return {str(n): {str(e): value for e, value in experts.items()} for n, experts in checksums.items()}
-
-
-def _from_json(table: Mapping[str, Mapping[str, int]]) -> Checksums:
-    return {layer: split_by_number(experts) for layer, experts in split_by_number(table).items()}

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from easyedit_moe.errors import PatchError
+from easyedit_moe.storage.files import write_text
 from easyedit_moe.storage.strict_json import write_json
+from easyedit_moe.storage.tensors import write_tensors
 
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -50,10 +51,14 @@ def adapter_config(
 
 
 def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], notes: str) -> None:
-    """Write tensors, configuration and notes into an existing folder."""
-    save_file(dict(tensors), folder / TENSORS, metadata={"format": "pt"})
+    """Write tensors, configuration and notes into a folder.
+
+    Raises:
+        WriteError: they can't be written.
+    """
+    write_tensors(folder / TENSORS, tensors, {"format": "pt"})
     write_json(folder / CONFIG, config, indent=2)
-    (folder / NOTES).write_text(notes, encoding="utf-8")
+    write_text(folder / NOTES, notes)
 
 
 def is_turned(peft_version: str) -> bool:

@@ -12,7 +12,8 @@ from easyedit_moe.algebra.low_rank import low_rank, rounded_difference
 from easyedit_moe.algebra.routed_keys import FactoredUpdate
 from easyedit_moe.errors import NumericalError, PatchError
 from easyedit_moe.patches.inspection import expert_factors
-from easyedit_moe.patches.weights import StoredExperts, WeightPatch
+from easyedit_moe.patches.stored import StoredExperts
+from easyedit_moe.patches.weights import WeightPatch
 
 
 @dataclass(frozen=True)

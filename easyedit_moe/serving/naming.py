@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from easyedit_moe.checkpoints.naming import CheckpointNames
 from easyedit_moe.errors import PatchError
-from easyedit_moe.patches.weights import StoredExperts
+from easyedit_moe.patches.stored import StoredExperts
 from easyedit_moe.serving.forms import ExpertNames
 
 _OF_EXPERT = re.compile(r"(?P<module>.+)\.(?P<expert>\d+)\.(?P<projection>[^.]+)\.weight")

@@ -11,26 +11,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from easyedit_moe.algebra.ranks import resolve_rank
 from easyedit_moe.algebra.tucker import TuckerBasis, tucker_basis
 from easyedit_moe.errors import DamagedCacheError
 from easyedit_moe.hparams import MoTEHyperParams
 from easyedit_moe.hparams.sites import EXPERTS, site_entry
+from easyedit_moe.moe.experts import ExpertLayout
 from easyedit_moe.moe.layers import MoELayer
 from easyedit_moe.statistics.cache import statistics_folder
 from easyedit_moe.statistics.moments import LayerMoments
-from easyedit_moe.storage.tensors import SCHEMA, check_key, digest, read_or_warn, read_safetensors, write_safetensors
+from easyedit_moe.storage.files import check_writable
+from easyedit_moe.storage.schema import Expected, check_tensors, content_of, read_record
+from easyedit_moe.storage.strict_json import digest
+from easyedit_moe.storage.tensors import SCHEMA, check_key, read_or_warn, read_safetensors, write_safetensors
 
 _ADVICE = "delete it, and it is computed anew"
-_PARTS = {"u_expert", "u_out", "u_in"}
+_PARTS = ("u_expert", "u_out", "u_in")
 
 
 @dataclass(frozen=True)
 class BasisKey:
     """All that a file with a Tucker basis depends on.
 
-    ``weights`` is the hash of the layer's down-projections, which the model's fingerprint leaves out; ``statistics``
-    that of the moments that whiten, empty where nothing does.
+    ``ranks`` are zeros where ``energy`` chooses them. ``weights`` is the hash of the layer's down-projections, which
+    the model's fingerprint leaves out; ``statistics`` that of the moments that whiten, empty where nothing does.
     """
 
     fingerprint: str
@@ -42,11 +45,12 @@ class BasisKey:
     hooi_sweeps: int
     statistics: str
     site: str = EXPERTS
+    energy: tuple[float, ...] = ()
 
     def content(self) -> dict[str, Any]:
-        """As JSON; see `easyedit_moe.statistics.cache.StatisticsKey.content`."""
-        content = {name: value for name, value in asdict(self).items() if name != "site"}
-        return {**content, **site_entry(self.site)}
+        """As JSON; see `easyedit_moe.statistics.cache.StatisticsKey.content`. No energy leaves no trace either."""
+        content = {name: value for name, value in asdict(self).items() if name not in ("site", "energy")}
+        return {**content, **site_entry(self.site), **({"energy": list(self.energy)} if self.energy else {})}
 
     def file_name(self) -> str:
         """``basis-layer3-<hash of the key>.safetensors``."""
@@ -72,14 +76,11 @@ def basis_key(
         HyperParamsError: a rank out of range.
     """
     layout, hp = moe.experts.layout, hparams
-    ranks = (
-        resolve_rank(hp.expert_rank, layout.num_experts, "rank_expert"),
-        resolve_rank(hp.rank_out, layout.d_model, "rank_out"),
-        resolve_rank(hp.rank_in, layout.d_hidden, "rank_in"),
-    )
+    ranks = hp.ranks(layout.num_experts, layout.d_model, layout.d_hidden) or (0, 0, 0)
     return BasisKey(
         fingerprint, moe.index, content_hash(moe.experts.matrices()), ranks, hp.whitening, hp.whitening_eps,
         hp.hooi_sweeps, content_hash(whitening_moments) if whitening_moments else "", hp.site,
+        tuple(hp.tucker_energy),
     )  # fmt: skip
 
 
@@ -88,7 +89,8 @@ def layer_basis(moe: MoELayer, hparams: MoTEHyperParams, moments: LayerMoments |
 
     Raises:
         CacheError: a cached file is of another model; one that is damaged is made anew, with a warning.
-        HyperParamsError, NumericalError: see `easyedit_moe.algebra.tucker.tucker_basis`.
+        WriteError: nothing can be written there. HyperParamsError, NumericalError: see
+            `easyedit_moe.algebra.tucker.tucker_basis`.
     """
     hp = hparams
     sigma_in = moments.pooled() if moments and hp.whitening in ("in", "both") else None
@@ -97,12 +99,14 @@ def layer_basis(moe: MoELayer, hparams: MoTEHyperParams, moments: LayerMoments |
     key = basis_key(moe, hp, used, fingerprint)
     path = statistics_folder(hp.stats_dir, hp.model_name, fingerprint) / key.file_name()
     device = next(iter(moe.experts.parameters()))[1].device
-    found = read_or_warn(path, lambda file: load_basis(file, key, device))
+    found = read_or_warn(path, lambda file: load_basis(file, key, device, moe.experts.layout))
     if found is not None:
         return found
+    ranks = (1, 1, 1) if hp.tucker_energy else key.ranks
+    check_writable(path)
     basis = tucker_basis(
-        moe.experts.matrices(), hp.expert_rank, hp.rank_out, hp.rank_in, hp.hooi_sweeps, hp.whitening, sigma_in,
-        sigma_out, hp.whitening_eps,
+        moe.experts.matrices(), *ranks, hp.hooi_sweeps, hp.whitening, sigma_in,
+        sigma_out, hp.whitening_eps, energy=hp.tucker_energy or None,
     )  # fmt: skip
     save_basis(path, key, basis)
     return basis
@@ -115,16 +119,38 @@ def save_basis(path: Path, key: BasisKey, basis: TuckerBasis) -> None:
     write_safetensors(path, tensors, metadata)
 
 
-def load_basis(path: Path, key: BasisKey, device: torch.device | str = "cpu") -> TuckerBasis:
+@dataclass(frozen=True)
+class _Described:
+    schema: int
+    kind: str
+    key: dict[str, Any]
+    relative_error: float
+
+
+def load_basis(
+    path: Path, key: BasisKey, device: torch.device | str = "cpu", layout: ExpertLayout | None = None
+) -> TuckerBasis:
     """Read one layer's basis back.
 
+    Args:
+        path: of the file.
+        key: what it must be of; the ranks are those of the tensors.
+        device: where they go.
+        layout: of the layer's experts, which the shapes must fit; None: any.
+
     Raises:
-        DamagedCacheError: truncated or corrupt file. CacheError: one whose key is not ``key`` (another model,
-            statistics or setting).
+        DamagedCacheError: a file that is truncated or corrupt, or holds other tensors or metadata than a basis has.
+            CacheError: one whose key is not ``key`` (another model, statistics or setting).
     """
     tensors, metadata = read_safetensors(path, DamagedCacheError, _ADVICE)
     check_key(path, metadata, "basis", "Tucker basis", key.content(), _ADVICE)
-    if set(tensors) != _PARTS or not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
-        raise DamagedCacheError(f"{path} holds an incomplete or non-finite basis; {_ADVICE}.")
+    count, d, h = ("E", "d", "h") if layout is None else (layout.num_experts, layout.d_model, layout.d_hidden)
+    with content_of(path, DamagedCacheError, _ADVICE):
+        described = read_record(metadata, _Described)
+        expected = {
+            name: Expected((size, rank), (torch.float64,))
+            for name, size, rank in zip(_PARTS, (count, d, h), key.ranks, strict=True)
+        }
+        check_tensors(tensors, expected)
     parts = {name: tensor.to(device) for name, tensor in tensors.items()}
-    return TuckerBasis(**parts, relative_error=float(metadata["relative_error"]))
+    return TuckerBasis(**parts, relative_error=described.relative_error)

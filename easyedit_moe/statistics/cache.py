@@ -10,8 +10,13 @@ import torch
 
 from easyedit_moe.errors import DamagedCacheError
 from easyedit_moe.hparams.sites import EXPERTS, site_entry
+from easyedit_moe.moe.experts import ExpertLayout
 from easyedit_moe.statistics.moments import LayerMoments
-from easyedit_moe.storage.tensors import SCHEMA, check_key, digest, read_safetensors, write_safetensors
+from easyedit_moe.storage.schema import Expected, check_tensors, content_of, read_record
+from easyedit_moe.storage.strict_json import digest
+from easyedit_moe.storage.tensors import SCHEMA, check_key, read_safetensors, write_safetensors
+
+_ADVICE = "delete it, and it is collected anew"
 
 
 @dataclass(frozen=True)
@@ -55,18 +60,38 @@ def save_moments(path: Path, key: StatisticsKey, moments: LayerMoments) -> None:
     write_safetensors(path, tensors, metadata)
 
 
-def load_moments(path: Path, key: StatisticsKey) -> LayerMoments:
+@dataclass(frozen=True)
+class _Described:
+    schema: int
+    kind: str
+    key: dict[str, Any]
+    num_tokens: int
+
+
+def load_moments(path: Path, key: StatisticsKey, layout: ExpertLayout | None = None) -> LayerMoments:
     """Read one layer's statistics back.
 
+    Args:
+        path: of the file.
+        key: what it must be of.
+        layout: of the layer's experts, which the shapes must fit; None: they need only fit one another.
+
     Raises:
-        DamagedCacheError: truncated or corrupt file. CacheError: one whose key is not ``key`` (another model, corpus or
-            setting).
+        DamagedCacheError: a file that is truncated or corrupt, or holds other tensors or metadata than statistics have.
+            CacheError: one whose key is not ``key`` (another model, corpus or setting).
     """
-    tensors, metadata = read_safetensors(path, DamagedCacheError, "delete it, and it is collected anew")
-    check_key(path, metadata, "moments", "file of statistics", key.content(), "delete it, and it is collected anew")
-    complete = set(tensors) == {"keys", "counts", "output"} and "num_tokens" in metadata
-    if not complete or not all(torch.isfinite(tensors[name]).all() for name in ("keys", "output")):
-        raise DamagedCacheError(
-            f"{path} holds incomplete or non-finite statistics; delete it, and it is collected anew."
-        )
-    return LayerMoments(tensors["keys"], tensors["counts"], tensors["output"], int(metadata["num_tokens"]))
+    tensors, metadata = read_safetensors(path, DamagedCacheError, _ADVICE)
+    check_key(path, metadata, "moments", "file of statistics", key.content(), _ADVICE)
+    dtype = (getattr(torch, key.dtype),)
+    count, d, h = ("E", "d", "h") if layout is None else (layout.num_experts, layout.d_model, layout.d_hidden)
+    with content_of(path, DamagedCacheError, _ADVICE):
+        described = read_record(metadata, _Described)
+        expected = {
+            "keys": Expected((count, h, h), dtype),
+            "counts": Expected((count,), (torch.int64,)),
+            "output": Expected((d, d), dtype),
+        }
+        check_tensors(tensors, expected)
+        if described.num_tokens < 1 or bool((tensors["counts"] < 0).any()):
+            raise ValueError("it counts fewer tokens than none")
+    return LayerMoments(tensors["keys"], tensors["counts"], tensors["output"], described.num_tokens)

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
 
 from easyedit_moe.errors import CacheError, DamagedCacheError
 from easyedit_moe.statistics.cache import StatisticsKey
 from easyedit_moe.statistics.distributed import from_first_process, least_over_processes, rank_and_size
-from easyedit_moe.storage.tensors import SCHEMA, digest, read_or_warn, read_safetensors, write_safetensors
+from easyedit_moe.storage.files import discard
+from easyedit_moe.storage.schema import Expected, check_tensors, content_of, read_record
+from easyedit_moe.storage.strict_json import digest
+from easyedit_moe.storage.tensors import SCHEMA, read_or_warn, read_safetensors, write_safetensors
 
 if TYPE_CHECKING:
     from easyedit_moe.statistics.moments import Sums
 
 _ADVICE = "delete it, and collecting starts anew"
+
+
+@dataclass(frozen=True)
+class _Described:
+    schema: Literal[1]
+    kind: Literal["partial moments"]
+    key: dict[str, Any]
+    done: list[int]
 
 
 class MomentsCheckpoint:
@@ -45,21 +61,25 @@ class MomentsCheckpoint:
         number = least_over_processes(max(found, default=0))
         if least_over_processes(int(number in found)) == 0:
             return 0, []
-        path = found[number]
-        read = read_or_warn(path, lambda file: read_safetensors(file, DamagedCacheError, _ADVICE))
+        own = {f"{layer}.{name}": value for layer, one in sums.items() for name, value in one.tensors().items()}
+        read = read_or_warn(found[number], lambda file: self._read(file, own))
         if least_over_processes(int(read is not None)) == 0 or read is None:
             return 0, []
-        tensors, metadata = read
-        own = {f"{layer}.{name}": value for layer, one in sums.items() for name, value in one.tensors().items()}
-        fits = metadata.get("kind") == "partial moments" and metadata.get("key") == self.key
-        same = fits and {n: (t.shape, t.dtype) for n, t in tensors.items()} == {
-            n: (t.shape, t.dtype) for n, t in own.items()
-        }
-        if not same:
-            raise CacheError(f"{path} holds sums of another run; {_ADVICE}.")
+        tensors, done = read
         for name, value in own.items():
             value.copy_(tensors[name])
-        return number, list(metadata["done"])
+        return number, [layer for layer in sums if layer in done]
+
+    def _read(self, path: Path, own: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[int]]:
+        tensors, metadata = read_safetensors(path, DamagedCacheError, _ADVICE)
+        with content_of(path, DamagedCacheError, _ADVICE):
+            described = read_record(metadata, _Described)
+            if json.dumps(described.key, sort_keys=True) != json.dumps(self.key, sort_keys=True):
+                raise CacheError(f"{path} holds sums of another run; {_ADVICE}.")
+            check_tensors(tensors, {name: Expected(tuple(t.shape), (t.dtype,)) for name, t in own.items()})
+            if any(int(t.min()) < 0 for t in tensors.values() if t.dtype == torch.int64):
+                raise ValueError("it counts fewer tokens than none")
+        return tensors, described.done
 
     def keep(self, sums: dict[int, Sums], round_number: int, done: Sequence[int]) -> None:
         """Write the sums before ``round_number``, unless the last write was less than ``seconds`` ago."""
@@ -72,13 +92,13 @@ class MomentsCheckpoint:
         write_safetensors(self.folder / f"{self.stem}{round_number}.safetensors", tensors, metadata)
         least_over_processes(0)  # all have written
         for path in older.values():
-            path.unlink(missing_ok=True)
+            discard(path)
         self._written = time.monotonic()
 
     def remove(self) -> None:
         """Delete this process's files; what they led to is stored."""
         for path in self._rounds().values():
-            path.unlink(missing_ok=True)
+            discard(path)
 
     def _rounds(self) -> dict[int, Path]:
         files = self.folder.glob(f"{self.stem}*.safetensors")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -87,7 +88,7 @@ def _named(name: str) -> Iterable[Any]:
 
 
 def _folder(folder: Path) -> Iterable[Any]:
-    inside = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    inside = (path for path in sorted(folder.rglob("*")) if os.path.isfile(path))
     shown = [path for path in inside if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     files = [path for path in shown if path.suffix.lower() in FOLDER_SUFFIXES]
     if not files:

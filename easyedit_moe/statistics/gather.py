@@ -26,7 +26,9 @@ from easyedit_moe.statistics.corpus import GENERATED, corpus_hash, iterate_texts
 from easyedit_moe.statistics.distributed import least_over_processes, rank_and_size
 from easyedit_moe.statistics.generated import GeneratedTexts, GenerationKey, opening_ids
 from easyedit_moe.statistics.moments import LayerMoments, Shards, collect_moments, encode_cut
-from easyedit_moe.storage.tensors import digest, read_or_warn
+from easyedit_moe.storage.files import check_writable
+from easyedit_moe.storage.strict_json import digest
+from easyedit_moe.storage.tensors import read_or_warn
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +52,8 @@ def layer_statistics(
 
     Raises:
         DataError: the corpus can't be read. HyperParamsError: no room for generated texts. CacheError: a cached
-            file is corrupt or of another model.
+            file is of another model; one that is damaged is made anew, with a warning. WriteError: nothing can be
+            written under ``hparams.stats_dir``.
     """
     folder = statistics_folder(hparams.stats_dir, hparams.model_name, fingerprint)
     corpus = _corpus(view, tok, hparams, fingerprint, folder)
@@ -59,9 +62,7 @@ def layer_statistics(
         n: StatisticsKey(fingerprint, n, corpus.name, corpus.tokens, corpus.n_samples, cut, dtype, target, view.site)
         for n in layers
     }
-    found = {
-        layer: read_or_warn(folder / key.file_name(), partial(load_moments, key=key)) for layer, key in keys.items()
-    }
+    found = {n: _cached(folder / key.file_name(), key, view.layers[n]) for n, key in keys.items()}
     # What is missing on one process is collected by all.
     there = {layer: bool(least_over_processes(int(one is not None))) for layer, one in found.items()}
     moments = {
@@ -71,6 +72,7 @@ def layer_statistics(
     }
     missing = [layer for layer in layers if not there[layer]]
     if missing:
+        check_writable(folder / keys[missing[0]].file_name())
         checkpoint = MomentsCheckpoint(folder, {layer: keys[layer] for layer in missing}, CHECKPOINT_SECONDS)
         collected = collect_moments(
             view,
@@ -91,6 +93,10 @@ def layer_statistics(
         moments.update(collected)
     _report_coverage(moments, hparams)
     return {layer: moments[layer] for layer in layers}
+
+
+def _cached(path: Path, key: StatisticsKey, moe: MoELayer) -> LayerMoments | None:
+    return read_or_warn(path, partial(load_moments, key=key, layout=moe.experts.layout))
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from easyedit_moe.errors import CacheError, DataError, HyperParamsError
+from easyedit_moe.errors import DamagedCacheError, DataError, HyperParamsError
 from easyedit_moe.facts.tokens import decode, encode_text, pad_id
 from easyedit_moe.moe.capture import inference_mode_of, model_device
 from easyedit_moe.statistics.corpus import GENERATED, load_texts
-from easyedit_moe.storage.strict_json import read_json, write_json
-from easyedit_moe.storage.tensors import SCHEMA, check_key, digest
+from easyedit_moe.storage.schema import content_of, read_record
+from easyedit_moe.storage.strict_json import digest, read_checked_json, write_checked_json
+from easyedit_moe.storage.tensors import SCHEMA, check_key, read_or_warn
 
 PART_TEXTS = 64
 """Texts that are sampled at once."""
@@ -68,6 +69,15 @@ class GenerationKey:
         return f"generated-{digest(asdict(self))[:16]}"
 
 
+@dataclass(frozen=True)
+class _Part:
+    schema: int
+    kind: str
+    key: dict[str, Any]
+    ids: list[list[int]]
+    texts: list[str]
+
+
 class GeneratedTexts:
     """Samples of a model in parts of `PART_TEXTS`; a part is the same whichever was made before it, on one machine.
 
@@ -95,18 +105,19 @@ class GeneratedTexts:
         """Token ids of the texts of one part, without what ends a text.
 
         Raises:
-            CacheError: a file that is damaged, or of something else.
+            CacheError: a file of something else; one that is damaged is made anew, with a warning. WriteError: the part
+                can't be kept.
         """
         count = min(self.key.part_texts, self.n_samples - number * self.key.part_texts)
         path = None if self.folder is None else self.folder / f"part-{number:05d}.json"
-        if path is not None and path.is_file():
-            return self._read(path, number)[:count]
+        read = None if path is None else read_or_warn(path, lambda file: self._read(file, number))
+        if read is not None:
+            return read[:count]
         ids = self._sample(number)
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
             texts = [decode(self.tok, row) for row in ids]
             content = {"schema": SCHEMA, "kind": "generated texts", "key": self._part_key(number)}
-            write_json(path, {**content, "ids": ids, "texts": texts}, indent=None)
+            write_checked_json(path, {**content, "ids": ids, "texts": texts}, indent=None)
         return ids[:count]
 
     def texts(self) -> list[str]:
@@ -119,13 +130,12 @@ class GeneratedTexts:
         return {**asdict(self.key), "part": number}
 
     def _read(self, path: Path, number: int) -> list[list[int]]:
-        found = read_json(path, CacheError)
-        if not isinstance(found, dict):
-            raise CacheError(f"{path} is no file of generated texts; {_ADVICE}.")
+        found = read_checked_json(path, DamagedCacheError, _ADVICE)
         check_key(path, found, "generated texts", "file of generated texts", self._part_key(number), _ADVICE)
-        ids = found.get("ids")
-        if not isinstance(ids, list) or len(ids) != self.key.part_texts or not all(map(_is_ids, ids)):
-            raise CacheError(f"{path} is damaged; {_ADVICE}.")
+        with content_of(path, DamagedCacheError, _ADVICE):
+            ids = read_record(found, _Part).ids
+            if len(ids) != self.key.part_texts or not all(ids) or min(map(min, ids)) < 0:
+                raise ValueError("it does not hold the ids of all its texts")
         return ids
 
     def _sample(self, number: int) -> list[list[int]]:
@@ -172,10 +182,6 @@ class GeneratedTexts:
         found = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
         listed = found if isinstance(found, (list, tuple)) else [found]
         return {token for token in (*listed, self.tok.eos_token_id) if token is not None}
-
-
-def _is_ids(row: Any) -> bool:
-    return isinstance(row, list) and bool(row) and all(type(token) is int for token in row)
 
 
 def opening_ids(tok: PreTrainedTokenizerBase, openings: Sequence[str] = ()) -> tuple[tuple[int, ...], ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -10,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from easyedit_moe.errors import DataError
-from easyedit_moe.storage.files import replacing
+from easyedit_moe.storage.files import check_readable, write_text
+
+_DIGEST = "digest"
 
 
 def finite(value: Any) -> Any:
@@ -37,11 +40,47 @@ def _on_one_line(found: re.Match[str]) -> str:
 
 
 def write_json(path: str | Path, value: Any, indent: int | None = 1) -> Path:
-    """Write strict JSON in UTF-8, in full or not at all; the path."""
-    path, text = Path(path), json_text(value, indent)
-    with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
-    return path
+    """Write strict JSON in UTF-8, in full or not at all; the path.
+
+    Raises:
+        WriteError: it can't be written; what was there is as it was.
+    """
+    return write_text(path, json_text(value, indent))
+
+
+def write_checked_json(path: str | Path, value: Mapping[str, Any], indent: int | None = 1) -> Path:
+    """As `write_json`, with a digest of the content in it, so that a later change is noticed.
+
+    Raises:
+        WriteError: it can't be written; what was there is as it was.
+    """
+    return write_json(path, {**value, _DIGEST: _content_digest(value)}, indent)
+
+
+def read_checked_json(
+    path: str | Path, error: type[Exception] = DataError, advice: str = "make it anew"
+) -> dict[str, Any]:
+    """The object that a JSON file holds, its digest left out; earlier versions wrote none.
+
+    Raises:
+        ``error``: it is missing, unreadable, no JSON object, or not what was written.
+    """
+    content = read_json(path, error)
+    if not isinstance(content, dict):
+        raise error(f"{path} holds no JSON object; {advice}.")
+    told = content.pop(_DIGEST, None)
+    if told is not None and told != _content_digest(content):
+        raise error(f"{path} is damaged: it is not what was written; {advice}.")
+    return content
+
+
+def _content_digest(value: Mapping[str, Any]) -> str:
+    return digest(json.loads(json_text(value)))[:32]
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a value as JSON, in hexadecimal."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def parse_json(text: str | bytes, **options: Any) -> Any:
@@ -62,7 +101,8 @@ def read_json(path: str | Path, error: type[Exception] = DataError) -> Any:
     Raises:
         ``error``: it is missing, unreadable, or not JSON.
     """
+    check_readable(path, error)
     try:
         return parse_json(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as cause:
+    except (OSError, ValueError, RecursionError) as cause:
         raise error(f"{path} can't be read as JSON: {cause}") from cause

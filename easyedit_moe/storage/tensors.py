@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,8 +19,8 @@ from torch import Tensor
 
 from easyedit_moe.errors import CacheError, DamagedCacheError, EditingWarning
 from easyedit_moe.storage.checksums import checksum
-from easyedit_moe.storage.files import replacing
-from easyedit_moe.storage.strict_json import finite
+from easyedit_moe.storage.files import check_readable, replacing
+from easyedit_moe.storage.strict_json import digest, finite
 
 SCHEMA = 1
 _Read = TypeVar("_Read")
@@ -31,15 +33,17 @@ def check_key(
     """Refuse a file of another kind, or one whose key is not ``key``; ``name`` is what people call the kind.
 
     Raises:
-        CacheError: it is not a file of this kind and schema, or was made for another model or setting.
+        DamagedCacheError: it is not a file of this kind and schema. CacheError: it was made for another model or
+            setting.
     """
-    found = metadata.get("key")
-    if metadata.get("kind") != kind or metadata.get("schema") != SCHEMA or not isinstance(found, dict):
-        raise CacheError(f"{path} is not a {name} of schema {SCHEMA}; {advice}.")
+    found, schema = metadata.get("key"), metadata.get("schema")
+    if metadata.get("kind") != kind or type(schema) is not int or schema != SCHEMA or not isinstance(found, dict):
+        raise DamagedCacheError(f"{path} is not a {name} of schema {SCHEMA}; {advice}.")
     wanted = json.loads(json.dumps(key))  # as the file has it: lists for tuples
-    names = {**wanted, **found}
     differing = [
-        f"{k}: expected {wanted.get(k)!r}, found {found.get(k)!r}" for k in names if found.get(k) != wanted.get(k)
+        f"{k}: expected {wanted.get(k)!r}, found {found.get(k)!r}"
+        for k in {**wanted, **found}
+        if k not in found or k not in wanted or json.dumps(found[k]) != json.dumps(wanted[k])
     ]
     if differing:
         raise CacheError(
@@ -53,12 +57,48 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
 
     The file says what it holds: a digest of the tensors' names, dtypes, shapes and bits stands in the metadata, and one
     of the metadata before it, so that a changed byte is noticed wherever it is. Equal content gives equal files.
+
+    Raises:
+        WriteError: it can't be written; what was there is as it was.
     """
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     content = {**finite(metadata), _CONTENTS: _contents(ready)}
     text = json.dumps(content, sort_keys=True, allow_nan=False)
-    with replacing(path) as partial:
-        save_file(ready, partial, metadata={_ENTRY: f"{_text_digest(text)} {text}"})
+    write_tensors(path, ready, {_ENTRY: f"{_text_digest(text)} {text}"})
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file that others read, in full or not at all; ``metadata`` as it is, no digest.
+
+    Raises:
+        WriteError: it can't be written; what was there is as it was.
+    """
+    with replacing(path) as partial, system_errors():
+        save_file(dict(tensors), partial, metadata=dict(metadata))
+
+
+def write_torch(path: Path, value: Tensor) -> None:
+    """Write a tensor as ``torch.load`` reads it, in full or not at all: the format of EasyEdit's own files, no other.
+
+    The file holds a pickle, which this package never reads; ``torch.load`` reads a tensor without running any of it.
+
+    Raises:
+        WriteError: it can't be written; what was there is as it was.
+    """
+    with replacing(path) as partial, system_errors():
+        torch.save(value, partial)
+
+
+@contextmanager
+def system_errors() -> Iterator[None]:
+    """Errors of the system, which safetensors and torch report as their own while they write, as an OSError again."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number:
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+        raise OSError(str(error)) from error
 
 
 def read_safetensors(path: Path, error: type[Exception], advice: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -81,7 +121,7 @@ def read_or_warn(path: Path, read: Callable[[Path], _Read]) -> _Read | None:
     """What ``read`` gives of a file; None where there is none, and, with an EditingWarning, where it is damaged: its
     content is then made anew.
     """
-    if not path.exists():
+    if not os.path.exists(path):
         return None
     try:
         return read(path)
@@ -100,12 +140,11 @@ def read_metadata(path: Path, error: type[Exception], advice: str) -> dict[str, 
 
 @contextmanager
 def _opened(path: Path, error: type[Exception], advice: str) -> Iterator[Any]:
-    if not path.is_file():
-        raise error(f"{path} does not exist.")
+    check_readable(path, error)
     try:
         with safe_open(path, "pt") as file:
             yield file
-    except (SafetensorError, ValueError, KeyError, OSError) as cause:
+    except (SafetensorError, ValueError, KeyError, OSError, RecursionError) as cause:
         raise error(f"{path} is truncated, corrupt or not of this package ({cause}); {advice}.") from cause
 
 
@@ -134,8 +173,3 @@ def _bits(tensor: Tensor) -> Tensor:
 
 def _text_digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def digest(value: Any) -> str:
-    """SHA-256 of a value as JSON, in hexadecimal."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

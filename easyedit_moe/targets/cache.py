@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,14 +16,23 @@ from torch import Tensor
 from easyedit_moe.errors import CacheError, DamagedCacheError
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.hparams.sites import site_entry
+from easyedit_moe.moe.config import text_config
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.statistics.cache import statistics_folder
 from easyedit_moe.storage.checksums import checksum
-from easyedit_moe.storage.tensors import digest, read_or_warn, read_safetensors, write_safetensors
+from easyedit_moe.storage.files import check_writable
+from easyedit_moe.storage.schema import Expected, check_tensors, content_of, read_record
+from easyedit_moe.storage.strict_json import digest
+from easyedit_moe.storage.tensors import read_or_warn, read_safetensors, write_safetensors
 from easyedit_moe.targets.search import TargetSearch, TargetVectors, fact_contexts, warn_of_targets
 
 SCHEMA = 1
-_FIELDS = ("delta", "initial_nll", "final_nll", "reached", "steps", "known")
+_ADVICE = "delete it, and the target is found anew"
+_FIELDS = {
+    "delta": (torch.float32,), "initial_nll": (torch.float32,), "final_nll": (torch.float32,),
+    "reached": (torch.bool,), "steps": (torch.int64,), "known": (torch.bool,),
+}  # fmt: skip
+"""Tensors of a file, by the fields of `TargetVectors`, and their dtypes."""
 
 
 def weights_hash(view: MoELayerView) -> str:
@@ -47,14 +57,15 @@ def cached_targets(
 
     Raises:
         CacheError: a file of something else (one that is damaged is made anew, with a warning); what
-            `TargetSearch.targets` raises.
+            `TargetSearch.targets` raises. WriteError: nothing can be written to ``folder``.
     """
     place = statistics_folder(folder, model_name, fingerprint) / weights_hash(search.view)[:16]
     keys = [_key(fingerprint, place.name, search, request) for request in requests]
     paths = [place / f"target-{digest(key)[:24]}.safetensors" for key in keys]
+    width: int | str = getattr(text_config(search.view.model), "hidden_size", None) or "d"
     rows: dict[int, dict[str, Tensor]] = {}
     for i, (path, key) in enumerate(zip(paths, keys, strict=True)):
-        read = read_or_warn(path, partial(_read, key=key))
+        read = read_or_warn(path, partial(_read, key=key, width=width))
         if read is not None:
             rows[i] = read
     missing = [i for i in range(len(requests)) if i not in rows]
@@ -66,6 +77,7 @@ def cached_targets(
             write_safetensors(paths[i], rows[i], {"schema": SCHEMA, "kind": "target", "key": keys[i]})
 
     if missing:
+        check_writable(paths[missing[0]])
         search.find([requests[i] for i in missing], keep)
     targets = TargetVectors(*(torch.stack([rows[i][name] for i in range(len(requests))]) for name in _FIELDS))
     if search.warn:
@@ -91,12 +103,23 @@ def _key(fingerprint: str, weights: str, search: TargetSearch, request: EditRequ
     }
 
 
-def _read(path: Path, key: dict[str, Any]) -> dict[str, Tensor]:
-    advice = "delete it, and the target is found anew"
-    tensors, metadata = read_safetensors(path, DamagedCacheError, advice)
-    if metadata.get("kind") != "target" or metadata.get("schema") != SCHEMA or metadata.get("key") != key:
-        raise CacheError(f"{path} is not the target of this request at these weights and settings; {advice}.")
-    tensors.setdefault("known", torch.tensor(False))  # earlier versions did not note it, and warned of nothing then
-    if set(tensors) != set(_FIELDS) or not all(bool(torch.isfinite(value).all()) for value in tensors.values()):
-        raise DamagedCacheError(f"{path} holds an incomplete or non-finite target; {advice}.")
+@dataclass(frozen=True)
+class _Described:
+    schema: Literal[1]
+    kind: Literal["target"]
+    key: dict[str, Any]
+
+
+def _read(path: Path, key: dict[str, Any], width: int | str) -> dict[str, Tensor]:
+    tensors, metadata = read_safetensors(path, DamagedCacheError, _ADVICE)
+    with content_of(path, DamagedCacheError, _ADVICE):
+        described = read_record(metadata, _Described)
+        tensors.setdefault("known", torch.tensor(False))  # earlier versions did not note it, and warned of nothing then
+        check_tensors(
+            tensors, {name: Expected((width,) if name == "delta" else (), dtypes) for name, dtypes in _FIELDS.items()}
+        )
+        if int(tensors["steps"]) < 0:
+            raise ValueError(f"steps is {int(tensors['steps'])}")
+    if json.dumps(described.key, sort_keys=True) != json.dumps(key, sort_keys=True):
+        raise CacheError(f"{path} is not the target of this request at these weights and settings; {_ADVICE}.")
     return tensors

@@ -24,7 +24,7 @@ from easyedit_moe.facts.subjects import mentions
 from easyedit_moe.facts.tokens import encode_prompt, pad_id
 from easyedit_moe.hparams import SolverHyperParams, UnKEHyperParams
 from easyedit_moe.moe.capture import frozen_parameters, inference_mode_of
-from easyedit_moe.moe.config import text_config
+from easyedit_moe.moe.config import context_length
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.moe.tails import FactPlaces, RecordedTail, recorded_tail, within_reach
 from easyedit_moe.moe.upper_layers import ShiftedSequence, UpperLayers
@@ -123,7 +123,7 @@ def fact_contexts(
 
 def check_lengths(view: MoELayerView, lengths: Sequence[int]) -> None:
     """Raise `RequestError` where prompt plus target exceed the model's context."""
-    limit = getattr(text_config(view.model), "max_position_embeddings", None)
+    limit = context_length(view.model)
     if limit is not None and max(lengths) > limit:
         raise RequestError(
             f"A prompt with its context prefix and target has {max(lengths)} tokens; the model's context has {limit}."
@@ -336,6 +336,8 @@ class _Problem:
                 if step == self.settings.steps or not going.any():
                     break
                 (grad,) = torch.autograd.grad(loss.sum(), shift)
+                if not torch.isfinite(grad).all():
+                    raise not_finite("The gradient of a target vector is NaN or infinite")
             if not going.all():
                 grad = grad[going.to(device)]
                 active, kept = active[going], self._keep(kept, active[going], going)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from easyedit_moe import factworld
@@ -37,4 +38,4 @@ def apply(patch: str | Path, model: str | Path, out: str | Path | None = None, i
 
 
 def _is_own_folder(model: str | Path) -> bool:
-    return str(model) != factworld.MODEL_NAME and Path(model).is_dir()
+    return str(model) != factworld.MODEL_NAME and os.path.isdir(model)

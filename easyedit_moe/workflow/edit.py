@@ -27,7 +27,7 @@ from easyedit_moe.progress import progress_bar
 from easyedit_moe.workflow.edit_outcome import Change, EditReport, FactReport
 from easyedit_moe.workflow.measuring import Asked, Said, ask_all, prompts_of
 from easyedit_moe.workflow.saving import chained, check_saved_kinds, save_edit
-from easyedit_moe.workflow.screening import Screened, check_chat, fact_set, screen
+from easyedit_moe.workflow.screening import Screened, check_chat, fact_set, fitting, screen
 from easyedit_moe.workflow.session import Loaded, Loading, load, model_name
 from easyedit_moe.workflow.settings import settings_for
 
@@ -85,6 +85,7 @@ def edit(
     check_chat(settings, tok)
     screened = screen(read, editor, tok, strict)
     net, tok = load(model, options, progress)
+    screened = fitting(screened, editor, net, tok, strict)
     editor.prepare(net, tok)
     return _edited(screened, (model, net, tok), editor, options, out, save, keep_originals, max_new_tokens)
 

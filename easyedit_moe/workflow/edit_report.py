@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from easyedit_moe.storage.files import replacing
+from easyedit_moe.storage.files import write_text
 from easyedit_moe.storage.strict_json import write_json
 from easyedit_moe.workflow.edit_outcome import Change, EditReport, FactReport
 
@@ -103,9 +103,7 @@ def markdown(report: EditReport) -> str:
 
 def write_report(report: EditReport, folder: Path) -> list[Path]:
     """Write both files; each in full or not at all."""
-    path = folder / "report.md"
-    with replacing(path) as partial:
-        partial.write_text(markdown(report), encoding="utf-8")
+    path = write_text(folder / "report.md", markdown(report))
     return [write_json(folder / "report.json", to_dict(report)), path]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from easyedit_moe.comparison.report import check_folder
 from easyedit_moe.evaluation.summary import Summary, legend, shown
-from easyedit_moe.storage.files import replacing
+from easyedit_moe.storage.files import write_text
 from easyedit_moe.storage.strict_json import json_text
 from easyedit_moe.workflow.evaluate import RECORDS, Evaluation, Measure
 
@@ -51,12 +51,11 @@ def write_evaluation(result: Evaluation, out: str | Path) -> list[Path]:
     """Write ``results.json`` and ``table.md`` into a folder, which is made if need be; each in full or not at all.
 
     Raises:
-        DataError: the folder can't be made or written to.
+        WriteError: the folder can't be made or written to.
     """
     folder = check_folder(out)
     text = json_text(result.to_dict())
     paths = [folder / "results.json", folder / "table.md"]
     for path, content in zip(paths, (text, markdown(result)), strict=True):
-        with replacing(path) as partial:
-            partial.write_text(content, encoding="utf-8")
+        write_text(path, content)
     return paths

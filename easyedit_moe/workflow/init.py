@@ -19,7 +19,7 @@ from easyedit_moe.errors import DataError
 from easyedit_moe.facts.records import FactSet, load_facts
 from easyedit_moe.hparams import SolverHyperParams
 from easyedit_moe.hparams.sites import EXPERTS
-from easyedit_moe.storage.files import replacing
+from easyedit_moe.storage.files import check_writable, replacing, writing
 from easyedit_moe.storage.strict_json import json_text
 from easyedit_moe.workflow import locate as locating
 from easyedit_moe.workflow.locate_cost import Cost
@@ -63,14 +63,11 @@ def init(
         site: what is edited in the layers, see `easyedit_moe.hparams.sites`; only routed experts are located.
 
     Raises:
-        DataError: no config by this name, unusable facts, a budget that is none, or a file that is there or can't be
-            written. MethodError: an unknown method, or EasyEdit's own. LayoutError, DenseModelError: no experts that
-            can be edited. Further what `locate` raises. Then nothing is written.
+        DataError: no config by this name, unusable facts, a budget that is none, or a file that is there. WriteError:
+            a file that can't be written. MethodError: an unknown method, or EasyEdit's own. LayoutError,
+            DenseModelError: no experts that can be edited. Further what `locate` raises. Then nothing is written.
     """
-    if budget is not None and not locate:
-        raise DataError(f"A budget of {budget:g} minutes bounds what is measured; pass --locate with it.")
-    if locate and site != EXPERTS:
-        raise DataError(f"Layers are located for routed experts only; found site {site}. Leave out --locate.")
+    _check_choices(locate, budget, site)
     settings = LocateSettings(stages=STAGES, budget=budget)
     files = [] if out is None else [Path(out), *([rows_file(out)] if locate else [])]
     for file in files:
@@ -96,6 +93,13 @@ def init(
     return found
 
 
+def _check_choices(locate: bool, budget: float | None, site: str) -> None:
+    if budget is not None and not locate:
+        raise DataError(f"A budget of {budget:g} minutes bounds what is measured; pass --locate with it.")
+    if locate and site != EXPERTS:
+        raise DataError(f"Layers are located for routed experts only; found site {site}. Leave out --locate.")
+
+
 def rows_file(out: str | Path) -> Path:
     """Where the rows of what was measured are written: ``my.locate.json`` beside ``my.yaml``, as a results.json."""
     path = Path(out)
@@ -104,25 +108,21 @@ def rows_file(out: str | Path) -> Path:
 
 
 def _check_free(path: Path, force: bool) -> None:
-    """Before anything is measured: DataError for a path that is taken or has no folder to lie in."""
-    if path.exists() and not (force and path.is_file()):
+    """Before anything is measured: DataError for a path that is taken, WriteError for one that can't be written."""
+    check_writable(path)
+    if os.path.lexists(path) and not (force and path.is_file()):
         raise DataError(
             f"{path} exists already; choose another name" + ("." if path.is_dir() else ", or pass --force.")
         )
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise DataError(f"{path} can't be written: {folder} is no folder that is writable; choose another name.")
 
 
 def _write(files: Sequence[Path], texts: Sequence[str]) -> None:
     """All of them or none."""
-    try:
-        with ExitStack() as stack:
-            partial = [stack.enter_context(replacing(file)) for file in files]
-            for file, text in zip(partial, texts, strict=False):
+    with ExitStack() as stack:
+        partial = [stack.enter_context(replacing(file)) for file in files]
+        for path, file, text in zip(files, partial, texts, strict=False):
+            with writing(path, file):
                 file.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{files[0]} can't be written: {error}") from error
 
 
 def _trial_hparams(found: Proposal, facts: FactSet | None, trust_remote_code: bool) -> SolverHyperParams:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -36,6 +35,7 @@ from easyedit_moe.patches.checks import versions
 from easyedit_moe.progress import progress_bar
 from easyedit_moe.statistics.corpus import corpus_hash
 from easyedit_moe.statistics.gather import layer_statistics
+from easyedit_moe.storage.files import temporary_folder
 from easyedit_moe.targets.cache import cached_targets
 from easyedit_moe.targets.search import TargetSearch, TargetSettings
 from easyedit_moe.workflow.locate_cost import Cost, Workload, costs, seconds_of
@@ -120,8 +120,8 @@ def locate(
     if resume and out is None:
         raise DataError("There is nothing to go on with: --resume needs the folder --out of the earlier run.")
     with ExitStack() as stack:
-        kept = stack.enter_context(tempfile.TemporaryDirectory()) if out is None else str(check_folder(out))
-        job = _job(facts, model, (method, hparams, overrides or {}), settings, Path(kept), progress)
+        kept = stack.enter_context(temporary_folder()) if out is None else check_folder(out)
+        job = _job(facts, model, (method, hparams, overrides or {}), settings, kept, progress)
         folder = None if out is None else Path(out)
         measured = Measured(job.provenance(model, facts), folder)
         if resume and folder is not None:

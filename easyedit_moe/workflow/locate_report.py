@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from easyedit_moe.comparison.rows import PRE_EDIT
-from easyedit_moe.storage.files import replacing
+from easyedit_moe.storage.figures import save_figure
+from easyedit_moe.storage.files import write_text
 from easyedit_moe.workflow.locate import Location
 from easyedit_moe.workflow.locate_cost import Cost
 from easyedit_moe.workflow.locate_saved import Row, layer_rows
@@ -157,8 +158,7 @@ def write_location(found: Location, folder: str | Path) -> list[Path]:
     """Write ``results.json``, ``table.md`` and ``locate.png``; each in full or not at all."""
     folder = Path(folder)
     saved = found.measured.save()
-    with replacing(folder / "table.md") as partial:
-        partial.write_text(markdown(found), encoding="utf-8")
+    write_text(folder / "table.md", markdown(found))
     chart(found, folder / "locate.png")
     return [*([] if saved is None else [saved]), folder / "table.md", folder / "locate.png"]
 
@@ -177,9 +177,7 @@ def chart(found: Location, path: Path) -> None:
     _draw_trial(axes[1][1], found)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
-    with replacing(path) as partial:
-        figure.savefig(partial, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def _draw_reachability(axis: Any, found: Location) -> None:

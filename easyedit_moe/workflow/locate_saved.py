@@ -6,14 +6,27 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from easyedit_moe.errors import DataError
-from easyedit_moe.storage.strict_json import finite, json_text, read_json, write_json
+from easyedit_moe.storage.schema import content_of, read_record, read_value
+from easyedit_moe.storage.strict_json import finite, json_text, read_checked_json, write_checked_json
 from easyedit_moe.workflow.locate_settings import STAGES
 
 RESULTS = "results.json"
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """Content of ``results.json``."""
+
+    schema: Literal[1]
+    state: Literal["complete", "interrupted"]
+    left: dict[str, int]
+    seconds: dict[str, float]
+    rows: dict[str, list[dict[str, Any]]]
+    provenance: dict[str, Any]
 
 
 @dataclass
@@ -41,12 +54,17 @@ class Measured:
         Raises:
             DataError: it can't be read, or is something else.
         """
-        saved = read_json(path)
-        try:
-            rows = {stage: {str(row["name"]): row for row in saved["rows"][stage]} for stage in STAGES}
-            return Measured(saved["provenance"], None, rows, dict(saved["left"]), dict(saved["seconds"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{path} is no result of locate ({error!r}); choose another --out.") from error
+        advice = "it is no result of locate; choose another --out"
+        content = read_checked_json(path, DataError, advice)
+        with content_of(path, DataError, advice):
+            saved = read_record(content, _Saved)
+            if set(saved.rows) != set(STAGES):
+                raise ValueError(f"its rows are of {', '.join(saved.rows) or 'nothing'}")
+            rows = {
+                stage: {read_value(row.get("name"), str, f"a name of {stage}"): row for row in saved.rows[stage]}
+                for stage in STAGES
+            }
+        return Measured(saved.provenance, None, rows, saved.left, saved.seconds)
 
     @staticmethod
     def resumed(folder: Path, provenance: dict[str, Any]) -> Measured:
@@ -90,7 +108,7 @@ class Measured:
 
     def save(self) -> Path | None:
         """Write ``results.json``, in full or not at all."""
-        return None if self.folder is None else write_json(self.folder / RESULTS, self.to_dict())
+        return None if self.folder is None else write_checked_json(self.folder / RESULTS, self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         """Content of ``results.json`` (schema 1)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from easyedit_moe.patches.files import load_patch
 from easyedit_moe.patches.merging import merge as merged
 from easyedit_moe.patches.tensors import TensorPatch
 from easyedit_moe.patches.weights import WeightPatch
+from easyedit_moe.storage.files import check_writable
 
 
 def merge(patches: Sequence[str | Path], out: str | Path) -> WeightPatch | TensorPatch:
@@ -26,15 +28,16 @@ def merge(patches: Sequence[str | Path], out: str | Path) -> WeightPatch | Tenso
 
     Raises:
         PatchError: fewer than two patches, one that can't be read, a gap or a wrong order, both kinds of patches, or a
-            file that exists.
+            file that exists. WriteError: the file can't be written.
     """
     if len(patches) < 2:
         raise PatchError(f"Merging takes at least two patches; found {len(patches)}.")
     path = Path(out)
-    if path.exists():
+    if os.path.exists(path):
         raise PatchError(f"{path} exists; give another name for the merged patch, or delete it.")
     if path.suffix != ".safetensors":
         raise PatchError(f"A patch is a .safetensors file; found {path.name!r} as the name of the merged patch.")
+    check_writable(path)
     whole = merged([load_patch(patch) for patch in patches])
     whole.save(path, keep_originals=bool(whole.flips))
     return whole

@@ -6,16 +6,19 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.editors import Editor
 from easyedit_moe.errors import DataError, EditingWarning, RequestError
+from easyedit_moe.evaluation.context import check_fit
 from easyedit_moe.facts.anchors import NO_ANCHOR, SubjectMatcher
 from easyedit_moe.facts.chat import user_turn, writes_the_date
 from easyedit_moe.facts.records import EvaluationRecord, FactSet
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.facts.tokens import encode_context, encode_pair, encode_prompt
 from easyedit_moe.hparams import MEMoEHyperParams, MoEHyperParams
+from easyedit_moe.workflow.measuring import prompts_of
 
 
 @dataclass(frozen=True)
@@ -69,12 +72,40 @@ def screen(facts: FactSet, editor: Editor, tok: PreTrainedTokenizerBase, strict:
             refused.append(Refused(number, str(error)))
         else:
             kept.append((number, record))
+    return _screened(kept, refused, facts.unit, editor, strict)
+
+
+def fitting(
+    screened: Screened, editor: Editor, model: nn.Module, tok: PreTrainedTokenizerBase, strict: bool = False
+) -> Screened:
+    """The facts that fit the model's context with all their prompts; nothing is computed.
+
+    Raises:
+        DataError: as `screen`.
+    """
+    kept: list[tuple[int, EvaluationRecord]] = []
+    refused = list(screened.refused)
+    for number, record in zip(screened.numbers, screened.records, strict=True):
+        try:
+            editor.check_requests(model, tok, [record.request])
+            asked = [pair for pairs in prompts_of(record).values() for pair in pairs]
+            check_fit(model, tok, asked, editor.hparams.chat)
+        except RequestError as error:
+            refused.append(Refused(number, str(error)))
+        else:
+            kept.append((number, record))
+    return _screened(kept, refused, screened.unit, editor, strict)
+
+
+def _screened(
+    kept: list[tuple[int, EvaluationRecord]], refused: list[Refused], unit: str, editor: Editor, strict: bool
+) -> Screened:
     refused.sort(key=lambda one: one.number)
     if refused and (strict or not kept):
-        first = f"{facts.unit} {refused[0].number}: {refused[0].reason}"
+        first = f"{unit} {refused[0].number}: {refused[0].reason}"
         what = "strict allows none" if kept else "no fact is left"
         raise DataError(f"{len(refused)} facts can't be edited by {editor.method}, and {what}; the first, {first}")
-    return Screened(tuple(r for _, r in kept), tuple(n for n, _ in kept), tuple(refused), facts.unit)
+    return Screened(tuple(r for _, r in kept), tuple(n for n, _ in kept), tuple(refused), unit)
 
 
 def check_chat(hparams: MoEHyperParams, tok: PreTrainedTokenizerBase) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -84,7 +85,7 @@ def load(model: str | Loaded, options: Loading, progress: bool = True) -> Loaded
             model, options.dtype, options.device, options.model_parallel, trust_remote_code=options.trust_remote_code
         )
     beside = Path(find_source(model).name) / ADAPTER_FILE
-    if beside.is_file():
+    if os.path.isfile(beside):
         attach(net, tok, MoEAdapter.load(beside))
     return net, tok
 

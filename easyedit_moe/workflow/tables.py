@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from easyedit_moe import host
-from easyedit_moe.comparison.compare import PRE_EDIT, Comparison, Row, compare
+from easyedit_moe.comparison.compare import Comparison, compare
 from easyedit_moe.comparison.paper_report import markdown, write_table
 from easyedit_moe.comparison.papers import (
     COUNTERFACT,
-    ROUTING_WINDOWS,
     ZSRE,
     Line,
     PaperTable,
@@ -23,13 +22,14 @@ from easyedit_moe.comparison.papers import (
 )
 from easyedit_moe.comparison.ready import READY
 from easyedit_moe.comparison.report import check_folder
+from easyedit_moe.comparison.rows import PRE_EDIT, Row
 from easyedit_moe.comparison.saved import earlier_rows, save_rows
 from easyedit_moe.comparison.settings import AnyHyperParams, has_file, loading_settings, resolve_rows
 from easyedit_moe.comparison.task import Task, load_task, with_data
 from easyedit_moe.comparison.tuned import check_held_out
 from easyedit_moe.errors import HyperParamsError
 from easyedit_moe.hparams import presets
-from easyedit_moe.storage.files import replacing
+from easyedit_moe.storage.files import write_text
 from easyedit_moe.storage.strict_json import json_text
 
 logger = logging.getLogger(__name__)
@@ -98,8 +98,7 @@ def tables(
         tasks[ZSRE] = with_data(task, zsre, edits)
     run = _Run(folder, resume, on_row, progress)
     made = [run.make(plan, tasks[name], name) for plan in plans for name in plan.table.data if name in tasks]
-    with replacing(folder / "tables.md") as partial:
-        partial.write_text("\n".join(markdown(one.comparison) for one in made), encoding="utf-8")
+    write_text(folder / "tables.md", "\n".join(markdown(one.comparison) for one in made))
     return made
 
 
@@ -144,12 +143,10 @@ def _task(
 ) -> Task:
     settings = [one for plan in plans for one in plan.settings]
     first = loading_settings(settings, model)
-    task = load_task(
+    return load_task(
         model, data, edits, 0, batch_size, given.get("dtype") or first.dtype, given.get("device", first.device),
         first.model_parallel, first.trust_remote_code, progress, any(getattr(hp, "chat", False) for hp in settings),
     )  # fmt: skip
-    windows = ROUTING_WINDOWS.get(known_model(model) or "")
-    return replace(task, provenance={**task.provenance, "routing_windows": windows})
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,8 @@ from easyedit_moe.errors import DataError, EditingError, HyperParamsError
 from easyedit_moe.hparams import MoEHyperParams, presets
 from easyedit_moe.hparams.sites import EXPERTS
 from easyedit_moe.moe.layers import MoELayerView
-from easyedit_moe.storage.strict_json import write_json
+from easyedit_moe.storage.files import temporary_folder, write_text
+from easyedit_moe.storage.strict_json import write_checked_json
 from easyedit_moe.workflow.settings import choose_hparams
 
 Change = Mapping[str, Any]
@@ -130,8 +130,8 @@ def tune(
         model, data, edits, skip, start.batch_size, start.dtype, start.device, start.model_parallel,
         start.trust_remote_code, progress, start.chat,
     )  # fmt: skip
-    with tempfile.TemporaryDirectory() as cache:
-        search = _Search(task, start, cache, 60 * budget, on_trial, progress)
+    with temporary_folder() as cache:
+        search = _Search(task, start, str(cache), 60 * budget, on_trial, progress)
         found = search.run()
     if out is None:
         return found
@@ -272,7 +272,7 @@ def _write(found: Tuned, start: MoEHyperParams, task: Task, data: str, folder: P
             lines.append(yaml_line(name, value, f"ours: tuned, before {start.to_dict()[name]}"))
         elif name != "alg_name" and name not in fixed and value != defaults[name] and value != []:
             lines.append(yaml_line(name, value, "as it was before tuning"))
-    (folder / "hparams.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(folder / "hparams.yaml", "\n".join(lines) + "\n")
     content = {
         "schema": 1,
         "kind": "tuning",
@@ -284,4 +284,4 @@ def _write(found: Tuned, start: MoEHyperParams, task: Task, data: str, folder: P
         "start": start.to_dict(),
         "provenance": task.provenance,
     }
-    write_json(folder / TUNING, content)
+    write_checked_json(folder / TUNING, content)

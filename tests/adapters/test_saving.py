@@ -185,7 +185,7 @@ def test_the_base_can_be_written_otherwise_and_warnings_come_back(tmp_path: Path
     with_adapter(model)
 
     def fails(folder: Path) -> None:
-        assert folder == tmp_path / "out"
+        assert folder.name == "out"
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):

@@ -210,3 +210,72 @@ def test_an_absolute_threshold_may_exceed_one() -> None:
 def test_unknown_low_coverage() -> None:
     with pytest.raises(HyperParamsError, match="keep, identity, pooled, frozen; found 'drop'"):
         null_space(torch.eye(3)[None], COUNTS, 0.02, low_coverage="drop")
+
+
+# ---------------------------------------------------------------- by energy or by rank
+
+
+def spectrum(*values: float, seed: int = 0) -> Tensor:
+    """A moment with these eigenvalues."""
+    q = subspace(len(values), len(values), seed)
+    return q @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ q.T
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e5])
+@pytest.mark.parametrize(
+    ("energy", "ranks"), [(0.5, [5, 3]), (0.79, [4, 1]), (0.81, [3, 1]), (0.95, [2, 0]), (1.0, [2, 0]), (1e-9, [5, 5])]
+)
+def test_energy_protects_the_fewest_directions_that_hold_it(
+    energy: float, ranks: list[int], scale: float, dtype: torch.dtype
+) -> None:
+    """Each expert for itself, whatever the scale of its keys."""
+    moments = torch.stack([spectrum(6, 2, 1, 1, 0, 0), 100 * spectrum(1, 1, 1, 1, 1, 1 - 4e-3, seed=1)]) * scale
+    if energy == 1 and dtype == torch.float32:
+        pytest.skip("rounding of the moments has energy, too")
+    found = null_space(moments.to(dtype), COUNTS.repeat(2), None, energy=energy)
+    assert found.ranks == ranks
+    for projector, own in zip(found.projectors, moments, strict=True):
+        p = matrix(projector, 6)
+        kept = torch.eye(6, dtype=torch.float64) - p
+        assert float((kept @ own).trace() / own.trace()) >= energy - 1e-6  # what is protected holds the energy
+        values = torch.linalg.eigvalsh(own).flip(0)
+        fewer = 6 - projector.rank - 1
+        assert float(values[:fewer].sum() / values.sum()) < energy + 1e-6  # and no fewer directions do
+
+
+@pytest.mark.parametrize(("rank", "dimension"), [(1, 1), (4, 4), (6, 6), (0.5, 3), (1.0, 6), (0.01, 1)])
+def test_rank_is_the_dimension_of_every_null_space(rank: int | float, dimension: int) -> None:
+    moments = torch.stack([spectrum(6, 5, 4, 3, 2, 1), spectrum(1e-3, 1e-4, 1e-5, 0, 0, 0, seed=2)])
+    found = null_space(moments, COUNTS.repeat(2), None, rank=rank)
+    assert found.ranks == [dimension, dimension]
+    vectors = torch.linalg.eigh(moments[0]).eigenvectors[:, :dimension]
+    torch.testing.assert_close(matrix(found.projectors[0], 6), vectors @ vectors.T)
+
+
+def test_nothing_seen_leaves_nothing_to_protect() -> None:
+    assert null_space(torch.zeros(1, 4, 4), COUNTS, None, energy=0.99).ranks == [4]
+
+
+@pytest.mark.parametrize("changes", [{"energy": 0.5}, {"rank": 2}], ids=str)
+def test_thin_experts_are_still_the_callers_choice(changes: dict[str, float]) -> None:
+    moments, counts = torch.stack([spectrum(4, 3, 2, 1), spectrum(1, 1, 1, 1)]), torch.tensor([2, 500])
+    frozen = null_space(moments, counts, None, min_count=10, low_coverage="frozen", **changes)
+    free = null_space(moments, counts, None, min_count=10, low_coverage="identity", **changes)
+    assert (frozen.ranks[0], free.ranks[0]) == (0, 4)
+    assert frozen.ranks[1] == free.ranks[1] == 2
+
+
+@pytest.mark.parametrize(
+    ("threshold", "changes", "message"),
+    [
+        (None, {}, "Give one of"), (0.1, {"energy": 0.9}, "Give one of"), (None, {"energy": 1, "rank": 1}, "Give one"),
+        (None, {"energy": 0.0}, "energy must lie in"), (None, {"energy": 1.1}, "energy must lie in"),
+        (None, {"energy": float("nan")}, "energy must lie in"), (None, {"rank": 0}, "nullspace_rank must lie in 1..4"),
+        (None, {"rank": 5}, "nullspace_rank must lie in 1..4"), (None, {"rank": 1.5}, "as a fraction"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_energies_and_ranks_out_of_range(threshold: float | None, changes: dict[str, float], message: str) -> None:
+    with pytest.raises(HyperParamsError, match=message):
+        null_space(spectrum(4, 3, 2, 1)[None], COUNTS, threshold, **changes)

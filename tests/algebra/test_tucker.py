@@ -380,3 +380,52 @@ def test_coordinates_are_those_of_least_squares(whitening: str) -> None:
     basis, x = basis_of(normal(E, D, H), (2, 3, 2), whitening), normal(D, 4, seed=5)
     wanted = torch.linalg.lstsq(basis.u_out, x).solution
     torch.testing.assert_close(basis.coordinates(x), wanted, rtol=1e-8, atol=1e-10)
+
+
+# ---------------------------------------------------------------- ranks by energy
+
+
+def fewest(values: Tensor, share: float) -> int:
+    """By counting up."""
+    total, held = float(values.sum()), 0.0
+    for count, value in enumerate(values.tolist(), 1):
+        held += value
+        if held >= share * total * (1 - 1e-12):
+            return count
+    return len(values)
+
+
+@pytest.mark.parametrize("whitening", WHITENING)
+@pytest.mark.parametrize("energy", [(0.9, 0.9, 0.9), (0.5, 0.99, 0.7), (1.0, 1.0, 1.0), (1e-6, 0.6, 1.0)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_ranks_by_energy_are_those_of_each_unfolding(
+    energy: tuple[float, float, float], whitening: str, dtype: torch.dtype
+) -> None:
+    """Of the whitened tensor, per mode, and the basis is that of these ranks."""
+    weights = normal(E, D, H, seed=4).to(dtype) * torch.logspace(0, -2, H).to(dtype)
+    white = whiten(weights.double(), whitening)
+    ranks = tuple(fewest(torch.linalg.svdvals(unfold(white, mode)) ** 2, share) for mode, share in enumerate(energy))
+    options = {"whitening": whitening, "sigma_in": SIGMA_IN, "sigma_out": SIGMA_OUT, "whitening_eps": EPS}
+    found = tucker_basis(weights, 1, 1, 1, energy=energy, **options)
+    assert (found.u_expert.shape[1], found.u_out.shape[1], found.u_in.shape[1]) == ranks
+    wanted = tucker_basis(weights, *ranks, **options)
+    for name in ("u_expert", "u_out", "u_in"):
+        assert torch.equal(getattr(found, name), getattr(wanted, name))
+    assert found.relative_error == pytest.approx(wanted.relative_error, rel=1e-9, abs=1e-9)
+    assert found.relative_error**2 <= sum(1 - share for share in energy) + 1e-6
+
+
+def test_energy_finds_the_ranks_of_a_planted_tensor() -> None:
+    factors = [normal(n, r, seed=i) for i, (n, r) in enumerate(((16, 2), (24, 5), (40, 3)))]
+    weights = torch.einsum("aoi,ea,do,hi->edh", normal(2, 5, 3, seed=9), *factors)
+    found = tucker_basis(weights + 1e-6 * normal(16, 24, 40, seed=8), 1, 1, 1, energy=(1 - 1e-9,) * 3)
+    assert (found.u_expert.shape[1], found.u_out.shape[1], found.u_in.shape[1]) == (2, 5, 3)
+    assert found.relative_error < 1e-4
+    again = tucker_basis(weights, 1, 1, 1, energy=(1 - 1e-9,) * 3, hooi_sweeps=2)
+    assert again.u_in.shape == (40, 3)
+
+
+@pytest.mark.parametrize("energy", [(0.0, 0.5, 0.5), (0.5, 1.1, 0.5), (0.5, 0.5), (0.5, 0.5, float("nan"))], ids=str)
+def test_energies_out_of_range(energy: tuple[float, ...]) -> None:
+    with pytest.raises(HyperParamsError, match=r"three shares in \(0, 1\]"):
+        tucker_basis(normal(E, D, H), 1, 1, 1, energy=energy)

@@ -156,7 +156,7 @@ def test_command_refuses_an_unusable_output_folder(folder: Path) -> None:
     (folder / "file").write_text("x")
     done = run_compare(folder, "--methods", "MoTE", "--out", str(folder / "file" / "out"))
     assert done.exit_code == 2
-    assert "can't be made" in " ".join(done.output.split())
+    assert "can't be written" in " ".join(done.output.split())
 
 
 def test_methods_command_lists_every_method() -> None:
@@ -183,6 +183,18 @@ def test_load_task_counts_unusable_records(folder: Path, caplog: pytest.LogCaptu
     assert "unusable" in caplog.text
     with pytest.raises(DataError, match="4 usable"):
         load_task(str(folder / "tiny"), str(folder / "broken.json"), 5, 0, 2, "float32", "cpu")
+
+
+def test_routing_is_watched_on_other_edits(folder: Path) -> None:
+    """The preservation set are edits of the file that are not made; of them, the first thousand."""
+    loaded = load_task(str(folder / "tiny"), str(folder / "data.json"), 2, 1, 2, "float32", "cpu")
+    prompts = [record["requested_rewrite"]["prompt"] for record in tiny_records()]
+    filled = [p.replace("{}", r["requested_rewrite"]["subject"]) for p, r in zip(prompts, tiny_records(), strict=True)]
+    assert loaded.preserved == (filled[0], filled[3])
+    assert loaded.provenance["preserved_prompts"] == 2
+    row = compare(loaded, [], progress=False).rows[0]
+    assert set(row.routing["preservation"]["per_layer"]) == {0, 1, 2, 3}
+    assert set(row.routing["edit"]["windows"]) == {"early", "middle", "late"}
 
 
 def test_rows_without_neighbours_show_a_dash(task: Task) -> None:

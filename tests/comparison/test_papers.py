@@ -17,6 +17,7 @@ from easyedit_moe.comparison.papers import TABLES, PaperTable, known_model, publ
 from easyedit_moe.comparison.saved import read_results
 from easyedit_moe.comparison.task import Task
 from easyedit_moe.editors import method_names
+from easyedit_moe.evaluation.routing import routing_windows
 from easyedit_moe.hparams import hyperparams_class, models, presets
 
 FIRST = ("The mother tongue of Danielle Darrieux is", "English")
@@ -84,7 +85,7 @@ def test_published_figures_name_rows_of_their_table() -> None:
 @pytest.fixture
 def made(task: Task, tmp_path: Path) -> Comparison:
     hparams = hyperparams_class("Global").from_dict(tiny_hparams(tmp_path, "Global"))
-    about = {**task.provenance, "table": "2", "published": None, "routing_windows": None, "left_out": []}
+    about = {**task.provenance, "table": "2", "published": None, "left_out": []}
     return compare(replace(task, provenance=about), [hparams, hparams], None, ["MoEEdit-BCD", "Global"], progress=False)
 
 
@@ -113,10 +114,11 @@ def test_seconds_are_split_and_added_up(made: Comparison) -> None:
 
 def test_routing_is_shown_by_window(made: Comparison, tmp_path: Path) -> None:
     table, layers = TABLES["4"], made.rows[1].routing["edit"]["per_layer"]
-    named = replace(made, provenance={**made.provenance, "table": "4", "routing_windows": [[0, 1], [3, 9], [5, 9]]})
+    named = replace(made, provenance={**made.provenance, "table": "4"})
     row = dict(zip(header(table, named), lines(table, named)[1], strict=True))
-    assert row["edit, 0-1"] == f"{(layers[0] + layers[1]) / 2:.1f}"
-    assert (row["edit, 3-9"], row["edit, 5-9"]) == (f"{layers[3]:.1f}", "-"), "of layers that there are"
-    thirds = dict(zip(header(table, made), lines(table, made)[1], strict=True))
-    assert thirds["preservation, late"] == f"{made.rows[1].routing['preservation']['late']:.1f}"
+    first, last = routing_windows(len(layers))[1]
+    assert row[f"edit, middle {first}-{last}"] == f"{layers[first]:.1f}"
+    assert row["preservation, all layers"] == f"{made.rows[1].routing['preservation']['mean']:.1f}"
+    first_schema = [replace(r, routing={k: {**v, "windows": None} for k, v in r.routing.items()}) for r in made.rows]
+    assert "edit, middle" in header(table, replace(named, rows=tuple(first_schema)))
     assert write_table(named, tmp_path / "out")[2].read_bytes().startswith(b"\x89PNG")

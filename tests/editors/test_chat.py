@@ -16,9 +16,10 @@ from easyedit_moe.adapters.attachment import find_adapter
 from easyedit_moe.editor import MoEEditor
 from easyedit_moe.editors import make_editor
 from easyedit_moe.errors import HyperParamsError, RequestError
-from easyedit_moe.evaluation.metrics import evaluate, routing_snapshot
+from easyedit_moe.evaluation.metrics import evaluate
 from easyedit_moe.evaluation.neighbours import answered
 from easyedit_moe.evaluation.portability import portability
+from easyedit_moe.evaluation.routing import routing_snapshot
 from easyedit_moe.evaluation.scoring import score_targets
 from easyedit_moe.facts.records import EvaluationRecord
 from easyedit_moe.facts.records.record import Probe, ProbeGroup

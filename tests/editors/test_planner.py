@@ -114,6 +114,25 @@ def stage(found: MemoryPlan, name: str) -> int:
     return next(s.kept + s.working for s in found.stages if s.name == name)
 
 
+@pytest.mark.parametrize("method", ["Global", "MoTE", "MoEEdit-BCD"])
+def test_spreads_hold_what_they_solve_together(method: str, qwen: Shapes) -> None:
+    """Once: keys and solutions of all layers. Last: metric, statistics and originals of one layer."""
+    by = {how: plan(qwen, hparams(method, spread=how)) for how in ("residual", "once", "last")}
+    keys = 4 * 50 * 8 * 768  # of one layer
+    assert stage(by["once"], "capture") - stage(by["residual"], "capture") >= 4 * keys
+    assert stage(by["once"], "solve") - stage(by["residual"], "solve") >= 5 * 8 * 50 * (2048 + 8 * 768)
+    assert by["last"].layers == by["residual"].layers[-1:]
+    for name in ("metric", "write"):
+        kept = {how: next(s.kept for s in found.stages if s.name == name) for how, found in by.items()}
+        assert kept["residual"] == kept["once"] == 5 * kept["last"]
+
+
+def test_ranks_that_only_the_weights_tell_are_planned_for_in_full(qwen: Shapes) -> None:
+    energy = hparams("MoTE", tucker_energy=[0.9, 0.9, 0.9])
+    full = hparams("MoTE", rank_expert=1.0, rank_out=1.0, rank_in=1.0)
+    assert plan(qwen, energy).stages == plan(qwen, full).stages
+
+
 @methods
 def test_the_solvers_memory_grows_with_the_edits_that_are_solved_together(method: str, qwen: Shapes) -> None:
     needs = [stage(plan(qwen, hparams(method), edits=n), "solve") for n in (1, 50, 1000, 10_000)]

@@ -58,12 +58,35 @@ def test_the_rules_give_the_papers_models_their_ranks(name: str, monkeypatch: py
     ]  # fmt: skip
 
 
-def test_a_small_model_gets_what_the_bundled_one_has_but_its_texts_and_threshold() -> None:
+def test_a_small_model_gets_what_the_bundled_one_has_but_its_texts_and_scales() -> None:
     found = propose("m", "Global", loaded=tiny_model("gpt_oss"), memory=Memory("cpu")).hparams()
     shipped = load_hyperparams("Global/factworld")
-    names = ("v_lr", "v_num_grad_steps", "clamp_norm_factor", "v_weight_decay", "lambda_reg", "remember_edits")
+    names = ("v_lr", "v_num_grad_steps", "clamp_norm_factor", "v_weight_decay", "remember_edits")
     assert all(getattr(found, name) == getattr(shipped, name) for name in names)
-    assert (found.nullspace_threshold, found.nullspace_relative, found.context_prefixes) == (0.02, False, [])
+    assert (found.nullspace_threshold, found.nullspace_relative, found.context_prefixes) == (None, False, [])
+
+
+@pytest.mark.parametrize("method", ["Global", "MoTE", "MoEEdit-BCD", "Global+speedup", "MoE-AlphaEdit"])
+def test_ridge_and_null_space_of_an_unknown_model_are_in_its_own_units(method: str) -> None:
+    proposed = propose("m", method, loaded=tiny_model("mixtral"), memory=Memory("cpu"))
+    found = proposed.hparams()
+    assert (found.lambda_reg, found.lambda_relative) == (None, proposing.LAMBDA_RELATIVE)
+    assert (found.nullspace_threshold, found.nullspace_rank) == (None, proposing.NULLSPACE_RANK)
+    assert "lambda_reg:" not in proposed.yaml()
+    assert "carry over to no other model" in proposed.yaml()
+
+
+@pytest.mark.parametrize("method", ["MoE-MEMIT", "MoE-ROME"])
+def test_a_covariance_metric_keeps_its_ridge(method: str) -> None:
+    """Keys are in units of their covariance then, whatever the model."""
+    found = propose("m", method, loaded=tiny_model("mixtral"), memory=Memory("cpu")).hparams()
+    assert (found.lambda_reg, found.lambda_relative) == (load_hyperparams(f"{method}/factworld").lambda_reg, None)
+
+
+def test_models_that_yamls_are_for_keep_their_values() -> None:
+    for method in ("Global", "MoTE"):
+        found, shipped = propose("factworld", method).hparams(), load_hyperparams(f"{method}/factworld")
+        assert (found.lambda_reg, found.lambda_relative) == (shipped.lambda_reg, None)
 
 
 def test_values_come_from_the_nearest_yaml(monkeypatch: pytest.MonkeyPatch) -> None:

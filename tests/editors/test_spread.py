@@ -228,3 +228,40 @@ def test_loops_over_apply_count_their_edits(data: Path) -> None:
     for chosen in (facts(3), facts(6)[3:]):
         memory = editor.edit(by_hand, TOK, chosen, memory).memory
     assert torch.equal(stacked(model, 2), stacked(by_hand, 2))
+
+
+# ---------------------------------------------------------------- ranks by energy: each layer has its own
+
+
+@pytest.mark.parametrize("spread", ["update", "residual", "once", "last"])
+def test_layers_of_different_ranks(spread: str, data: Path) -> None:
+    hp = hparams(data, "MoTE", spread=spread, tucker_energy=[0.8, 0.75, 0.7])
+    model, editor = tiny_model(), make_editor(hp, progress=False)
+    with torch.no_grad():  # another spectrum, so that another number of directions holds as much
+        model.model.layers[1].mlp.experts.down_proj *= torch.logspace(0, -1.5, 24)
+    before = {layer: stacked(model, layer) for layer in (1, 2)}
+    result = editor.edit(model, TOK, facts(3))
+    bases = {layer: prepared.basis for layer, prepared in editor.prepared.layers.items()}
+    if spread in ("residual", "once"):
+        assert bases[1].u_in.shape[1] < bases[2].u_in.shape[1]
+    for layer in editor.prepared.layers:
+        moved = stacked(model, layer) - before[layer]
+        assert 0 < moved.norm() < float("inf")
+        singular = torch.linalg.svdvals(moved.movedim(1, 0).flatten(1))
+        rank = torch.linalg.matrix_rank(bases[layer].u_out)
+        assert singular[rank:].sum() < 1e-4 * singular[0]
+    result.patch.revert(model)
+    assert torch.equal(stacked(model, 1), before[1])
+
+
+def test_ranks_are_given_in_one_way(data: Path) -> None:
+    plain = hparams(data, "MoTE")
+    assert (plain.rank_expert, plain.rank_out, plain.rank_in) == (1.0, 1.0, 0.5)
+    energy = hparams(data, "MoTE", tucker_energy=[0.9, 1.0, 0.5])
+    assert (energy.rank_expert, energy.ranks(8, 32, 24)) == (None, None)
+    assert type(energy).from_dict(energy.to_dict()) == energy
+    with pytest.raises(HyperParamsError, match="rank_in must be left out, or null, where tucker_energy"):
+        hparams(data, "MoTE", tucker_energy=[0.9, 0.9, 0.9], rank_in=4)
+    for shares in ([0.9], [0.9, 0.0, 0.5], [0.9, 1.1, 0.5]):
+        with pytest.raises(HyperParamsError, match="tucker_energy must be empty, or three shares"):
+            hparams(data, "MoTE", tucker_energy=shares)

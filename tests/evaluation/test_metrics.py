@@ -8,8 +8,9 @@ from tiny import tiny_model, tiny_tokenizer
 
 from easyedit_moe.errors import DataError
 from easyedit_moe.evaluation import metrics
-from easyedit_moe.evaluation.metrics import RoutingSnapshot, Score, evaluate, routing_similarity, routing_snapshot
+from easyedit_moe.evaluation.metrics import evaluate
 from easyedit_moe.evaluation.scoring import TargetScore, score_targets
+from easyedit_moe.evaluation.summary import Score
 from easyedit_moe.facts.records import EvaluationRecord
 from easyedit_moe.facts.requests import EditRequest
 
@@ -106,40 +107,3 @@ def test_evaluate_refuses_nothing_and_unknown_protocols() -> None:
         evaluate(None, None, [])
     with pytest.raises(DataError, match="counterfact, zsre"):
         evaluate(None, None, _records(), "mcf")
-
-
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "modulelist", "deepseek_v3"])
-def test_routing_snapshot_holds_the_router_choice(family: str) -> None:
-    model, tok = tiny_model(family), tiny_tokenizer()
-    prompts = [prompt for prompt, _ in PAIRS]
-    whole = routing_snapshot(model, tok, prompts)
-    single = [routing_snapshot(model, tok, [prompt]) for prompt in prompts]
-    top = {"qwen3_moe": 3, "gpt_oss": 3, "modulelist": 3, "deepseek_v3": 3}[family]
-    for layer, picked in whole.picked.items():
-        assert torch.equal(picked, torch.cat([s.picked[layer] for s in single]))
-        assert (picked.sum(1) == top).all()
-
-
-def test_routing_similarity_is_jaccard_per_layer_and_window() -> None:
-    def picked(*sets: set[int]) -> torch.Tensor:
-        return torch.tensor([[j in s for j in range(4)] for s in sets])
-
-    before = RoutingSnapshot({0: picked({0, 1}, {2, 3}), 1: picked({0, 1}), 2: picked({0, 1})})
-    after = RoutingSnapshot({0: picked({0, 1}, {1, 2}), 1: picked({0, 2}), 2: picked({2, 3})})
-    result = routing_similarity(before, after)
-    assert result["per_layer"] == pytest.approx({0: 100 * (1 + 1 / 3) / 2, 1: 100 / 3, 2: 0})
-    assert result["early"] == pytest.approx(result["per_layer"][0])
-    assert result["late"] == 0
-    assert result["mean"] == pytest.approx(sum(result["per_layer"].values()) / 3)
-
-
-def test_routing_similarity_sees_a_changed_router() -> None:
-    model, tok = tiny_model(), tiny_tokenizer()
-    prompts = [prompt for prompt, _ in PAIRS]
-    before = routing_snapshot(model, tok, prompts)
-    assert routing_similarity(before, routing_snapshot(model, tok, prompts))["mean"] == 100
-    with torch.no_grad():
-        model.model.layers[2].mlp.gate.weight.copy_(torch.randn_like(model.model.layers[2].mlp.gate.weight))
-    after = routing_similarity(before, routing_snapshot(model, tok, prompts))
-    assert after["per_layer"][1] == 100
-    assert after["per_layer"][2] < 90

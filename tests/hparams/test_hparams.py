@@ -234,7 +234,8 @@ TOO_LOW = {
     "batch_size": 0, "max_length": 0, "v_num_grad_steps": 0, "target_batch_size": 0, "capture_batch_size": 0,
     "mom2_n_samples": 0, "mom2_n_tokens": 0, "generated_length": 1, "coverage_target": 0, "min_coverage": -1,
     "v_weight_decay": -0.1, "kl_factor": -1e-9, "early_stop_loss": -0.1,
-    "nullspace_threshold": -0.1, "covariance_ridge": -1e-9, "lambda_reg": -1e-9, "v_lr": 0, "clamp_norm_factor": 0,
+    "nullspace_threshold": -0.1, "covariance_ridge": -1e-9, "lambda_reg": -1e-9, "lambda_relative": -0.1, "rounds": 0,
+    "nullspace_energy": 0, "nullspace_rank": 0, "v_lr": 0, "clamp_norm_factor": 0,
     "rank_expert": 0, "rank_out": -3, "rank_in": 0, "whitening_eps": 0, "hooi_sweeps": -1, "layers": [-1, 2],
 }  # fmt: skip
 OF_OTHERS = {
@@ -354,7 +355,8 @@ def test_class_of_another_method() -> None:
     ("alg_name", "changes"),
     [
         ("BCD+speedup", {"spread": "residual"}), ("Global+speedup", {"spread": "residual"}),
-        ("MoE-ROME", {"spread": "once"}), ("Global+speedup", {"spread": "last"}), ("MoE-MEMIT", {"metric": "nullspace"}),
+        ("MoE-ROME", {"spread": "once"}), ("Global+speedup", {"spread": "last"}),
+        ("MoE-MEMIT", {"metric": "nullspace"}),
         ("MoE-AlphaEdit", {"metric": "identity"}), ("MoE-AlphaEdit", {"remember_edits": False}),
         ("MoE-ROME", {"edits_per_solve": 2}), ("MoE-ROME", {"max_layers": 2}), ("MoE-ROME", {"metric": "identity"}),
     ],

@@ -219,14 +219,14 @@ def test_files_that_are_no_patch_of_tensors(tmp_path: Path) -> None:
     patch.save(path)
     with pytest.raises(PatchError, match="is not a patch of schema"):
         WeightPatch.load(path)
-    metadata = {"schema": 2, "kind": "tensor patch", "fingerprint": "", "provenance": {}}
+    metadata = patch.described("tensor patch", patch.reports, {}, flips=False)
     damaged = {**patch.values, patch.names[0]: torch.zeros_like(patch.values[patch.names[0]])}
     cases = {
         "does not exist": lambda p: None,
         "truncated": lambda p: p.write_bytes(path.read_bytes()[:-9]),
         "is not a patch of tensors": lambda p: write_safetensors(p, patch.values, {"schema": 2, "kind": "patch"}),
         "not of this package": lambda p: save_file(patch.values, p),
-        f"is damaged: {patch.names[0]}": lambda p: write_safetensors(
+        f"is damaged: {patch.names[0]} has another checksum": lambda p: write_safetensors(
             p, damaged, {**metadata, "before": patch.before, "after": patch.after}
         ),
         "is damaged": lambda p: write_safetensors(p, patch.values, {**metadata, "before": {}, "after": {}}),

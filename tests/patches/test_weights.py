@@ -306,7 +306,7 @@ def test_damaged_files(tmp_path: Path) -> None:
     with pytest.raises(PatchError, match="is not a patch of schema 2"):
         WeightPatch.load(path)
     write_safetensors(path, {"x": torch.zeros(2)}, {"kind": "patch", "schema": 2, "layers": [1]})
-    with pytest.raises(PatchError, match="incomplete"):
+    with pytest.raises(PatchError, match="is damaged: its content lacks id"):
         WeightPatch.load(path)
 
 

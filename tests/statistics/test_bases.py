@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,7 @@ def test_other_weights_statistics_and_models_do_not_share_a_file(
 def stored(view: MoELayerView, folder: Path) -> tuple[Path, BasisKey]:
     key = basis_key(view.layers[1], hparams(folder, whitening="none"), [], FINGERPRINT)
     path = folder / key.file_name()
-    save_basis(path, key, tucker_basis(view.layers[1].experts.matrices(), 3, 4, 5))
+    save_basis(path, key, tucker_basis(view.layers[1].experts.matrices(), 3, 16, 5))
     return path, key
 
 
@@ -149,12 +149,12 @@ def test_damaged_files_are_refused_and_left_alone(view: MoELayerView, tmp_path: 
         assert path.read_bytes() == damaged
     part, twin = torch.ones(2, 2), torch.ones(2, 2)
     for tensors, metadata in (
-        ({"u_expert": part, "u_out": twin}, {"schema": 1, "kind": "basis", "key": asdict(key), "relative_error": 0}),
+        ({"u_expert": part, "u_out": twin}, {"schema": 1, "kind": "basis", "key": key.content(), "relative_error": 0}),
         (
             {"u_expert": part, "u_out": part * float("nan"), "u_in": twin},
-            {"schema": 1, "kind": "basis", "key": asdict(key), "relative_error": 0},
+            {"schema": 1, "kind": "basis", "key": key.content(), "relative_error": 0},
         ),
-        ({"u_expert": part}, {"schema": 1, "kind": "moments", "key": asdict(key)}),
+        ({"u_expert": part}, {"schema": 1, "kind": "moments", "key": key.content()}),
     ):
         write_safetensors(path, tensors, metadata)
         with pytest.raises(CacheError):
@@ -168,3 +168,18 @@ def test_content_hash_sees_bits_shapes_and_dtypes() -> None:
     others = [[-one], [one.reshape(2, 3)], [one.to(torch.float64)], [one.flip(0)], [one, one], [one[:3], one[3:]]]
     assert len({content_hash(other) for other in [*others, [one]]}) == 7
     assert content_hash([one.bfloat16()]) == content_hash([one.bfloat16()])
+
+
+def test_ranks_by_energy_have_a_file_of_their_own(view: MoELayerView, calls: list[Any], tmp_path: Path) -> None:
+    by_energy = {"rank_expert": None, "rank_out": None, "rank_in": None, "tucker_energy": [0.9, 0.8, 0.7]}
+    hp = hparams(tmp_path, whitening="none", **by_energy)
+    first = layer_basis(view.layers[1], hp, None, FINGERPRINT)
+    again = layer_basis(view.layers[1], hp, None, FINGERPRINT)
+    assert len(calls) == 1
+    assert torch.equal(first.u_in, again.u_in)
+    wanted = tucker_basis(view.layers[1].experts.stacked(), 1, 1, 1, energy=(0.9, 0.8, 0.7))
+    assert torch.equal(first.u_in, wanted.u_in)
+    assert first.u_in.shape[1] < view.layers[1].experts.layout.d_hidden
+    by_energy["tucker_energy"] = [0.9, 0.8, 0.75]
+    layer_basis(view.layers[1], hparams(tmp_path, whitening="none", **by_energy), None, FINGERPRINT)
+    assert len(calls) == 2

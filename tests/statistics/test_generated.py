@@ -23,6 +23,7 @@ from easyedit_moe.statistics import generated
 from easyedit_moe.statistics.gather import layer_statistics
 from easyedit_moe.statistics.generated import OPENINGS, GeneratedTexts, GenerationKey, corpus_texts, opening_ids
 from easyedit_moe.statistics.moments import collect_moments
+from easyedit_moe.storage.strict_json import write_checked_json
 
 KEY = GenerationKey("f" * 64, ((5,), (6,), (7, 8)), 12, 0, 6)
 
@@ -86,18 +87,25 @@ def test_parts_are_kept_read_and_checked(tmp_path: Path, monkeypatch: pytest.Mon
         within.setattr(GeneratedTexts, "_sample", lambda *_: pytest.fail("sampled again"))
         assert again.part(1) == first
     assert texts_of(n_samples=8, folder=tmp_path).part(1) == first[:2], "more texts do not make others of the first"
-    for damage in (
-        {"ids": saved["ids"][:2]},
-        {"ids": None},
-        {"ids": [["a"]] * 6},
-        {"key": {**saved["key"], "seed": 3}},
+    whole = file.read_bytes()
+    assert saved.pop("digest")
+    other_ids = [[token + 1 for token in row] for row in saved["ids"]]
+    for damaged in (
+        whole.replace(b" 1,", b" 2,", 1),
+        json.dumps({**saved, "digest": "e", "ids": other_ids}).encode(),
+        *(json.dumps({**saved, "ids": ids}).encode() for ids in (first[:2], None, [["a"]] * 6, [[-1]] * 6, [[]] * 6)),
+        b"[]",
+        b"{",
     ):
-        file.write_text(json.dumps({**saved, **damage}), encoding="utf-8")
-        with pytest.raises(CacheError, match=r"damaged|another model or setting"):
-            again.part(1)
-    file.write_text("[]", encoding="utf-8")
-    with pytest.raises(CacheError, match="delete it"):
+        file.write_bytes(damaged)
+        with pytest.warns(EditingWarning, match="made anew now"):
+            assert again.part(1) == first
+        assert file.read_bytes() == whole
+    write_checked_json(file, {**saved, "key": {**saved["key"], "seed": 3}})
+    with pytest.raises(CacheError, match="another model or setting"):
         again.part(1)
+    file.write_text(json.dumps(saved), encoding="utf-8")  # earlier versions wrote no digest
+    assert again.part(1) == first
 
 
 @pytest.mark.parametrize("changed", [{"fingerprint": "e"}, {"length": 11}, {"seed": 1}, {"openings": ((5,), (6,))}])

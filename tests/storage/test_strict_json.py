@@ -54,7 +54,7 @@ def test_unreadable_files_are_errors_of_ours(tmp_path: Path) -> None:
     (tmp_path / "mark.json").write_text("\ufeff[1]", encoding="utf-8")
     assert read_json(tmp_path / "mark.json") == [1]
     for path in (tmp_path / "half.json", tmp_path / "none.json", tmp_path):
-        with pytest.raises(DataError, match="can't be read as JSON"):
+        with pytest.raises(DataError, match=r"can't be read|does not exist"):
             read_json(path)
     with pytest.raises(CacheError):
         read_json(tmp_path / "none.json", CacheError)

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from easyedit_moe.commands.app import app
 from easyedit_moe.comparison.rows import PRE_EDIT
-from easyedit_moe.errors import DataError, EditingError
+from easyedit_moe.errors import DataError, EditingError, WriteError
 from easyedit_moe.facts.records import load_facts
 from easyedit_moe.hparams import load_hyperparams
 from easyedit_moe.hparams.sources import sourced_values
@@ -164,7 +164,7 @@ def test_what_is_wrong_is_said_before_anything_is_measured(
         ({"locate": True, "out": facts / "below" / "my.yaml"}, "can't be written"),
         ({"locate": True, "data": tmp_path / "none.csv"}, "none.csv"),
     ):
-        with pytest.raises(DataError, match=message):
+        with pytest.raises((DataError, WriteError), match=message):
             init(str(mixtral), **{"method": "Global", "data": facts, "out": tmp_path / "my.yaml", **changes})
     assert files_of(tmp_path) == before
     assert not quick
@@ -194,7 +194,7 @@ def test_a_failure_leaves_no_file(mixtral: Path, facts: Path, tmp_path: Path, mo
 
     monkeypatch.setattr(locating, "locate", planted({(1,): 60.0}))
     monkeypatch.setattr(module, "replacing", full)
-    with pytest.raises(DataError, match="No space left"):
+    with pytest.raises(WriteError, match="No space left"):
         init(str(mixtral), "Global", facts, tmp_path / "my.yaml", locate=True)
     assert files_of(tmp_path) == before
 

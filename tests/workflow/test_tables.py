@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +77,11 @@ def folder(tmp_path: Path) -> Path:
     records = [ZSRE, {**ZSRE, "subject": "Lyon", "src": "Where is Lyon?"}]
     (tmp_path / "zsre.json").write_text(json.dumps(records), encoding="utf-8")
     (tmp_path / "corpus.txt").write_text("\n".join(TEXTS), encoding="utf-8")
-    for name in FAMILIES:  # in the middle of the real ones, which is above the tiny ones
-        file = tmp_path / "hparams" / "MEMoE" / f"{name.lower()}.yaml"
+    # In the middle of the real ones, and in all of their layers: some are above the tiny ones.
+    for name, method in product(FAMILIES, ("MEMoE", "AdaLoRA")):
+        file = tmp_path / "hparams" / method / f"{name.lower()}.yaml"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(yaml.safe_dump({"alg_name": "MEMoE", "model_name": name, "layers": [3]}))
+        file.write_text(yaml.safe_dump({"alg_name": method, "model_name": name, "layers": [3]}))
     return tmp_path
 
 
@@ -143,7 +145,7 @@ def test_the_line_of_each_real_model(
         assert [row["method"] for row in other["rows"]] == rows_of(folder, "1")
         assert "Left out: ROME: EasyEdit is not installed" in done.stdout
     if "4" in run_here:
-        assert "edit, 11-20" in done.stdout
+        assert "edit, early 1-2" in done.stdout
 
 
 def test_rows_are_made_once_for_all_tables_and_kept_for_the_next_run(
