@@ -42,17 +42,10 @@ def continues(patch: WeightPatch, earlier: WeightPatch | None, keep_originals: b
     if not keep_originals:
         patch.originals = {}
         return
-    before = list(_run(earlier))[::-1]
-    left: dict[tuple[int, int], int] = {}
-    if all(_knows_all(part) for part in [patch, *before]):
-        for part in before:
-            left |= {(layer, expert): part.written[layer][expert] for layer, expert in part.matrices()}
+    patch.plain = _knows_all(patch) and (earlier is None or earlier.plain)
+    left = _left_by(earlier, set(patch.matrices())) if patch.plain else {}
     # What something else wrote in between is not computed again.
-    known = {
-        (layer, expert)
-        for layer, expert in patch.matrices()
-        if left.get((layer, expert)) == patch.before[layer][expert]
-    }
+    known = {(n, expert) for (n, expert), found in left.items() if found == patch.before[n][expert]}
     patch.originals = {
         layer: {e: _in_main_memory(w) for e, w in experts.items() if (layer, e) not in known}
         for layer, experts in patch.originals.items()
@@ -109,6 +102,18 @@ def _run(patch: WeightPatch | None) -> Iterator[WeightPatch]:
     while patch is not None:
         yield patch
         patch = patch.earlier
+
+
+def _left_by(patch: WeightPatch | None, wanted: set[tuple[int, int]]) -> dict[tuple[int, int], int]:
+    """Checksums that a run left of some matrices, where it wrote them: as a rule its last patch wrote most."""
+    found: dict[tuple[int, int], int] = {}
+    for part in _run(patch):
+        if not wanted:
+            break
+        new = wanted & set(part.matrices())
+        found.update({(layer, expert): part.written[layer][expert] for layer, expert in new})
+        wanted = wanted - new
+    return found
 
 
 def _knows_all(patch: WeightPatch) -> bool:

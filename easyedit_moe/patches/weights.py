@@ -74,6 +74,7 @@ class WeightPatch(PatchRecord):
         flips: layer -> expert -> compressed xor of the bits before and after (`easyedit_moe.patches.flips`); empty
             unless the patch was saved with originals.
         earlier: the patch before it in a run that shares its originals (`easyedit_moe.patches.runs`).
+        plain: no matrix that the run writes is that of two layers or experts.
     """
 
     steps: list[tuple[int, FactoredUpdate]]
@@ -88,6 +89,7 @@ class WeightPatch(PatchRecord):
     flips: dict[int, dict[int, Tensor]] = field(default_factory=dict)
     site: str = EXPERTS
     earlier: WeightPatch | None = field(default=None, repr=False, compare=False)
+    plain: bool = field(default=True, repr=False, compare=False)
     _model: weakref.ref[nn.Module] | None = field(default=None, repr=False, compare=False)
 
     @property
