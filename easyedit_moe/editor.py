@@ -37,6 +37,10 @@ from easyedit_moe.hparams.files import is_yaml
 from easyedit_moe.interrupts import uninterrupted
 from easyedit_moe.moe.holding import held, intact
 from easyedit_moe.moe.loading import load_model
+from easyedit_moe.patches.checks import Base
+from easyedit_moe.patches.merging import revert_run
+from easyedit_moe.patches.runs import continues
+from easyedit_moe.patches.weights import WeightPatch
 
 logger = logging.getLogger(__name__)
 
@@ -446,21 +450,43 @@ class MoEEditor(EditCalls):
         """Token accuracies by this package's own forwards; all prompts of a batch at once."""
         return TokenScorer(self.model, self.tok, self.hparams.chat)
 
-    def undo(self) -> None:
-        """Revert the newest edit that is still in the model, bit-exactly.
+    def undo(self, count: int = 1, base: Base | None = None) -> None:
+        """Revert the newest edits that are still in the model, bit-exactly; many at once are no slower than one.
+
+        Args:
+            count: how many.
+            base: the unedited model or its weights (see `WeightPatch.revert`), for edits made with
+                ``keep_originals: false``.
 
         Raises:
-            PatchError: the weights were changed by something else since.
-            RequestError: there is nothing to undo.
+            PatchError: the weights were changed by something else since, or there are no originals and no base.
+            RequestError: there is nothing to undo, or less than that.
         """
         with held(self.model):
-            if self.kept.patch is None:
-                raise RequestError("There is no edit to undo.")
-            with uninterrupted():
-                self.kept.patch.revert(self.model)
-                self.kept = self.kept.earlier or Kept()
+            patches = self.patches
+            if not 1 <= count <= len(patches):
+                raise RequestError(
+                    f"There are {len(patches)} edits to undo; found count = {count}."
+                    if patches
+                    else "There is no edit to undo."
+                )
+            run = [patch for patch in patches[-count:] if isinstance(patch, WeightPatch)]
+            if len(run) == count:
+                with uninterrupted():
+                    revert_run(run, self.model, base)
+                    for _ in run:
+                        self.kept = self.kept.earlier or Kept()
+                return
+            for patch in reversed(patches[-count:]):
+                with uninterrupted():
+                    patch.revert(self.model)
+                    self.kept = self.kept.earlier or Kept()
 
     def _with(self, result: EditResult) -> Kept:
+        if isinstance(result.patch, WeightPatch):
+            last = self.kept.patch
+            keep = getattr(self.hparams, "keep_originals", True)
+            continues(result.patch, last if isinstance(last, WeightPatch) else None, keep)
         return replace(super()._with(result), patch=result.patch, earlier=self.kept)
 
 
