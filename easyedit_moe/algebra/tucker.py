@@ -252,11 +252,7 @@ def tucker_basis(
     _check_choices(whitening, hooi_sweeps, method)
     shape = (len(weights), *weights[0].shape)
     ranks = _resolved(shape, (rank_expert, rank_out, rank_in), energy)
-    s_in = s_out = None
-    if whitening in ("in", "both"):
-        s_in = whitening_factor(_required(sigma_in, "sigma_in", whitening), whitening_eps)
-    if whitening in ("out", "both"):
-        s_out = whitening_factor(_required(sigma_out, "sigma_out", whitening), whitening_eps)
+    s_in, s_out = _whiteners(whitening, sigma_in, sigma_out, whitening_eps)
     stack = _whitened(weights, s_in, s_out, chunk_numbers)
     factors, error = _decomposed(stack, shape, ranks, hooi_sweeps, method)
     u_expert, u_out, u_in = factors
@@ -265,6 +261,18 @@ def tucker_basis(
     if s_out is not None:
         u_out = s_out @ u_out
     return TuckerBasis(u_expert, u_out, u_in, error)
+
+
+def _whiteners(
+    whitening: str, sigma_in: Tensor | None, sigma_out: Tensor | None, eps: float
+) -> tuple[Tensor | None, Tensor | None]:
+    """``S_in`` and ``S_out`` of a choice of whitening; None where it does not whiten."""
+    s_in = s_out = None
+    if whitening in ("in", "both"):
+        s_in = whitening_factor(_required(sigma_in, "sigma_in", whitening), eps)
+    if whitening in ("out", "both"):
+        s_out = whitening_factor(_required(sigma_out, "sigma_out", whitening), eps)
+    return s_in, s_out
 
 
 def _whitened(
