@@ -149,7 +149,7 @@ def planned_error(view: MoELayerView, layer: int, tail: Tail, tok: Any) -> tuple
     residual = torch.cat([residual, residual.new_zeros(every.num_tokens - len(residual), residual.shape[1])])
     editor = GlobalEditor(hparams("Global", [layer], lambda_reg=1e-10))
     prepared = PreparedLayer(view.layers[layer].experts.layout.num_experts, tail, IdentityMetric())
-    update, _ = editor.solve(every, residual, prepared)
+    update, _ = editor.solve(every, residual, prepared, editor.hparams.lambda_reg)
     state = weights(view.model)
     with writing(view) as writer:
         writer.write(layer, update)

@@ -40,4 +40,5 @@ SUITES = {
     "end-to-end": Suite("benchmarks.end_to_end"),
     "growth": Suite("benchmarks.growth"),
     "checkpoints": Suite("benchmarks.checkpoints"),
+    "endurance": Suite("benchmarks.endurance"),
 }

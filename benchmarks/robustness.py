@@ -64,8 +64,8 @@ def artefact_tables(counts: Mapping[str, Mapping[str, Mapping[str, int]]]) -> st
 ARTEFACTS = """Each file was written again with another content (a tensor or an entry of its metadata missing, renamed,
 too many, of another dtype, shape or kind, not finite) and with digests of that content, so that its schema is what
 refuses it. A cache is made anew, with a warning, unless it says that it is of something else; patches, adapters and
-results are refused, and the model is as before. "As it was" are files whose content means the same: provenance is free,
-and a target file of an earlier version lacks `known`."""
+results are refused, and the model is as before. "As it was" are files whose content means the same: the provenance of a
+patch is free, so is what lies beside the records of tune, and a target file of an earlier version lacks `known`."""
 CHANGED_BITS = "One bit of a file changed, at places that are drawn over the whole of it, which its digests notice:"
 
 

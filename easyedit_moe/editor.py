@@ -37,6 +37,10 @@ from easyedit_moe.hparams.files import is_yaml
 from easyedit_moe.interrupts import uninterrupted
 from easyedit_moe.moe.holding import held, intact
 from easyedit_moe.moe.loading import load_model
+from easyedit_moe.patches.checks import Base
+from easyedit_moe.patches.merging import revert_run
+from easyedit_moe.patches.runs import continues
+from easyedit_moe.patches.weights import WeightPatch
 
 logger = logging.getLogger(__name__)
 
@@ -194,9 +198,10 @@ class EditCalls(ABC):
         """As `edit`, with request dicts (EasyEdit's or ROME's) or `EditRequest` values."""
         options["test_generation"] = test_generation
         self._check_keywords("edit_requests", options)
+        retention = _asked_retention(sequential_edit, options)
         scorer = self.scorer(**options)
         single = [[request] for request in listed_requests(requests)]
-        return self._run(single, sequential_edit, verbose, scorer, measure_first=True)
+        return self._run(single, sequential_edit, verbose, scorer, measure_first=True, retention=retention)
 
     @_with_columns
     def batch_edit(
@@ -206,7 +211,8 @@ class EditCalls(ABC):
         size = replace(self.hparams).batch_size  # checked anew, since fields can be set after reading
         listed = listed_requests(requests)
         batches = [listed[start : start + size] for start in range(0, len(listed), size)]
-        return self._run(batches, sequential, verbose, self.scorer(**options))
+        retention = _asked_retention(sequential, options)
+        return self._run(batches, sequential, verbose, self.scorer(**options), retention=retention)
 
     @_with_columns
     def generate_edit(
@@ -246,12 +252,14 @@ class EditCalls(ABC):
         verbose: bool,
         scorer: Scorer,
         measure_first: bool = False,
+        retention: bool = False,
     ) -> Results:
         checked = checked_batches(batches)
         editor = self._current_editor()
         self._check_all([request for batch in checked for request in batch])
         metrics: list[dict[str, Any]] = []
         weights: dict[str, Tensor] = {}
+        kept = _Retained(scorer)
         with held(self.model), self._scope(), _bars_of(editor, editor.progress and verbose):
             before = [scorer.before(batch) for batch in checked] if measure_first else []
             if measure_first:
@@ -266,6 +274,8 @@ class EditCalls(ABC):
                     metrics.append({**entry, **scorer.entry(request, was, now)})
                     if verbose:
                         self._report(metrics[-1])
+                if retention:
+                    kept.batch_done(batch, old, metrics)
         if measure_first:
             self._finished(metrics)
         return metrics, self.model, weights
@@ -329,6 +339,40 @@ class EditCalls(ABC):
         logger.info("%d requests were edited one by one.", len(metrics))
 
 
+def _asked_retention(sequential: bool, options: dict[str, Any]) -> bool:
+    """Whether ``retention`` is among the options, which lose it.
+
+    Raises:
+        KeywordError: it is, but each edit is taken back before the next.
+    """
+    asked = bool(options.pop("retention", False))
+    if asked and not sequential:
+        raise KeywordError("retention=True needs sequential_edit=True: else each edit is reverted before the next.")
+    return asked
+
+
+class _Retained:
+    """Scores earlier requests again after each later batch."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        self.scorer = scorer
+        self.batches: list[tuple[Sequence[HostRequest], Sequence[Any]]] = []
+
+    def batch_done(self, batch: Sequence[HostRequest], before: Sequence[Any], metrics: list[dict[str, Any]]) -> None:
+        """``metrics`` has an entry for each request up to this batch, which gets what holds of it now."""
+        number = 0
+        for earlier, was in self.batches:
+            now = self.scorer.after(number, earlier)
+            for entry, request, old, new in zip(metrics[number:], earlier, was, now, strict=False):
+                post = self.scorer.entry(request, old, new)["post"]
+                entry["after_batches"].append(post)
+                entry["after_all"] = post
+            number += len(earlier)
+        for entry in metrics[number:]:
+            entry["after_batches"], entry["after_all"] = [], entry["post"]
+        self.batches.append((batch, before))
+
+
 @contextmanager
 def _bars_of(editor: Editor, shown: bool) -> Iterator[None]:
     before, editor.progress = editor.progress, shown
@@ -347,7 +391,13 @@ class MoEEditor(EditCalls):
     """Edits a model by one method and reports EasyEdit's metrics (teacher-forced token accuracies), without EasyEdit.
 
     ``undo()`` reverts the newest of its `patches` bit-exactly.
+
+    `edit`, `edit_requests` and `batch_edit` take ``retention=True`` with ``sequential_edit=True``: each request is
+    scored not only right after its own batch ("post"), but again after every later one ("after_batches", a list), and
+    "after_all" has its scores after the last.
     """
+
+    options = ("retention",)
 
     def __init__(self, hparams: MoEHyperParams, model: nn.Module, tok: PreTrainedTokenizerBase) -> None:
         self.hparams, self.model, self.tok = _checked_parts(hparams, model, tok)
@@ -400,21 +450,43 @@ class MoEEditor(EditCalls):
         """Token accuracies by this package's own forwards; all prompts of a batch at once."""
         return TokenScorer(self.model, self.tok, self.hparams.chat)
 
-    def undo(self) -> None:
-        """Revert the newest edit that is still in the model, bit-exactly.
+    def undo(self, count: int = 1, base: Base | None = None) -> None:
+        """Revert the newest edits that are still in the model, bit-exactly; many at once are no slower than one.
+
+        Args:
+            count: how many.
+            base: the unedited model or its weights (see `WeightPatch.revert`), for edits made with
+                ``keep_originals: false``.
 
         Raises:
-            PatchError: the weights were changed by something else since.
-            RequestError: there is nothing to undo.
+            PatchError: the weights were changed by something else since, or there are no originals and no base.
+            RequestError: there is nothing to undo, or less than that.
         """
         with held(self.model):
-            if self.kept.patch is None:
-                raise RequestError("There is no edit to undo.")
-            with uninterrupted():
-                self.kept.patch.revert(self.model)
-                self.kept = self.kept.earlier or Kept()
+            patches = self.patches
+            if not 1 <= count <= len(patches):
+                raise RequestError(
+                    f"There are {len(patches)} edits to undo; found count = {count}."
+                    if patches
+                    else "There is no edit to undo."
+                )
+            run = [patch for patch in patches[-count:] if isinstance(patch, WeightPatch)]
+            if len(run) == count:
+                with uninterrupted():
+                    revert_run(run, self.model, base)
+                    for _ in run:
+                        self.kept = self.kept.earlier or Kept()
+                return
+            for patch in reversed(patches[-count:]):
+                with uninterrupted():
+                    patch.revert(self.model)
+                    self.kept = self.kept.earlier or Kept()
 
     def _with(self, result: EditResult) -> Kept:
+        if isinstance(result.patch, WeightPatch):
+            last = self.kept.patch
+            keep = getattr(self.hparams, "keep_originals", True)
+            continues(result.patch, last if isinstance(last, WeightPatch) else None, keep)
         return replace(super()._with(result), patch=result.patch, earlier=self.kept)
 
 

@@ -95,6 +95,10 @@ class DataError(EditingError, ValueError):
     """A data file that is missing or not in the expected layout."""
 
 
+class JudgeError(EditingError, OSError):
+    """A judge of answers can't be reached, or does not judge."""
+
+
 class WriteError(EditingError, OSError):
     """A file or folder that can't be written: no space, no permission, something in the way, or an impossible name."""
 

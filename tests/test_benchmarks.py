@@ -12,7 +12,7 @@ import torch
 from typer import Typer
 from typer.testing import CliRunner
 
-from benchmarks import end_to_end, growth, harness, registry, shapes, solvers
+from benchmarks import end_to_end, endurance, growth, harness, registry, shapes, solvers
 from benchmarks.__main__ import main
 from easyedit_moe.algebra.bcd import expert_orders, solve_bcd
 from easyedit_moe.algebra.metric import IdentityMetric
@@ -132,3 +132,13 @@ def test_registered_suites_take_the_options_they_know(monkeypatch: pytest.Monkey
     registry.SUITES["solvers"].run(quick=True, device="cpu")
     assert seen == [solvers.Options(quick=True, device="cpu")]
     assert not registry.Suite("benchmarks.nowhere").available
+
+
+def test_hundreds_of_edits_and_the_way_back() -> None:
+    rows = endurance.run(endurance.Options(quick=True))
+    for benchmark in ("edits one by one", "batches of edits"):
+        *done, undone = [row for row in rows if row["benchmark"] == benchmark]
+        assert [row["made"] for row in done] == ([2, 4, 6] if undone["size"] == 1 else [1, 2, 3])
+        assert undone["as before"]
+        assert len({row["disk bytes"] for row in (*done, undone)}) == 1, "edits write nothing to the disk"
+        assert all(row["seconds"] > 0 for row in rows)

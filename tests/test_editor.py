@@ -587,3 +587,33 @@ def test_requests_beside_lists_are_refused(name: str, call: str, make: Any) -> N
     with pytest.raises(RequestError, match="nothing to edit"):
         getattr(editor, call)(requests=[])
     assert_same_state(before, state_of(editor.model))
+
+
+@pytest.mark.parametrize("call", ["edit", "batch_edit"])
+def test_retention_scores_earlier_edits_again_after_each_later_batch(call: str, make: Any) -> None:
+    editor = make(batch_size=3)
+    metrics, model, _ = getattr(editor, call)(
+        **LISTS, rephrase_prompts=REPHRASED, sequential_edit=True, retention=True, verbose=False,
+        locality_inputs={"near": {"prompt": ["Kenya is in"] * 4, "ground_truth": ["Africa"] * 4}},
+    )  # fmt: skip
+    later = [3, 2, 1, 0] if call == "edit" else [1, 1, 1, 0]
+    assert [len(entry["after_batches"]) for entry in metrics] == later
+    for entry, prompt, target, count in zip(metrics, PROMPTS, TARGETS, later, strict=True):
+        assert entry["after_all"] == (entry["after_batches"][-1] if count else entry["post"])
+        assert entry["after_all"]["rewrite_acc"] == [pytest.approx(accuracy(model, prompt, target))]
+        assert set(entry["after_all"]) == set(entry["post"])
+    if call == "edit":  # after the second edit, for the first one
+        again = make()
+        _, two, _ = again.edit(PROMPTS[:2], TARGETS[:2], subject=SUBJECTS[:2], sequential_edit=True, verbose=False)
+        assert metrics[0]["after_batches"][0]["rewrite_acc"] == [accuracy(two, PROMPTS[0], TARGETS[0])]
+
+
+def test_retention_needs_edits_that_stay(make: Any) -> None:
+    editor = make()
+    for call in (editor.edit, editor.batch_edit):
+        with pytest.raises(KeywordError, match="retention=True needs sequential_edit=True"):
+            call(**LISTS, retention=True)
+    with pytest.raises(KeywordError, match="no keyword 'retention'"):
+        editor.generate_edit(**LISTS, sequential_edit=True, retention=True)
+    metrics, _, _ = editor.edit(PROMPTS[0], TARGETS[0], subject=SUBJECTS[0], retention=False)
+    assert "after_all" not in metrics[0]

@@ -13,7 +13,7 @@ from tiny import assert_same_state, state_of, tiny_model
 from torch import nn
 
 from benchmarks.interrupting import Work, sweep
-from benchmarks.interrupts import NAMES, run_all, works
+from benchmarks.robustness_interrupts import NAMES, run_all, works
 from easyedit_moe.interrupts import do_all, uninterrupted
 from easyedit_moe.moe.holding import held, intact
 
@@ -23,7 +23,7 @@ SHORT = ("undo", "revert a patch", "attach an adapter", "detach an adapter", "ap
 @pytest.mark.usefixtures("no_editing_warnings")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_sample_of_all_lines(name: str) -> None:
-    """benchmarks/interrupts.py tries every line."""
+    """benchmarks/robustness_interrupts.py tries every line."""
     stride = 250 if name == "caches" else 17 if name in SHORT else 83
     (found,) = run_all([name], stride, offset=NAMES.index(name))
     assert found.tried >= 5

@@ -54,7 +54,7 @@ class _Coordinate:
         return (self.solution * (self.solution if self.primal else self.operator @ self.solution)).sum()
 
 
-def _row_space(wanted: Tensor) -> tuple[Tensor, Tensor | None]:
+def row_space(wanted: Tensor) -> tuple[Tensor, Tensor | None]:
     """``(C [T, r], Q [d, r])`` with ``wanted = C Q^T`` and orthonormal columns of Q; ``(wanted, None)`` where r would
     not be well below d. Rows of zeros (remembered edits) cost nothing.
     """
@@ -92,7 +92,7 @@ def solve_bcd(
         raise HyperParamsError("num_passes must be at least 1.")
     check_lambda(lambda_reg)
     wanted, blocks = finite_residual(residual), expert_blocks(keys, metric)
-    running, basis = _row_space(wanted)
+    running, basis = row_space(wanted)
     work = 4 * running.shape[1] * sum(min(b.root.shape) * b.root.shape[1] for b in blocks)
     device = running.device if work > SMALL_PASS else torch.device("cpu")
     running = running.to(device)
@@ -107,14 +107,39 @@ def solve_bcd(
             if expert in coordinates:
                 coordinates[expert].visit(running)
         history.append(objective())
-    solution = torch.cat([running[:0], *(c.solution for c in coordinates.values())]).to(wanted.device)
-    left = solution.T.contiguous() if basis is None else basis @ solution.T
-    columns = torch.arange(left.shape[1], device=left.device).split([len(c.solution) for c in coordinates.values()])
-    right = [
-        transposed_root(metric, b.expert, b.root, keys.d_hidden)
-        if coordinates[b.expert].primal
-        else metric.lift(b.expert, b.root)
-        for b in blocks
-    ]
-    update = FactoredUpdate(left, tuple(coordinates), tuple(columns) if blocks else (), tuple(right))
+    update = _update(keys, metric, blocks, coordinates, basis, wanted)
     return update, BCDReport(tuple(history))
+
+
+def _update(
+    keys: RoutedKeys,
+    metric: Metric,
+    blocks: list[ExpertBlock],
+    coordinates: dict[int, _Coordinate],
+    basis: Tensor | None,
+    wanted: Tensor,
+) -> FactoredUpdate:
+    """Per expert by its own coordinates, or by those of the row space where these are fewer."""
+    rank = wanted.shape[1] if basis is None else basis.shape[1]
+    few = {block.expert for block in blocks if basis is not None and rank <= len(coordinates[block.expert].solution)}
+    own, start = [wanted.new_zeros(0, rank)], rank if few else 0
+    columns, right = [], []
+    for block in blocks:
+        found = coordinates[block.expert]
+        solution = found.solution.to(wanted.device)
+        if found.primal:
+            factor = transposed_root(metric, block.expert, block.root, keys.d_hidden)
+        else:
+            factor = metric.lift(block.expert, block.root)
+        if block.expert in few:
+            columns.append(torch.arange(rank, device=wanted.device))
+            right.append(factor @ solution)
+            continue
+        columns.append(torch.arange(start, start + len(solution), device=wanted.device))
+        right.append(factor)
+        own.append(solution)
+        start += len(solution)
+    left = torch.cat(own).T.contiguous()
+    if basis is not None:
+        left = torch.cat([basis, basis @ left] if few else [basis @ left], dim=1)
+    return FactoredUpdate(left, tuple(block.expert for block in blocks), tuple(columns), tuple(right))

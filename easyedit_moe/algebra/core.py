@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from easyedit_moe.algebra.coordinates import CoreCoordinates
+from easyedit_moe.algebra.held import HeldSystem
 from easyedit_moe.algebra.metric import Metric
 from easyedit_moe.algebra.routed_keys import FactoredUpdate, RoutedKeys
 from easyedit_moe.algebra.systems import (
@@ -15,7 +17,6 @@ from easyedit_moe.algebra.systems import (
     check_lambda,
     factor_ridge_,
     finite_residual,
-    keys_not_finite,
     resolve_form,
     solve_factored,
 )
@@ -60,13 +61,9 @@ class FactoredCore:
 
 
 def _core_without_left(keys: RoutedKeys, basis: TuckerBasis, metric: Metric) -> FactoredCore:
-    if not (torch.isfinite(keys.key).all() and torch.isfinite(keys.gate).all()):
-        raise keys_not_finite()
-    u_in = basis.u_in.to(SYSTEM_DTYPE)
-    inner = torch.zeros(*keys.expert.shape, u_in.shape[1], dtype=SYSTEM_DTYPE, device=u_in.device)
-    for part in keys.design(SYSTEM_DTYPE):
-        inner.view(-1, u_in.shape[1])[part.slots] = metric.apply(part.expert, part.z).T @ u_in
-    return FactoredCore(inner.new_zeros(0, keys.num_tokens), keys.expert, inner, basis.u_expert.to(SYSTEM_DTYPE))
+    coordinates = CoreCoordinates(basis, metric)
+    inner = coordinates.encode(keys).key
+    return FactoredCore(inner.new_zeros(0, keys.num_tokens), keys.expert, inner, coordinates.u_expert)
 
 
 def core_features(keys: RoutedKeys, basis: TuckerBasis, metric: Metric) -> Tensor:
@@ -148,6 +145,28 @@ def solve_mote(
         moved.addmm_(phi.T, reduced[start : start + step])
     dense = solve_factored(factor_ridge_(gram, lambda_reg), moved).T
     return dense.reshape(-1, re, ri).transpose(0, 1).contiguous()
+
+
+def solve_mote_held(keys: RoutedKeys, residual: Tensor, held: HeldSystem, coordinates: CoreCoordinates) -> FactoredCore:
+    """As `solve_mote` with the held rows before ``keys``, their residuals zero; a core of as many terms as ``keys``.
+
+    Raises:
+        NumericalError: as there.
+    """
+    wanted, reduced = finite_residual(residual), held.reduce(keys)
+    coefficients = coordinates.basis.coordinates(wanted.T).T
+    left = solve_factored(factor_ridge_(reduced.gram.contiguous(), held.lambda_reg), coefficients).T.contiguous()
+    tokens = keys.num_tokens
+    if reduced.features is not None:
+        # phi itself, as if each direction of the expert factor were an expert.
+        re = coordinates.u_expert.shape[1]
+        inner = reduced.features.T.reshape(tokens, re, coordinates.width)
+        expert = torch.arange(re, device=left.device).expand(tokens, re)
+        return FactoredCore(left, expert, inner, torch.eye(re, dtype=left.dtype, device=left.device))
+    columns = reduced.columns or {}
+    expert = torch.tensor(list(columns), device=left.device).expand(tokens, len(columns))
+    inner = torch.stack([x.T for x in columns.values()], dim=1)
+    return FactoredCore(left, expert, inner, coordinates.u_expert)
 
 
 def solve_core(

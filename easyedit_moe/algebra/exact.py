@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from easyedit_moe.algebra.coordinates import ExpertCoordinates
+from easyedit_moe.algebra.held import HeldSystem
 from easyedit_moe.algebra.metric import ExpertBlock, Metric, expert_blocks, transposed_root
 from easyedit_moe.algebra.routed_keys import FactoredUpdate, RoutedKeys
 from easyedit_moe.algebra.systems import (
@@ -48,6 +50,24 @@ def solve_exact(
     left = solve_factored(factor_ridge_(gram, lambda_reg), wanted).T.contiguous()
     right = tuple(metric.lift(block.expert, block.root) for block in blocks)
     return FactoredUpdate(left, tuple(b.expert for b in blocks), tuple(b.rows for b in blocks), right)
+
+
+def solve_exact_held(
+    keys: RoutedKeys, residual: Tensor, held: HeldSystem, coordinates: ExpertCoordinates
+) -> FactoredUpdate:
+    """As `solve_exact` with the held rows before ``keys``, their residuals zero; of the rank of ``keys`` alone.
+
+    Raises:
+        NumericalError: as there.
+    """
+    wanted, reduced = finite_residual(residual), held.reduce(keys)
+    left = solve_factored(factor_ridge_(reduced.gram.contiguous(), held.lambda_reg), wanted).T.contiguous()
+    if reduced.features is not None:
+        right = coordinates.lifted(reduced.features)
+    else:
+        right = coordinates.dual(reduced.columns or {})
+    columns = torch.arange(keys.num_tokens, device=left.device)
+    return FactoredUpdate(left, tuple(right), (columns,) * len(right), tuple(right.values()))
 
 
 def _exact_primal(

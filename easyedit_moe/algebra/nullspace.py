@@ -10,6 +10,9 @@ from torch import Tensor
 from easyedit_moe.algebra.ranks import leading_directions, resolve_rank
 from easyedit_moe.errors import HyperParamsError, NumericalError
 
+CHUNK = 2**25
+"""Numbers in the moments that are decomposed together (256 MB in float64)."""
+
 LOW_COVERAGE = ("keep", "identity", "pooled", "frozen")
 """What becomes of an expert that fewer than ``min_count`` tokens reached.
 
@@ -136,27 +139,43 @@ def null_space(
         raise HyperParamsError(f"nullspace_threshold must be >= 0, and <= 1 where it is relative; found {threshold}.")
     if energy is not None and not 0 < energy <= 1:
         raise HyperParamsError(f"nullspace_energy must lie in (0, 1]; found {energy}.")
-    wanted = None if rank is None else resolve_rank(rank, moments.shape[-1], "nullspace_rank")
-    projectors = []
-    for expert, moment in enumerate(resolve_coverage(moments, counts, min_count, low_coverage)):
-        size = moments.shape[-1]
-        if isinstance(moment, str):
-            nothing = torch.zeros(size, 0, dtype=torch.float64, device=moments.device)
-            projectors.append(ExpertProjector(nothing, complement=moment == "identity"))
-            continue
-        try:
-            values, vectors = torch.linalg.eigh(moment)
-        except torch.linalg.LinAlgError as error:
-            raise NumericalError(f"Eigendecomposition of expert {expert}'s moment failed: {error}") from error
+    size = moments.shape[-1]
+    wanted = None if rank is None else resolve_rank(rank, size, "nullspace_rank")
+    resolved = resolve_coverage(moments, counts, min_count, low_coverage)
+    nothing = torch.zeros(size, 0, dtype=torch.float64, device=moments.device)
+    found = {
+        expert: ExpertProjector(nothing, complement=moment == "identity")
+        for expert, moment in enumerate(resolved)
+        if isinstance(moment, str)
+    }
+    own = [expert for expert in range(len(resolved)) if expert not in found]
+    step = max(1, CHUNK // size**2)
+    for chunk in (own[start : start + step] for start in range(0, len(own), step)):
+        values, vectors = _decomposed({expert: resolved[expert] for expert in chunk})
         if wanted is not None:
-            free = wanted
+            free = [wanted] * len(chunk)
         elif energy is not None:
-            free = size - leading_directions(values.flip(0), energy)
+            free = [size - leading_directions(some.flip(0), energy) for some in values]
         else:
-            limit = threshold * values[-1].clamp_min(0) if relative else threshold
-            free = int((values <= limit).sum())
-        if free <= size - free:
-            projectors.append(ExpertProjector(vectors[:, :free].contiguous(), complement=False))
-        else:
-            projectors.append(ExpertProjector(vectors[:, free:].contiguous(), complement=True))
-    return NullSpace(tuple(projectors))
+            limit = values[:, -1:].clamp_min(0) if relative else torch.ones_like(values[:, -1:])
+            free = (values <= (threshold or 0.0) * limit).sum(1).tolist()
+        for expert, number, basis in zip(chunk, free, vectors, strict=True):
+            few = number <= size - number
+            found[expert] = ExpertProjector((basis[:, :number] if few else basis[:, number:]).clone(), not few)
+    return NullSpace(tuple(found[expert] for expert in range(len(resolved))))
+
+
+def _decomposed(moments: dict[int, Tensor | str]) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and -vectors of several experts' moments, in one call; where that fails, one by one, to say whose."""
+    parts = {expert: moment for expert, moment in moments.items() if isinstance(moment, Tensor)}
+    try:
+        values, vectors = torch.linalg.eigh(torch.stack(list(parts.values())))
+    except torch.linalg.LinAlgError:
+        found = []
+        for expert, moment in parts.items():
+            try:
+                found.append(torch.linalg.eigh(moment))
+            except torch.linalg.LinAlgError as error:
+                raise NumericalError(f"Eigendecomposition of expert {expert}'s moment failed: {error}") from error
+        values, vectors = (torch.stack(some) for some in zip(*found, strict=True))
+    return values, vectors

@@ -66,6 +66,10 @@ class RoutedKeys:
         """The same keys on another device."""
         return RoutedKeys(self.expert.to(device), self.gate.to(device), self.key.to(device))
 
+    def rows(self, tokens: slice) -> RoutedKeys:
+        """Some tokens, as views."""
+        return RoutedKeys(self.expert[tokens], self.gate[tokens], self.key[tokens])
+
     @staticmethod
     def cat(parts: list[RoutedKeys]) -> RoutedKeys:
         """Rows of several batches, one after the other; a smaller K is padded with zero gates."""

@@ -252,15 +252,8 @@ def tucker_basis(
     _check_choices(whitening, hooi_sweeps, method)
     shape = (len(weights), *weights[0].shape)
     ranks = _resolved(shape, (rank_expert, rank_out, rank_in), energy)
-    s_in = s_out = None
-    if whitening in ("in", "both"):
-        s_in = whitening_factor(_required(sigma_in, "sigma_in", whitening), whitening_eps)
-    stack = _Stack(weights, s_in, chunk_numbers)
-    if whitening in ("out", "both"):
-        s_out = whitening_factor(_required(sigma_out, "sigma_out", whitening), whitening_eps)
-        tensor = torch.cat([chunk for _, chunk in stack.experts()])
-        tensor = torch.linalg.solve_triangular(s_out.to(tensor.dtype), tensor, upper=False)
-        stack = _Stack(tensor, None, chunk_numbers)
+    s_in, s_out = _whiteners(whitening, sigma_in, sigma_out, whitening_eps)
+    stack = _whitened(weights, s_in, s_out, chunk_numbers)
     factors, error = _decomposed(stack, shape, ranks, hooi_sweeps, method)
     u_expert, u_out, u_in = factors
     if s_in is not None:
@@ -268,6 +261,29 @@ def tucker_basis(
     if s_out is not None:
         u_out = s_out @ u_out
     return TuckerBasis(u_expert, u_out, u_in, error)
+
+
+def _whiteners(
+    whitening: str, sigma_in: Tensor | None, sigma_out: Tensor | None, eps: float
+) -> tuple[Tensor | None, Tensor | None]:
+    """``S_in`` and ``S_out`` of a choice of whitening; None where it does not whiten."""
+    s_in = s_out = None
+    if whitening in ("in", "both"):
+        s_in = whitening_factor(_required(sigma_in, "sigma_in", whitening), eps)
+    if whitening in ("out", "both"):
+        s_out = whitening_factor(_required(sigma_out, "sigma_out", whitening), eps)
+    return s_in, s_out
+
+
+def _whitened(
+    weights: Tensor | Sequence[Tensor], s_in: Tensor | None, s_out: Tensor | None, chunk_numbers: int
+) -> _Stack:
+    """``S_out^{-1} W_j S_in``; only with S_out a copy of the weights."""
+    stack = _Stack(weights, s_in, chunk_numbers)
+    if s_out is None:
+        return stack
+    tensor = torch.cat([chunk for _, chunk in stack.experts()])
+    return _Stack(torch.linalg.solve_triangular(s_out.to(tensor.dtype), tensor, upper=False), None, chunk_numbers)
 
 
 def _resolved(

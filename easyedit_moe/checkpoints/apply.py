@@ -18,7 +18,13 @@ from easyedit_moe.patches.inspection import methods_of
 from easyedit_moe.storage.checksums import checksum
 
 
-def apply_patch(patch: Patch, folder: str | Path, out: str | Path | None = None, in_place: bool = False) -> Path:
+def apply_patch(
+    patch: Patch,
+    folder: str | Path,
+    out: str | Path | None = None,
+    in_place: bool = False,
+    trust_remote_code: bool = False,
+) -> Path:
     """Write an edited checkpoint: that in ``folder`` with the patch on it.
 
     Before anything is written, the checksum of every matrix that the patch changes is compared with what it was made
@@ -32,13 +38,15 @@ def apply_patch(patch: Patch, folder: str | Path, out: str | Path | None = None,
         out: where the edited checkpoint goes; absent or empty. It appears only when it is whole.
         in_place: change ``folder`` itself instead; the files that change are kept in ``easyedit_moe_backup``. If it is
             interrupted, the next command on the folder completes or undoes it.
+        trust_remote_code: let code that comes with the checkpoint run; without it such a checkpoint is refused.
 
     Returns:
         The folder of the edited checkpoint.
 
     Raises:
         AlreadyAppliedError: the patch lies on the checkpoint. PatchError: it was made on other weights, or in another
-            dtype. CheckpointError: the folder can't be read or written. NumericalError: a weight would not be finite.
+            dtype. CheckpointError: the folder can't be read or written. DataError: it has code of its own that is not
+            trusted. NumericalError: a weight would not be finite.
     """
     folder = Path(folder)
     if in_place == (out is not None):
@@ -50,7 +58,7 @@ def apply_patch(patch: Patch, folder: str | Path, out: str | Path | None = None,
             raise CheckpointError(f"{target} lies within the checkpoint {folder}; give a folder outside it.")
     recover(folder)
     edits = read_history(folder)
-    stored = StoredParameters(CheckpointNames(folder, Checkpoint.of_folder(folder)))
+    stored = StoredParameters(CheckpointNames(folder, Checkpoint.of_folder(folder), trust_remote_code))
     targets = targets_of(patch, stored.names)
     check_applicable(patch, stored, targets, edits)
     rewriting = Rewriting(stored, [(target.parameter, target.row) for target in targets])

@@ -50,17 +50,18 @@ class CheckpointNames:
     Args:
         folder: of the checkpoint, whose config.json says what the model is.
         checkpoint: its tensors.
+        trust_remote_code: let code that comes with the checkpoint run.
 
     Attributes:
         model: the model on the meta device.
         missing: parameters that transformers would draw at random.
     """
 
-    def __init__(self, folder: Path, checkpoint: Checkpoint) -> None:
+    def __init__(self, folder: Path, checkpoint: Checkpoint, trust_remote_code: bool = False) -> None:
         self.checkpoint = checkpoint
         shapes = {name: (entry.shape, entry.dtype) for name, entry in checkpoint.tensors.items()}
         try:
-            self.model, report = empty_load(empty_model(str(folder)), shapes)
+            self.model, report = empty_load(empty_model(str(folder), trust_remote_code=trust_remote_code), shapes)
         except RuntimeError as error:
             raise CheckpointError(f"transformers can't load what is in {folder}: {error}") from error
         self.missing = sorted(report["missing_keys"])

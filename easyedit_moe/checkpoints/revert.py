@@ -28,7 +28,13 @@ class _Before:
     edits: list[Edit]
 
 
-def revert_patch(patch: Patch, folder: str | Path, out: str | Path, base: str | Path | None = None) -> Path:
+def revert_patch(
+    patch: Patch,
+    folder: str | Path,
+    out: str | Path,
+    base: str | Path | None = None,
+    trust_remote_code: bool = False,
+) -> Path:
     """Write the checkpoint in ``folder`` without the patch; its files are then byte-equal to those before it.
 
     The originals come from ``base``, from the backup of an apply in place, or from what the patch holds (saved with
@@ -39,23 +45,26 @@ def revert_patch(patch: Patch, folder: str | Path, out: str | Path, base: str | 
         folder: of the edited checkpoint; it is left as it is.
         out: where the result goes; absent or empty. It appears only when it is whole.
         base: folder of the checkpoint as it was before the patch.
+        trust_remote_code: let code that comes with the checkpoint run; without it such a checkpoint is refused.
 
     Returns:
         The folder of the result.
 
     Raises:
         PatchError: the patch does not lie on the checkpoint, a later one must be reverted first, ``base`` is not what
-            it was made on, or the originals are nowhere. CheckpointError: a folder can't be read or written.
+            it was made on, or the originals are nowhere. CheckpointError: a folder can't be read or written. DataError:
+            code of its own that is not trusted.
     """
     folder, out = Path(folder), Path(out)
     check_free(out)
     recover(folder)
     edits = read_history(folder)
-    stored = StoredParameters(CheckpointNames(folder, Checkpoint.of_folder(folder)))
+    stored = StoredParameters(CheckpointNames(folder, Checkpoint.of_folder(folder), trust_remote_code))
     targets = targets_of(patch, stored.names)
     check_applied(patch, stored, targets, edits)
     left = [edit for edit in edits if edit.id != patch.id]
-    before = _of_backup(patch, folder, edits) if base is None else _of_base(Path(base))
+    trusted = trust_remote_code
+    before = _of_backup(patch, folder, edits, trusted) if base is None else _of_base(Path(base), trusted)
     _check_before(patch, folder, stored, before, targets)
     with new_folder(out) as partial:
         if before is not None and any(before.stored.is_mxfp4(target.parameter) for target in targets):
@@ -67,13 +76,13 @@ def revert_patch(patch: Patch, folder: str | Path, out: str | Path, base: str | 
     return out
 
 
-def _of_base(base: Path) -> _Before:
+def _of_base(base: Path, trusted: bool) -> _Before:
     checkpoint = Checkpoint.of_folder(base)
     files = {**checkpoint.files, **{name: base / name for name in ("config.json", INDEX) if (base / name).is_file()}}
-    return _Before(StoredParameters(CheckpointNames(base, checkpoint)), files, read_history(base))
+    return _Before(StoredParameters(CheckpointNames(base, checkpoint, trusted)), files, read_history(base))
 
 
-def _of_backup(patch: Patch, folder: Path, edits: Sequence[Edit]) -> _Before | None:
+def _of_backup(patch: Patch, folder: Path, edits: Sequence[Edit], trusted: bool) -> _Before | None:
     """The checkpoint before an apply in place, whose changed files were kept; None where there is no backup."""
     kept = folder / BACKUP / patch.id
     if not kept.is_dir() or not edits or edits[-1].id != patch.id:
@@ -83,7 +92,7 @@ def _of_backup(patch: Patch, folder: Path, edits: Sequence[Edit]) -> _Before | N
         name: path for name in names if (path := kept / name if (kept / name).exists() else folder / name).exists()
     }
     checkpoint = Checkpoint({name: path for name, path in files.items() if name.endswith(".safetensors")})
-    return _Before(StoredParameters(CheckpointNames(folder, checkpoint)), files, list(edits[:-1]))
+    return _Before(StoredParameters(CheckpointNames(folder, checkpoint, trusted)), files, list(edits[:-1]))
 
 
 def _check_before(

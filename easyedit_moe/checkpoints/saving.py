@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME, cached_file
 
 from easyedit_moe.checkpoints.history import Edit, read_history, write_history
 from easyedit_moe.checkpoints.naming import CheckpointNames, Row
@@ -50,6 +50,8 @@ def save_edited(
     dtype, or FP8 that was dequantised on loading) the whole model is written dense, without a quantisation config, and
     the source's other files are copied beside it.
 
+    Code that came with the source runs again only where the model's own class is of it, so was trusted when it loaded.
+
     Args:
         model: as `load_model` gave it, edited, with no adapter attached.
         tok: its tokenizer, saved where the source has none.
@@ -71,8 +73,13 @@ def save_edited(
             _save_onto(model, tok, partial, origin, *changes)
         if edits:
             write_history(partial, [*read_history(origin), *edits])
-        check_saved(partial)
+        check_saved(partial, is_remote(model))
     return folder
+
+
+def is_remote(model: nn.Module) -> bool:
+    """Whether a model's class is code that came with its checkpoint, which is running already."""
+    return type(model).__module__.partition(".")[0] == TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 
 def check_saved(folder: str | Path, trust_remote_code: bool = False) -> None:
@@ -142,10 +149,10 @@ def _check_savable(model: nn.Module) -> None:
 
 def _changes(model: PreTrainedModel, origin: Path) -> tuple[StoredParameters, list[tuple[str, Row]]] | None:
     """What of a model differs from the checkpoint it came from; None where that can't hold it bit by bit."""
-    if quant_method(_config(origin)) not in (None, "mxfp4"):
+    if quant_method(_config(origin, is_remote(model))) not in (None, "mxfp4"):
         return None
     checkpoint = Checkpoint.of_folder(origin)
-    stored = StoredParameters(CheckpointNames(origin, checkpoint))
+    stored = StoredParameters(CheckpointNames(origin, checkpoint, is_remote(model)))
     if type(stored.names.model) is not type(model):
         return None
     unknown = [name for name, _ in model.named_parameters() if name not in stored.names.parameters]
@@ -201,14 +208,15 @@ def _save_onto(
 
 def _save_dense(model: PreTrainedModel, tok: PreTrainedTokenizerBase, partial: Path, origin: Path) -> None:
     """Write all parameters, in the dtype they have in memory, and what else came with the source."""
-    whole = type(_config(origin))
+    config = _config(origin, is_remote(model))
+    whole = type(config)
     if whole is not type(model.config):
         raise CheckpointError(
             f"{origin} holds more than the {type(model).__name__} in memory, and not in its dtype, so the whole can't "
             "be saved. Load the model in the checkpoint's dtype."
         )
     with (
-        _as_float(model, quant_method(_config(origin)) is not None),
+        _as_float(model, quant_method(config) is not None),
         quiet_transformers(),
         system_errors(),
     ):

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from easyedit_moe.commands import options
 from easyedit_moe.commands.printing import say
 
 
@@ -16,8 +17,9 @@ def apply(
     in_place: Annotated[
         bool, typer.Option("--in-place", help="Change the folder itself; the files that change are backed up in it.")
     ] = False,
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Write an edited checkpoint, shard by shard, without building the model; all else is byte-equal."""
     from easyedit_moe.workflow.apply import apply as run
 
-    say(f"Written: {run(patch, model, out, in_place)}")
+    say(f"Written: {run(patch, model, out, in_place, trust_remote_code)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from easyedit_moe.comparison.rows import Row
     from easyedit_moe.comparison.settings import AnyHyperParams
     from easyedit_moe.comparison.task import Task
+    from easyedit_moe.evaluation.real_answers import RealAnswers
 
 
 def compare(
@@ -34,16 +36,21 @@ def compare(
     chat: options.EditsInChat = False,
     protocol: options.Protocol = "",
     seeds: given.Seeds = "",
+    retention: given.Retention = False,
+    answers: given.Answers = False,
+    judge: given.Judge = "",
+    judge_model: given.JudgeModel = "",
     resume: given.Resume = False,
 ) -> None:
     """Edit the same records by several methods and print a side-by-side table, scored after all edits."""
     from easyedit_moe import host
     from easyedit_moe.comparison.report import check_folder, notes, tables, write_results
-    from easyedit_moe.comparison.settings import chosen_methods, loading_settings, resolve_methods
+    from easyedit_moe.comparison.settings import chosen_methods, loading_settings, method_files, resolve_methods
     from easyedit_moe.comparison.task import load_task
+    from easyedit_moe.comparison.tuned import check_held_out
     from easyedit_moe.host.baseline_hparams import HOST_METHODS
 
-    by_seed = read_seeds(seeds)
+    by_seed, real = read_seeds(seeds), read_judge(answers, judge, judge_model)
     names = chosen_methods(split_names([*(methods or []), *(more or [])]), hparams)
     overrides = options.settings_of(None, device=device, dtype=dtype, stats_dir=stats_dir, chat=chat)
     settings = resolve_methods(names, model, hparams, {**overrides, "model_name": model})
@@ -57,7 +64,8 @@ def compare(
         model, data, edits, skip, batch_size, dtype or first.dtype, device or first.device, first.model_parallel,
         first.trust_remote_code, shows_progress(), any(getattr(hp, "chat", False) for hp in settings), protocol or None,
     )  # fmt: skip
-    _check_held_out(hparams, task)
+    check_held_out(hparams, task.records, method_files(names, model, hparams))
+    task = task.asking(retention, real)
     result = _run(task, settings, folder, easyedit_metrics, resume, by_seed)
     paths = write_results(result, folder)
     for table in tables(result):
@@ -65,12 +73,6 @@ def compare(
     for line in notes(result):
         say(line)
     note("Written: " + ", ".join(str(path) for path in paths))
-
-
-def _check_held_out(hparams: str | None, task: Task) -> None:
-    from easyedit_moe.comparison.tuned import check_held_out
-
-    check_held_out(hparams, task.records)
 
 
 def _run(
@@ -122,6 +124,23 @@ def read_seeds(text: str) -> list[int]:
     if not all(part.isdecimal() for part in parts) or len(set(parts)) < len(parts):
         raise HyperParamsError(f"--seeds takes different whole numbers, such as 0,1,2; found {text!r}.")
     return [int(part) for part in parts]
+
+
+def read_judge(answers: bool, url: str, model: str) -> RealAnswers | None:
+    """How real answers are asked for; None where they are not.
+
+    Raises:
+        JudgeError: half of a judge, or an address that is none.
+    """
+    from easyedit_moe.errors import JudgeError
+    from easyedit_moe.evaluation.judge import EndpointJudge
+    from easyedit_moe.evaluation.real_answers import RealAnswers
+
+    if bool(url) != bool(model):
+        raise JudgeError("A judge needs both --judge URL and --judge-model NAME.")
+    if not url:
+        return RealAnswers() if answers else None
+    return RealAnswers(judge=EndpointJudge(url, model, os.environ.get("OPENAI_API_KEY", "")), judge_name=model)
 
 
 def brief(row: Row) -> str:

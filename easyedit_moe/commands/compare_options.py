@@ -33,6 +33,19 @@ Seeds = Annotated[
     str,
     typer.Option(help="Seeds, such as 0,1,2: each random method is run by each, and its row is their mean."),
 ]
+Retention = Annotated[
+    bool, typer.Option("--retention", help="Score on the way, too: each edit right after its batch, and every batch.")
+]
+Answers = Annotated[
+    bool, typer.Option("--answers", help="Score real answers, too: free generation from the bare prompt, matched.")
+]
+Judge = Annotated[
+    str,
+    typer.Option(
+        metavar="URL", help="OpenAI-compatible endpoint that judges real answers; its key is read from OPENAI_API_KEY."
+    ),
+]
+JudgeModel = Annotated[str, typer.Option(metavar="NAME", help="Model that judges.")]
 Resume = Annotated[
     bool, typer.Option(help="Go on after an interruption: rows of results.json that would come out again are kept.")
 ]

@@ -37,8 +37,8 @@ def init(
 
     They are chosen from its config alone, in a second, or with --locate the layers by measuring.
     """
+    from easyedit_moe.comparison.tuned import rows_file
     from easyedit_moe.workflow.init import init as run
-    from easyedit_moe.workflow.init import rows_file
     from easyedit_moe.workflow.locate_report import cost_line
 
     found = run(

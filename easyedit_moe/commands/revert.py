@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from easyedit_moe.commands import options
 from easyedit_moe.commands.printing import say
 
 
@@ -19,8 +20,9 @@ def revert(
             help="The checkpoint before the patch; default: the originals in the patch or in a backup of the folder."
         ),
     ] = None,
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Write the checkpoint without a patch, byte for byte as it was before."""
     from easyedit_moe.workflow.revert import revert as run
 
-    say(f"Written: {run(patch, model, out, base)}")
+    say(f"Written: {run(patch, model, out, base, trust_remote_code)}")

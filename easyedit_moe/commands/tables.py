@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from easyedit_moe.commands import compare_options, options
-from easyedit_moe.commands.compare import brief, split_names
+from easyedit_moe.commands.compare import brief, read_seeds, split_names
 from easyedit_moe.commands.printing import note, say, show_rows
 from easyedit_moe.commands.reporting import shows_progress
 
@@ -30,6 +30,7 @@ def tables(
     batch_size: compare_options.BatchSize = 50,
     hparams: Folder = None,
     out: Out = "results/tables",
+    seeds: compare_options.Seeds = "",
     resume: compare_options.Resume = False,
     settings: options.Settings = None,
     stats_dir: options.StatsDir = "",
@@ -37,17 +38,17 @@ def tables(
     device: options.Device = "",
 ) -> None:
     """Make tables of the MoTE paper on any model and data, with published figures beside ours where all is the same."""
-    from easyedit_moe.comparison.paper_report import about, header, lines
+    from easyedit_moe.comparison.paper_report import about, header, lines, notes
     from easyedit_moe.workflow.tables import tables as run
 
     given = options.settings_of(settings, stats_dir=stats_dir, dtype=dtype, device=device)
     made = run(
-        split_names(names), model, data, zsre, edits, batch_size, hparams, out, resume, given,
+        split_names(names), model, data, zsre, edits, batch_size, hparams, out, resume, given, read_seeds(seeds),
         lambda row: note(f"{row.method}: {brief(row)}"), shows_progress(),
     )  # fmt: skip
     for one in made:
         say(about(one.table, one.comparison))
         show_rows(header(one.table, one.comparison), lines(one.table, one.comparison))
-        for line in one.comparison.provenance["left_out"]:
-            say(f"Left out: {line}")
+        for line in notes(one.table, one.comparison):
+            say(line)
     note(f"Written: {out}/tables.md, and " + ", ".join(str(path) for one in made for path in one.files))

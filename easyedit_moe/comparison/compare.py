@@ -13,6 +13,7 @@ from torch import nn
 
 from easyedit_moe.comparison.differences import differences
 from easyedit_moe.comparison.ready import READY, SharedTargets
+from easyedit_moe.comparison.retention import RetentionWatch
 from easyedit_moe.comparison.rows import PRE_EDIT, Row
 from easyedit_moe.comparison.seeds import pooled, seeded
 from easyedit_moe.comparison.task import Task
@@ -20,6 +21,7 @@ from easyedit_moe.editors import Editor, EditResult, Patch, make_editor
 from easyedit_moe.errors import EditingWarning, HyperParamsError
 from easyedit_moe.evaluation.context import check_fit
 from easyedit_moe.evaluation.metrics import EvaluationResult, evaluate
+from easyedit_moe.evaluation.real_answers import real_answers
 from easyedit_moe.evaluation.routing import RoutingSnapshot, routing_similarity, routing_snapshot
 from easyedit_moe.evaluation.summary import Score
 from easyedit_moe.facts.records import PROTOCOLS
@@ -166,10 +168,19 @@ class _Judge:
         """Similarity of the experts picked now and at first, over edited prompts and over those to preserve."""
         return {name: routing_similarity(before, self._snapshot(name)) for name, before in self._before.items()}
 
-    def scores(self) -> EvaluationResult:
-        """By the papers' protocol."""
+    def scores(self, edits: int | None = None) -> EvaluationResult:
+        """By the papers' protocol; of the first ``edits`` records, or all."""
         task = self.task
-        return evaluate(task.model, task.tok, task.records, task.protocol, progress=self.progress, chat=task.chat)
+        records = task.records[:edits]
+        return evaluate(task.model, task.tok, records, task.protocol, progress=self.progress, chat=task.chat)
+
+    def answers(self) -> dict[str, Score] | None:
+        """Of real answers, where they are asked for."""
+        task = self.task
+        if task.answers is None:
+            return None
+        found = real_answers(task.model, task.tok, task.records, task.answers, task.chat, self.progress)
+        return {name: score for name, score in vars(found).items() if score is not None}
 
     def easyedit(self, label: str) -> dict[str, Score] | None:
         """By EasyEdit's protocol, where it is asked for."""
@@ -180,10 +191,13 @@ def _unedited(judge: _Judge) -> Row:
     watch = Stopwatch()
     reset_peak_memory()
     with watch.stage("evaluate"):
-        scores = judge.scores()
+        scores, answers = judge.scores(), judge.answers()
     peak = peak_memory_bytes()
     theirs = judge.easyedit(PRE_EDIT)
-    return Row(PRE_EDIT, "nothing", "easyedit_moe", scores, judge.routing(), watch.seconds, peak, easyedit=theirs)
+    return Row(
+        PRE_EDIT, "nothing", "easyedit_moe", scores, judge.routing(), watch.seconds, peak, easyedit=theirs,
+        answers=answers,
+    )  # fmt: skip
 
 
 Quality = Callable[[str], dict[str, Score]]
@@ -217,6 +231,7 @@ def _run_method(
     memory, reached = None, None
     patches: list[Patch] = []
     told: list[str] = []
+    way = RetentionWatch() if task.retention else None
     editor.check_requests(model, task.tok, [record.request for record in task.records])
     targets.before(editor)
     with _restored(model, patches):
@@ -233,14 +248,19 @@ def _run_method(
                 reached = (reached or 0) + sum(int(t.reached.sum()) for t in result.targets)
             for stage, seconds in result.seconds.items():
                 watch.seconds[stage] += seconds
+            if way is not None:
+                with watch.stage("evaluate"):
+                    way.add(start + len(batch), judge.scores(start + len(batch)))
+        retention = None if way is None else way.found()
         with watch.stage("evaluate"):
-            scores = judge.scores()
+            scores = judge.scores() if retention is None else retention.batches[-1][1]
+            answers = judge.answers()
         rounding = max((report.rounding_loss for patch in patches for report in patch.reports), default=None)
         similarity, peak = judge.routing(), peak_memory_bytes()
         theirs = judge.easyedit(label)
     return Row(
         label, editor.edits, editor.code, scores, similarity, watch.seconds, peak, reached, rounding,
-        hparams.to_dict(), theirs, tuple(told),
+        hparams.to_dict(), theirs, tuple(told), retention=retention, answers=answers,
     )  # fmt: skip
 
 

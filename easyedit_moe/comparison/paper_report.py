@@ -8,10 +8,9 @@ from pathlib import Path
 
 from easyedit_moe.comparison import report
 from easyedit_moe.comparison.compare import Comparison
-from easyedit_moe.comparison.differences import differences, said
-from easyedit_moe.comparison.papers import TABLES, PaperTable
+from easyedit_moe.comparison.papers import COUNTERFACT, TABLES, PaperTable
 from easyedit_moe.comparison.rows import PRE_EDIT, Row
-from easyedit_moe.comparison.saved import save_rows
+from easyedit_moe.comparison.saved import RESULTS, read_results, save_rows
 from easyedit_moe.evaluation.routing import NAMES as WINDOWS
 from easyedit_moe.facts.records import PROTOCOLS
 from easyedit_moe.storage.figures import save_figure
@@ -23,7 +22,7 @@ SIMILARITY = (
     "mean Jaccard similarity of the routed expert sets before and after at the last token, by windows of layers"
 )
 PUBLISHED = ("efficacy", "generalisation", "specificity")
-_LEFT = ("code", "edits")
+_LEFT = ("code", "edits", "spread", "protocol")
 
 
 def about(table: PaperTable, comparison: Comparison) -> str:
@@ -54,20 +53,24 @@ def lines(table: PaperTable, comparison: Comparison) -> list[list[str]]:
     """The cells of every row."""
     found = (comparison.provenance.get("published") or {}).get("figures")
     out = []
-    for row, differs in zip(comparison.rows, differences(comparison.rows), strict=True):
-        known = _cells(row, said(differs))
-        cells = [row.method]
+    for row, line in zip(comparison.rows, report.lines(comparison), strict=True):
+        known = {**dict(zip(report.COLUMNS, line, strict=True)), **_more(row)}
+        cells = [known["method"]]
         for column in table.columns:
             cells += _routing(row) if column == "routing" else [known[column]]
         out.append(cells if found is None else [*cells, *_published(found.get(row.method))])
     return out
 
 
-def _cells(row: Row, differs: str) -> dict[str, str]:
+def _more(row: Row) -> dict[str, str]:
+    """Cells that other comparisons do without."""
     seconds = row.seconds
-    known = dict(zip(report.COLUMNS, report.cells(row, differs), strict=True))
     total = seconds["solve"] + seconds["write"]
-    return {**known, "statistics s": f"{seconds['statistics']:.1f}", "total s": f"{total:.2f}"}
+    return {
+        "spread": str(row.hparams.get("spread", "-")),
+        "statistics s": f"{seconds['statistics']:.1f}",
+        "total s": f"{total:.2f}",
+    }
 
 
 def _published(figures: Mapping[str, float] | None) -> list[str]:
@@ -93,17 +96,34 @@ def markdown(comparison: Comparison) -> str:
     table = TABLES[comparison.provenance["table"]]
     names = header(table, comparison)
     text = f"{about(table, comparison)}\n\n" + report.markdown_rows(names, _texts(names), lines(table, comparison))
-    notes = [f"Left out: {line}" for line in comparison.provenance.get("left_out", [])]
+    return text + "".join(f"\n{note}\n" for note in notes(table, comparison))
+
+
+def notes(table: PaperTable, comparison: Comparison) -> list[str]:
+    """What was left out, and what numbers of the table mean, for below it."""
+    found = [f"Left out: {line}" for line in comparison.provenance.get("left_out", [])]
+    if "efficacy" in table.columns:
+        found += report.notes(comparison)
     if comparison.provenance.get("published"):
-        notes.append("Published: arXiv 2605.16686; its seconds are not of this machine.")
-    if "routing" not in table.columns:
-        notes += report.notes(comparison)
-    return text + "".join(f"\n{note}\n" for note in notes)
+        found.append("Published: arXiv 2605.16686; its seconds are not of this machine.")
+    return found
 
 
 def _texts(names: Sequence[str]) -> int:
     """How many columns from the left hold texts."""
     return next((number for number, name in enumerate(names) if number and name not in _LEFT), len(names))
+
+
+def folder_of(table: PaperTable, data: str, out: Path) -> Path:
+    """Where a table on one data set lies under the folder of all tables."""
+    return out / "-".join(["table", table.name, *([] if data == COUNTERFACT else [data])])
+
+
+def write_overview(out: Path) -> Path:
+    """Write ``tables.md``: all tables in a folder that have all of their rows, in the paper's order."""
+    places = [folder_of(table, data, out) / RESULTS for table in TABLES.values() for data in table.data]
+    found = [read_results(place) for place in places if place.is_file()]
+    return write_text(out / "tables.md", "\n".join(markdown(one) for one in found if one.complete))
 
 
 def write_table(comparison: Comparison, folder: Path) -> list[Path]:
@@ -124,14 +144,15 @@ def routing_chart(comparison: Comparison, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(PROMPTS), figsize=(13, 4.5), sharey=True, layout="constrained")
+    edited = [row for row in comparison.rows if row.method != PRE_EDIT]
+    figure, axes = plt.subplots(1, len(PROMPTS), figsize=(15, 4.5), sharey=True, layout="constrained")
     for axis, prompts in zip(axes, PROMPTS, strict=True):
-        for row in comparison.rows:
-            if row.method != PRE_EDIT:
-                per_layer = row.routing[prompts]["per_layer"]
-                axis.plot(list(per_layer), list(per_layer.values()), marker=".", label=row.method)
+        for number, row in enumerate(edited):
+            found = row.routing[prompts]["per_layer"]
+            colour = plt.get_cmap("tab20")(number % 20)
+            axis.plot(list(found), list(found.values()), marker=".", color=colour, label=row.method)
         axis.set(title=f"{prompts} prompts", xlabel="layer", ylim=(0, 104))
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("Jaccard similarity of the routed experts, percent")
-    axes[0].legend(frameon=False)
+    axes[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     save_figure(figure, path)

@@ -61,19 +61,32 @@ class PaperTable:
 _SCORES = ("efficacy", "generalisation", "specificity", "utility", "differs from the best")
 _SECONDS = ("targets s", "statistics s", "solve s", "write s", "total s")
 
+_RESIDUAL = {"spread": "residual", "rounds": 1, "shares": []}
+
 # The paper's whole setting of MoTE. Lambda, eps, layers and null space are the model's, and in its file.
-MOTE = Line("MoTE (paper)", "MoTE", {"spread": "update", "whitening": "in", "metric": "nullspace"})
+MOTE = Line("MoTE (paper)", "MoTE", {**_RESIDUAL, "spread": "update", "whitening": "in", "metric": "nullspace"})
 MOTE_RESIDUAL = MOTE.but("MoTE, residual", spread="residual")
-BCD, BCD_SPEEDUP = Line("MoEEdit-BCD", "MoEEdit-BCD"), Line("BCD+speedup", "BCD+speedup")
-GLOBAL, GLOBAL_SPEEDUP = Line("Global", "Global"), Line("Global+speedup", "Global+speedup")
+BCD = Line("MoEEdit-BCD", "MoEEdit-BCD", {**_RESIDUAL, "variant": "paper"})
+GLOBAL = Line("Global", "Global", _RESIDUAL)
+BCD_SPEEDUP, GLOBAL_SPEEDUP = Line("BCD+speedup", "BCD+speedup"), Line("Global+speedup", "Global+speedup")
+GLOBAL_TWICE = GLOBAL.but("Global, once, 2 rounds", spread="once", rounds=2)
 
 SOLVERS = (BCD, BCD_SPEEDUP, GLOBAL, GLOBAL_SPEEDUP, MOTE, MOTE_RESIDUAL)
-"""Solvers by how their solution is spread over layers."""
+"""The paper's solvers by how their solution is spread over layers, and those that the paper leaves out between them."""
+SPREADS = (
+    BCD.but("MoEEdit-BCD (its code)", variant="code"),
+    GLOBAL.but("Global, once", spread="once"),
+    GLOBAL_TWICE,
+    GLOBAL.but("Global, last layer", spread="last"),
+    MOTE.but("MoTE, once", spread="once"),
+    MOTE.but("MoTE, last layer", spread="last"),
+)
+"""Further ways to spread, which are ours, and MoEEdit as its code has it."""
 
 _METHODS = (
     *(Line(name, name) for name in ("FT", "MoE-FT", "FT-L", "MoE-FT-L", "LoRA", "MoE-LoRA", "AdaLoRA", "UnKE", "WISE")),
     *(Line(name, name) for name in ("MEMoE", "ROME", "MoE-ROME", "MEMIT", "MoE-MEMIT", "AlphaEdit", "MoE-AlphaEdit")),
-    BCD, MOTE, GLOBAL, Line("MoTE (ours)", "MoTE", {"spread": "residual"}),
+    BCD, MOTE, GLOBAL, GLOBAL_TWICE, Line("MoTE (ours)", "MoTE", _RESIDUAL),
 )  # fmt: skip
 _WHITENING = tuple(
     line.but(f"{spread}, whitening {whitening}", whitening=whitening)
@@ -102,8 +115,8 @@ TABLES: Mapping[str, PaperTable] = {
     table.name: table
     for table in (
         PaperTable("1", "all methods", _METHODS, ("code", "edits", *_SCORES), False, (COUNTERFACT, ZSRE)),
-        PaperTable("2", "solvers and spreads", SOLVERS, (*_SCORES, *_SECONDS)),
-        PaperTable("4", "routing similarity", SOLVERS, ("routing",)),
+        PaperTable("2", "solvers and spreads", (*SOLVERS, *SPREADS), ("spread", *_SCORES, *_SECONDS)),
+        PaperTable("4", "routing similarity", (*SOLVERS, *SPREADS), ("routing",)),
         PaperTable("5", "whitening", _WHITENING, (*_SCORES, "total s")),
         PaperTable("6", "null space", _NULL_SPACE, (*_SCORES, "total s")),
         PaperTable("ablations", "Ablations", _ABLATIONS, _SCORES, False),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 from rich import box
 from rich.table import Table
 
+from easyedit_moe.comparison import retention
 from easyedit_moe.comparison.compare import Comparison
 from easyedit_moe.comparison.differences import MEANING, differences, said
 from easyedit_moe.comparison.rows import SCORES, Row
@@ -48,28 +49,80 @@ def cells(row: Row, differs: str = "-") -> list[str]:
     ]
 
 
-EASYEDIT_COLUMNS = ("method", "code", "rewrite_acc", "rephrase_acc", "locality_acc", "portability_acc")
+EASYEDIT_COLUMNS = ("rewrite_acc", "rephrase_acc", "locality_acc", "portability_acc")
+ANSWER_COLUMNS = ("exact", "contains", "judged", "rephrase_exact", "rephrase_contains", "rephrase_judged")
 
 
-def easyedit_cells(row: Row) -> list[str]:
-    """One line of the table of EasyEdit's metrics, of a row that has them."""
-    scores = cast(dict[str, Score], row.easyedit)
-    return [row.method, row.code, *(shown(scores[name]) for name in EASYEDIT_COLUMNS[2:])]
+@dataclass(frozen=True)
+class Further:
+    """A table under the main one.
+
+    Attributes:
+        title: what it shows.
+        columns: the first ``texts`` of which hold texts, the others numbers.
+        texts: see ``columns``.
+        lines: cells, row by row.
+    """
+
+    title: str
+    columns: Sequence[str]
+    texts: int
+    lines: Sequence[Sequence[str]]
+
+
+def further(comparison: Comparison) -> list[Further]:
+    """Tables of what was measured besides: EasyEdit's metrics, real answers, retention."""
+    theirs = [(row, row.easyedit) for row in comparison.rows if row.easyedit is not None]
+    real = [(row, row.answers) for row in comparison.rows if row.answers is not None]
+    kept = [
+        line
+        for row in comparison.rows
+        if row.retention
+        for line in retention.lines(row.method, row.retention, row.scores)
+    ]
+    return [
+        *_of_scores(f"The same edits by the protocol of {PROTOCOL}", EASYEDIT_COLUMNS, theirs),
+        *_of_scores(
+            "Real answers: free generation from the bare prompt, all of it matched (WILD, arXiv 2502.11177); beside it "
+            "efficacy and exact match by teacher forcing",
+            ANSWER_COLUMNS,
+            real,
+            ("efficacy", "exact_match"),
+        ),
+        *([Further(RETENTION, retention.COLUMNS, 2, kept)] if kept else []),
+    ]
+
+
+RETENTION = (
+    "Retention: each record right after the batch that edited it and after all edits; p of the paired test between both"
+)
+
+
+def _of_scores(
+    title: str, columns: Sequence[str], rows: Sequence[tuple[Row, dict[str, Score]]], forced: Sequence[str] = ()
+) -> list[Further]:
+    used = [name for name in columns if any(name in scores for _, scores in rows)]
+    cells = [
+        [
+            row.method, row.code, *(shown(getattr(row.scores, name)) for name in forced),
+            *(shown(scores[name]) if name in scores else "-" for name in used),
+        ]
+        for row, scores in rows
+    ]  # fmt: skip
+    return [Further(title, ("method", "code", *forced, *used), 2, cells)] if rows else []
 
 
 def tables(comparison: Comparison) -> list[Table]:
-    """The tables for a terminal: the papers' protocol, and EasyEdit's where it was measured."""
+    """The tables for a terminal: the papers' protocol, and what else was measured."""
     provenance = comparison.provenance
     of = f"{provenance['edits']} {provenance['protocol']} edits in batches of {provenance['batch_size']} on "
     of += f"{provenance['model']}, scored after all of them, percent"
-    out = [_table(f"{of}; by the papers' protocol: {PROTOCOLS[provenance['protocol']]}", COLUMNS, 4)]
-    for line in _lines(comparison):
-        out[0].add_row(*line)
-    measured = [row for row in comparison.rows if row.easyedit is not None]
-    if measured:
-        out.append(_table(f"The same edits by the protocol of {PROTOCOL}", EASYEDIT_COLUMNS, 2))
-        for row in measured:
-            out[1].add_row(*easyedit_cells(row))
+    main = f"{of}; by the papers' protocol: {PROTOCOLS[provenance['protocol']]}"
+    out = []
+    for one in [Further(main, COLUMNS, 4, lines(comparison)), *further(comparison)]:
+        out.append(_table(one.title, one.columns, one.texts))
+        for line in one.lines:
+            out[-1].add_row(*line)
     return out
 
 
@@ -80,7 +133,8 @@ def _table(title: str, columns: Sequence[str], texts: int) -> Table:
     return out
 
 
-def _lines(comparison: Comparison) -> list[list[str]]:
+def lines(comparison: Comparison) -> list[list[str]]:
+    """The cells of every row, in the order of `COLUMNS`."""
     found = differences(comparison.rows)
     return [cells(row, said(one)) for row, one in zip(comparison.rows, found, strict=True)]
 
@@ -89,18 +143,16 @@ def notes(comparison: Comparison) -> list[str]:
     """What intervals and tests are, for below the tables."""
     rows = comparison.rows
     scores = [getattr(row.scores, name) for row in rows for name in SCORES]
-    theirs = [score for row in rows for score in (row.easyedit or {}).values()]
+    besides = [score for row in rows for found in (row.easyedit, row.answers) for score in (found or {}).values()]
     compared = any(differences(rows))
-    return [text for text in (legend([*scores, *theirs]), MEANING if compared else "") if text]
+    return [text for text in (legend([*scores, *besides]), MEANING if compared else "") if text]
 
 
 def markdown(comparison: Comparison) -> str:
     """The same tables for a README."""
-    text = markdown_rows(COLUMNS, 4, _lines(comparison))
-    measured = [row for row in comparison.rows if row.easyedit is not None]
-    if measured:
-        text += f"\nThe same edits by the protocol of {PROTOCOL}:\n\n"
-        text += markdown_rows(EASYEDIT_COLUMNS, 2, [easyedit_cells(row) for row in measured])
+    text = markdown_rows(COLUMNS, 4, lines(comparison))
+    for one in further(comparison):
+        text += f"\n{one.title}:\n\n" + markdown_rows(one.columns, one.texts, one.lines)
     return "\n".join([text, *(f"{line}\n" for line in notes(comparison))])
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from easyedit_moe.comparison.retention import SCORES, Retention
 from easyedit_moe.evaluation.metrics import EvaluationResult
 from easyedit_moe.evaluation.summary import Score
 
 PRE_EDIT = "pre-edit"
-SCORES = ("efficacy", "generalisation", "specificity", "utility", "exact_match")
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class Row:
     ``scores`` follow the papers' protocol, ``easyedit`` EasyEdit's own (None unless asked for). ``rounding_loss`` is
     the largest share of an update that the weights' dtype swallowed at one write, ``warnings`` what was to be told of
     the edits, batch by batch. Of a random method that was run by several ``seeds``, scores, routing and seconds are
-    means over them, and ``per_seed`` has the means of each.
+    means over them, and ``per_seed`` has the means of each. ``retention`` are scores on the way and ``answers`` those
+    of real answers, where they were asked for.
     """
 
     method: str
@@ -36,6 +37,8 @@ class Row:
     warnings: tuple[str, ...] = ()
     seeds: tuple[int, ...] = ()
     per_seed: tuple[dict[str, float], ...] = ()
+    retention: Retention | None = None
+    answers: dict[str, Score] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For results.json."""
@@ -56,4 +59,6 @@ class Row:
             "hparams": self.hparams,
             "seeds": list(self.seeds),
             "per_seed": list(self.per_seed),
+            "retention": None if self.retention is None else self.retention.to_dict(),
+            "answers": None if self.answers is None else {name: asdict(s) for name, s in self.answers.items()},
         }

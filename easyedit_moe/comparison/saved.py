@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from easyedit_moe.comparison.compare import Comparison
 from easyedit_moe.comparison.ready import READY
+from easyedit_moe.comparison.retention import Retention
 from easyedit_moe.comparison.rows import PRE_EDIT, SCORES, Row
 from easyedit_moe.errors import DataError
 from easyedit_moe.evaluation.metrics import EvaluationResult
@@ -102,6 +103,31 @@ class _SavedScore:
 
 
 @dataclass(frozen=True)
+class _SavedScores:
+    """The scores of a moment on the way; ``edits`` so far, but for those of each record's own batch."""
+
+    efficacy: _SavedScore
+    generalisation: _SavedScore
+    specificity: _SavedScore
+    utility: _SavedScore
+    exact_match: _SavedScore
+    edits: int = 0
+
+    def result(self, protocol: str) -> EvaluationResult:
+        return EvaluationResult(protocol, **{name: getattr(self, name).score() for name in SCORES})
+
+
+@dataclass(frozen=True)
+class _SavedRetention:
+    own: _SavedScores
+    batches: list[_SavedScores]
+
+    def retention(self, protocol: str) -> Retention:
+        after = tuple((one.edits, one.result(protocol)) for one in self.batches)
+        return Retention(self.own.result(protocol), after)
+
+
+@dataclass(frozen=True)
 class _SavedRow:
     """As `Row.to_dict` has it, with what `Comparison.to_dict` adds."""
 
@@ -125,27 +151,34 @@ class _SavedRow:
     per_seed: tuple[dict[str, float | None], ...] = ()
     protocol: str = ""
     differs_from_best: dict[str, dict[str, Any]] = field(default_factory=dict)
+    retention: _SavedRetention | None = None
+    answers: dict[str, _SavedScore] | None = None
 
 
 @dataclass(frozen=True)
 class _Saved:
-    """Content of ``results.json``."""
+    """Content of ``results.json``; the first files had no state, and were written once all rows were there."""
 
     schema: Literal[1, 2]
-    state: Literal["complete", "interrupted"]
     rows: list[_SavedRow]
     provenance: dict[str, Any]
+    state: Literal["complete", "interrupted"] = "complete"
 
 
 def _row(saved: _SavedRow, protocol: str) -> Row:
-    own = {item.name for item in fields(Row)} - {"easyedit"}
-    easyedit = saved.easyedit
+    own = {item.name for item in fields(Row)} - {"easyedit", "retention", "answers"}
     return Row(
         **{name: value for name, value in vars(saved).items() if name in own},
         scores=EvaluationResult(protocol, **{name: getattr(saved, name).score() for name in SCORES}),
         routing={name: _routing(name, found) for name, found in saved.routing_similarity.items()},
-        easyedit=None if easyedit is None else {name: found.score() for name, found in easyedit.items()},
+        easyedit=_scores(saved.easyedit),
+        retention=None if saved.retention is None else saved.retention.retention(protocol),
+        answers=_scores(saved.answers),
     )
+
+
+def _scores(saved: dict[str, _SavedScore] | None) -> dict[str, Score] | None:
+    return None if saved is None else {name: found.score() for name, found in saved.items()}
 
 
 def _routing(name: str, values: Mapping[str, Any]) -> dict[str, Any]:

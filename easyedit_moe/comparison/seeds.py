@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from easyedit_moe.comparison.retention import Retention
 from easyedit_moe.comparison.rows import SCORES, Row
 from easyedit_moe.errors import HyperParamsError
 from easyedit_moe.evaluation.metrics import EvaluationResult
@@ -43,6 +44,7 @@ def pooled(rows: Sequence[Row], seeds: Sequence[int], hparams: AnyHyperParams) -
     reached = [row.targets_reached for row in rows if row.targets_reached is not None]
     losses = [row.rounding_loss for row in rows if row.rounding_loss is not None]
     scores = {name: Score.over_seeds([getattr(row.scores, name) for row in rows]) for name in SCORES}
+    ways = [row.retention for row in rows if row.retention is not None]
     theirs = [row.easyedit for row in rows if row.easyedit is not None]
     return replace(
         first,
@@ -53,11 +55,17 @@ def pooled(rows: Sequence[Row], seeds: Sequence[int], hparams: AnyHyperParams) -
         targets_reached=round(sum(reached) / len(reached)) if reached else None,
         rounding_loss=max(losses, default=None),
         hparams=hparams.to_dict(),
-        easyedit={name: Score.over_seeds([one[name] for one in theirs]) for name in theirs[0]} if theirs else None,
+        easyedit=_scores_of(theirs),
+        answers=_scores_of([row.answers for row in rows if row.answers is not None]),
+        retention=Retention.over_seeds(ways) if ways else None,
         warnings=tuple(dict.fromkeys(text for row in rows for text in row.warnings)),
         seeds=tuple(seeds),
         per_seed=tuple({name: getattr(row.scores, name).mean for name in SCORES} for row in rows),
     )
+
+
+def _scores_of(found: Sequence[dict[str, Score]]) -> dict[str, Score] | None:
+    return {name: Score.over_seeds([one[name] for one in found]) for name in found[0]} if found else None
 
 
 def _mean_of(values: Sequence[Any]) -> Any:

@@ -22,7 +22,7 @@ from easyedit_moe.hparams import (
     presets,
     read_with_defaults,
 )
-from easyedit_moe.hparams.models import model_file
+from easyedit_moe.hparams.models import hparams_files, model_file
 from easyedit_moe.storage.files import is_file, is_folder, path_of
 
 logger = logging.getLogger(__name__)
@@ -155,6 +155,22 @@ def _method_of(file: Path) -> presets.Method:
     return hosts[0] if hosts else presets.find_method(name)
 
 
+def method_files(methods: Sequence[str], model_name: str, path: str | Path | None) -> list[Path]:
+    """The files that `resolve_methods` reads; none of methods whose hparams are chosen from the model's config.
+
+    Raises:
+        MethodError: neither we nor EasyEdit have a method. HyperParamsError: ``path`` has no file for one.
+    """
+    found = []
+    for method in methods:
+        try:
+            found.append(_found_file(presets.find_method(method).name, model_name, path)[0])
+        except HyperParamsError:
+            if path is not None:
+                raise
+    return found
+
+
 def hparams_file(name: str, model_name: str, path: str | Path | None = None) -> Path:
     """The file of a method for a model: ``path`` itself, or in the folder ``path``, or among those that ship.
 
@@ -178,7 +194,7 @@ def _found_file(name: str, model_name: str, path: str | Path | None) -> tuple[Pa
     folder = (Path(path) if path is not None else hparams_folder()) / name
     file, line = model_file(folder, model_name)
     if file is None:
-        known = sorted(p.stem for p in folder.glob("*.*"))
+        known = [p.stem for p in hparams_files(folder)]
         raise HyperParamsError(
             f"There are no hparams for {name} on {model_name!r} (no file in {folder} has its name or its "
             f"architecture). Known models: {', '.join(known) or 'none'}. {_PASS_HPARAMS}"

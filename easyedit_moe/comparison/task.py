@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.errors import DataError
 from easyedit_moe.evaluation.neighbours import answered
+from easyedit_moe.evaluation.real_answers import RealAnswers
 from easyedit_moe.facts.records import EvaluationRecord, RecordSet, load_records
 from easyedit_moe.moe.fingerprint import model_fingerprint
 from easyedit_moe.moe.layers import MoELayerView
@@ -30,7 +31,8 @@ PRESERVED = 1000
 class Task:
     """What a comparison runs on: a loaded model and the records to edit and judge, in a chat or as plain text.
 
-    ``preserved`` are prompts whose routing should stay as it is; without any, the records' neighbours are taken.
+    ``preserved`` are prompts whose routing should stay as it is; without any, the records' neighbours are taken. With
+    ``retention`` methods are scored on the way, too, and with ``answers`` by their real answers: see `asking`.
     """
 
     model: nn.Module
@@ -41,6 +43,14 @@ class Task:
     provenance: dict[str, Any]
     chat: bool = False
     preserved: tuple[str, ...] = ()
+    retention: bool = False
+    answers: RealAnswers | None = None
+
+    def asking(self, retention: bool = False, answers: RealAnswers | None = None) -> Task:
+        """The same task, judged by more: scores right after each own batch and after every batch, and real answers."""
+        asked: dict[str, Any] = {"retention": True} if retention else {}
+        asked |= {"answers": answers.to_dict()} if answers else {}
+        return replace(self, retention=retention, answers=answers, provenance={**self.provenance, **asked})
 
 
 def load_task(

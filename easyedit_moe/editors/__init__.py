@@ -6,6 +6,7 @@ from easyedit_moe.editors.bcd_speedup import BCDSpeedupEditor, apply_bcd_speedup
 from easyedit_moe.editors.global_ import GlobalEditor, apply_global_to_model
 from easyedit_moe.editors.global_speedup import GlobalSpeedupEditor, apply_global_speedup_to_model
 from easyedit_moe.editors.memoe import AdapterPatch, MEMoEEditor, apply_memoe_to_model
+from easyedit_moe.editors.memory import EditMemory
 from easyedit_moe.editors.moe_alphaedit import MoEAlphaEditEditor, apply_moe_alphaedit_to_model
 from easyedit_moe.editors.moe_ft import MoEFTEditor, apply_moe_ft_to_model
 from easyedit_moe.editors.moe_ft_l import MoEFTLEditor, apply_moe_ft_l_to_model
@@ -14,7 +15,7 @@ from easyedit_moe.editors.moe_memit import MoEMEMITEditor, apply_moe_memit_to_mo
 from easyedit_moe.editors.moe_rome import MoEROMEEditor, apply_moe_rome_to_model
 from easyedit_moe.editors.moeedit import MoEEditEditor, apply_moeedit_to_model
 from easyedit_moe.editors.mote import MoTEEditor, apply_mote_to_model
-from easyedit_moe.editors.prepared import EditMemory, Prepared
+from easyedit_moe.editors.prepared import Prepared
 from easyedit_moe.editors.registry import editor_class, make_editor, method_names
 from easyedit_moe.editors.solving import SolvingEditor
 from easyedit_moe.editors.training import TrainingEditor

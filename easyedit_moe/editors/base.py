@@ -23,7 +23,7 @@ from easyedit_moe.hparams import MoEHyperParams, hyperparams_class, presets
 from easyedit_moe.moe.holding import held, intact
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.patches.weights import WeightPatch
-from easyedit_moe.targets.search import fact_contexts
+from easyedit_moe.targets.search import TargetVectors, fact_contexts
 
 APPLY_KEYWORDS = ("model", "tok", "requests", "hparams", "copy", "return_orig_weights", "keep_original_weight")
 """What EasyEdit's ``apply_algo`` is called with."""
@@ -100,9 +100,12 @@ def _told(result: EditResult) -> EditResult:
     return replace(result, warnings=texts)
 
 
-def provenance(hparams: MoEHyperParams, facts: Sequence[EditRequest]) -> dict[str, Any]:
-    """What a patch says about how it was made."""
-    return {"hparams": hparams.to_dict(), "requests": [vars(fact) for fact in facts]}
+def provenance(
+    hparams: MoEHyperParams, facts: Sequence[EditRequest], targets: Sequence[TargetVectors] = ()
+) -> dict[str, Any]:
+    """What a patch says about how it was made; of target vectors, which were found together."""
+    found = {"hparams": hparams.to_dict(), "requests": [vars(fact) for fact in facts]}
+    return found | ({"target_batches": [one for some in targets for one in some.batches]} if targets else {})
 
 
 def _and_more(count: int) -> str:

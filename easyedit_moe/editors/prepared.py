@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from easyedit_moe.algebra.metric import Metric
-from easyedit_moe.algebra.routed_keys import RoutedKeys
 from easyedit_moe.algebra.tucker import TuckerBasis
 from easyedit_moe.errors import NumericalError
 from easyedit_moe.moe.tails import Tail
@@ -59,23 +58,3 @@ class Prepared:
     layers: dict[int, PreparedLayer]
     resumable: bool
     seconds: float
-
-
-@dataclass(frozen=True)
-class EditMemory:
-    """What a batch knows of earlier ones; a value: passed in, and returned extended.
-
-    Attributes:
-        keys: of earlier batches per layer, for ``remember_edits``.
-        edits: how many edits they made.
-    """
-
-    keys: dict[int, list[RoutedKeys]] = field(default_factory=dict)
-    edits: int = 0
-
-    def extended(self, new: dict[int, list[RoutedKeys]], edits: int) -> EditMemory:
-        """A memory that also holds ``new``, of ``edits`` more edits."""
-        merged = {layer: list(parts) for layer, parts in self.keys.items()}
-        for layer, parts in new.items():
-            merged.setdefault(layer, []).extend(parts)
-        return EditMemory(merged, self.edits + edits)

@@ -11,6 +11,7 @@ import yaml
 
 from easyedit_moe.editors.planner import MemoryPlan
 from easyedit_moe.hparams import MoEHyperParams, hyperparams_class
+from easyedit_moe.hparams.overlay import overlaid
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Proposal:
         Raises:
             HyperParamsError: an override that the method does not know, or a value out of range.
         """
-        values = {"alg_name": self.method, **{one.name: one.value for one in self.values}, **(overrides or {})}
+        values = overlaid({"alg_name": self.method, **{one.name: one.value for one in self.values}}, overrides or {})
         return hyperparams_class(self.method).from_dict(values, f"{self.method} on {self.model}")
 
     def yaml(self) -> str:

@@ -33,6 +33,7 @@ from easyedit_moe.hparams import (
 )
 from easyedit_moe.hparams.files import read_layers
 from easyedit_moe.hparams.models import OUTLINES, outline
+from easyedit_moe.hparams.overlay import REPLACES, overlaid
 from easyedit_moe.hparams.sites import CALLED, EXPERTS, SITES
 from easyedit_moe.hparams.sources import descriptions, origin, yaml_comments
 from easyedit_moe.moe.config import model_config, text_config
@@ -65,8 +66,6 @@ _SHOWN = (
 LAMBDA_RELATIVE, NULLSPACE_RANK = 0.1, 0.75
 """Of models that no paper has values for; on the bundled one utility hardly changes from 0.01 to 0.3 of the first."""
 _SCALE_FREE = "absolute values carry over to no other model (docs/results.md, scale-free settings)"
-_EXCLUDED = {"lambda_relative": ("lambda_reg",), "nullspace_rank": ("nullspace_threshold", "nullspace_relative")}
-"""What a setting replaces."""
 _CHUNKS = ("target_batch_size", "capture_batch_size", "train_batch_size", "locality_batch_size")
 
 
@@ -214,7 +213,7 @@ class _Proposing:
     def _replace(self, chosen: Iterable[Chosen]) -> None:
         """As `_take`, with what the chosen settings exclude left out."""
         for one in chosen:
-            for name in _EXCLUDED[one.name]:
+            for name in REPLACES.get(one.name, ()):
                 self.found.pop(name, None)
             self._take([one])
 
@@ -242,7 +241,7 @@ class _Proposing:
         told = "the bundled model, which is small, too" if nearest == MODEL_NAME else nearest
         return [
             Chosen(name, value, f"{reasons.get(name, '')}; as for {told}")
-            for name, value in {**shared, **own}.items()
+            for name, value in overlaid(shared, own).items()
             if name not in _OF_THE_MODEL and not (nearest == MODEL_NAME and name in _OF_FACTWORLD)
         ]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import sqrt
 from typing import Any
 
@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.algebra.metric import IdentityMetric, Metric, covariance_metric, mean_energy
-from easyedit_moe.algebra.nullspace import NullSpace, null_space
+from easyedit_moe.algebra.nullspace import NullSpace
 from easyedit_moe.algebra.routed_keys import FactoredUpdate, RoutedKeys
 from easyedit_moe.algebra.tucker import TuckerBasis
 from easyedit_moe.editors.base import Editor, EditResult, provenance
 from easyedit_moe.editors.measuring import Fit, residual_shares
+from easyedit_moe.editors.memory import EditMemory, Holding, Remembered, Row
 from easyedit_moe.editors.planner import MemoryPlan, Workload, plan, shapes_of
-from easyedit_moe.editors.prepared import EditMemory, Prepared, PreparedLayer
+from easyedit_moe.editors.prepared import Prepared, PreparedLayer
 from easyedit_moe.editors.solving_diagnosis import Solved, diagnose_solved
 from easyedit_moe.editors.spreading import spread
 from easyedit_moe.errors import LayerError, LayoutError
@@ -40,6 +41,7 @@ from easyedit_moe.moe.tails import FactPlaces, Tail
 from easyedit_moe.patches.weights import PatchWriter, writing
 from easyedit_moe.statistics.gather import layer_statistics
 from easyedit_moe.statistics.moments import LayerMoments
+from easyedit_moe.statistics.null_spaces import layer_null_space
 from easyedit_moe.targets.cache import cached_targets
 from easyedit_moe.targets.search import (
     TargetSearch,
@@ -64,6 +66,7 @@ class SolvingEditor(Editor):
     def __init__(self, hparams: SolverHyperParams, prepared: Prepared | None = None, progress: bool = True) -> None:
         super().__init__(hparams, progress)
         self.prepared = prepared
+        self.holding = Holding()
         if hparams.site != EXPERTS:
             vars(self)["edits"] = CALLED[hparams.site]
 
@@ -90,6 +93,25 @@ class SolvingEditor(Editor):
     def energy(self, keys: RoutedKeys, prepared: PreparedLayer) -> float:
         """Mean squared norm of the gated keys as this method's system has them."""
         return mean_energy(keys, prepared.metric)
+
+    def solve_beside(
+        self,
+        layer: int,
+        held: Mapping[Row, RoutedKeys],
+        keys: RoutedKeys,
+        residual: Tensor,
+        prepared: PreparedLayer,
+        lambda_reg: float,
+    ) -> tuple[Any, Any]:
+        """As `solve`, while what the held keys of earlier edits yield is to stay: by default rows of zero residual.
+
+        Methods that can do it at a cost that does not grow say how.
+        """
+        if held:
+            everything = RoutedKeys.cat([*held.values(), keys])
+            kept = residual.new_zeros(everything.num_tokens - keys.num_tokens, residual.shape[1])
+            keys, residual = everything, torch.cat([kept, residual])
+        return self.solve(keys, residual, prepared, lambda_reg)
 
     def place(self, solution: Any, prepared: PreparedLayer) -> FactoredUpdate:
         """The update of a layer that a solution means; the solution itself unless a method says otherwise."""
@@ -153,7 +175,7 @@ class SolvingEditor(Editor):
         used: list[TargetVectors] = []
         reports: list[Any] = []
         solved: list[Solved] = []
-        seen: dict[int, list[RoutedKeys]] = {}
+        seen: list[Remembered] = []
         memory = memory or EditMemory()
         with writing(view) as writer:
             for start in range(0, len(facts), group):
@@ -163,15 +185,14 @@ class SolvingEditor(Editor):
                 batch.aim(used[-1])
                 spread(batch)
                 reports += batch.reports
-                for layer, keys in batch.keys.items():
-                    seen.setdefault(layer, []).append(keys)
+                seen.append(Remembered(tuple(fact.prompt for fact in chunk), batch.keys))
                 solved.append(batch.solved(used[-1]))
             with watch.stage("write"):
-                patch = writer.finish(provenance(self.hparams, facts), prepared.fingerprint)
+                patch = writer.finish(provenance(self.hparams, facts, used), prepared.fingerprint)
             with watch.stage("diagnose"):
                 earlier = memory if self.hparams.remember_edits else EditMemory()
-                diagnosis = diagnose_solved(self.hparams, view, prepared, patch, seen, earlier, solved)
-            kept = memory.extended(seen if self.hparams.remember_edits else {}, len(facts))
+                diagnosis = diagnose_solved(self.hparams, view, prepared, patch, EditMemory(seen).keys, earlier, solved)
+            kept = memory.extended(seen if self.hparams.remember_edits else [], len(facts))
             return EditResult(patch, watch.seconds, kept, used, reports, diagnosis)
 
     def _prepared_for(self, view: MoELayerView, model: nn.Module, tok: PreTrainedTokenizerBase) -> Prepared:
@@ -182,7 +203,7 @@ class SolvingEditor(Editor):
     def _prepared_layer(
         self, view: MoELayerView, layer: int, tail: Tail, moments: LayerMoments | None, fingerprint: str
     ) -> PreparedLayer:
-        metric = self._metric(moments)
+        metric = self._metric(layer, moments, fingerprint)
         ranks = tuple(metric.ranks) if isinstance(metric, NullSpace) else None
         basis = self.basis(view, layer, moments, fingerprint)
         experts = view.layers[layer].experts.layout.num_experts
@@ -204,17 +225,15 @@ class SolvingEditor(Editor):
         else:
             logger.info("%s", found.summary())
 
-    def _metric(self, moments: LayerMoments | None) -> Metric:
+    def _metric(self, layer: int, moments: LayerMoments | None, fingerprint: str) -> Metric:
         hp = self.hparams
         if hp.metric == "identity" or moments is None:
             return IdentityMetric()
-        keys, counts = moments.keys, moments.counts
         if hp.metric == "covariance":
-            return covariance_metric(keys, counts, hp.covariance_ridge, hp.min_coverage, hp.low_coverage)
-        return null_space(
-            keys, counts, hp.nullspace_threshold, hp.nullspace_relative, hp.min_coverage, hp.low_coverage,
-            hp.nullspace_energy, hp.nullspace_rank,
-        )  # fmt: skip
+            return covariance_metric(
+                moments.keys, moments.counts, hp.covariance_ridge, hp.min_coverage, hp.low_coverage
+            )
+        return layer_null_space(layer, moments, hp, fingerprint)
 
     def _check_model(self, view: MoELayerView) -> None:
         view.require(self.hparams.layers)
@@ -317,12 +336,13 @@ class BatchSolve:
         tail = prepared.tail
         residual = tail.pull_back(layer, residual.to(keys.key.device), weight, places)
         self.keys[layer], self.residuals[layer] = keys, residual
-        kept_keys = [*self.memory.keys.get(layer, []), *self._keys_before(layer, tail.reach, weight)]
-        if kept_keys:
-            everything = RoutedKeys.cat([*kept_keys, keys])
+        before = self._keys_before(layer, tail.reach, weight)
+        if before:
+            everything = RoutedKeys.cat([*before, keys])
             kept = residual.new_zeros(everything.num_tokens - keys.num_tokens, residual.shape[1])
             keys, residual = everything, torch.cat([kept, residual])
-        solution, report = self.editor.solve(keys, residual, prepared, ridge)
+        held_rows = self.memory.rows(layer, [fact.prompt for fact in self.facts])
+        solution, report = self.editor.solve_beside(layer, held_rows, keys, residual, prepared, ridge)
         if report is not None:
             self.reports.append(report)
         return solution

@@ -16,7 +16,8 @@ from easyedit_moe.editors.diagnosis import (
     settings_of,
 )
 from easyedit_moe.editors.measuring import Fit, combined_loss, relative_updates
-from easyedit_moe.editors.prepared import EditMemory, Prepared, PreparedLayer
+from easyedit_moe.editors.memory import EditMemory
+from easyedit_moe.editors.prepared import Prepared, PreparedLayer
 from easyedit_moe.hparams import SolverHyperParams
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.patches.weights import WeightPatch
@@ -78,7 +79,7 @@ def diagnose_solved(
         changed=patch.before != patch.after,
         rounding_loss=combined_loss([(r.rounding_loss, r.update_norm) for r in patch.reports]),
         steps=max(group.steps for group in solved),
-        remembered=sum(part.num_tokens for part in remembered.keys.get(hparams.layers[-1], [])),
+        remembered=sum(keys.num_tokens for keys in remembered.rows(hparams.layers[-1]).values()),
         settings=settings_of(hparams),
     )
 

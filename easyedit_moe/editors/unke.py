@@ -70,6 +70,10 @@ class UnKEEditor(Editor):
     method = "UnKE"
     hparams: UnKEHyperParams
 
+    def needs_subject(self) -> bool:
+        """Not where the state is shifted at the prompt's last token, and the KL term, which asks of it, is off."""
+        return self.hparams.fact_token != "last" or self.hparams.kl_factor > 0
+
     def __init__(self, hparams: UnKEHyperParams, progress: bool = True) -> None:
         super().__init__(hparams, progress)
         vars(self)["edits"] = "layer" if hparams.train == "layer" else "experts"
@@ -122,7 +126,7 @@ class UnKEEditor(Editor):
             with watch.stage("write"):
                 for name, value in values.items():
                     writer.write(name, value)
-                patch = writer.finish(provenance(hp, facts))
+                patch = writer.finish(provenance(hp, facts, [targets]))
             with watch.stage("diagnose"):
                 with trainable(model), torch.no_grad():
                     shares = _residual_shares(moe.layer, problem, targets.delta)
@@ -144,7 +148,8 @@ class UnKEEditor(Editor):
         if not hp.preserve_n_samples or not hp.preserve_weight:
             return []
         texts = corpus_texts(hp.preserve_dataset, hp.preserve_n_samples, model, tok, min(hp.max_length, SAMPLED_TOKENS))
-        kept = [text for text in texts if not any(mentions(text, fact.named_subject) for fact in facts)]
+        subjects = [fact.subject for fact in facts if fact.subject is not None]
+        kept = [text for text in texts if not any(mentions(text, subject) for subject in subjects)]
         return [encode_text(tok, text)[: hp.max_length] for text in kept]
 
     def _problem(

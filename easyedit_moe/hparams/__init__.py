@@ -10,6 +10,7 @@ from easyedit_moe.hparams import presets
 from easyedit_moe.hparams.base import DTYPES, MoEHyperParams
 from easyedit_moe.hparams.files import hparams_folder, read_with_defaults, read_yaml
 from easyedit_moe.hparams.memoe import MEMoEHyperParams
+from easyedit_moe.hparams.overlay import overlaid
 from easyedit_moe.hparams.solving import GlobalHyperParams, MoEEditHyperParams, MoTEHyperParams, SolverHyperParams
 from easyedit_moe.hparams.training import FTHyperParams, LoRAHyperParams, TrainingHyperParams
 from easyedit_moe.hparams.unke import UnKEHyperParams
@@ -56,7 +57,7 @@ def load_hyperparams(path: str | Path, **overrides: Any) -> MoEHyperParams:
     Raises:
         HyperParamsError: missing file, no or wrong ``alg_name``, unknown key, wrong type or value.
     """
-    values = {**read_with_defaults(path), **overrides}
+    values = overlaid(read_with_defaults(path), overrides)
     if not isinstance(values.get("alg_name"), str):
         raise HyperParamsError(f"{path}: missing alg_name.")
     return hyperparams_class(values["alg_name"]).from_dict(values, str(path))

@@ -21,6 +21,7 @@ from easyedit_moe.errors import HyperParamsError, did_you_mean, shown
 from easyedit_moe.hparams import presets
 from easyedit_moe.hparams.devices import device_named
 from easyedit_moe.hparams.files import read_with_defaults
+from easyedit_moe.hparams.overlay import overlaid
 from easyedit_moe.storage.files import write_text
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -132,7 +133,7 @@ class MoEHyperParams:
         Raises:
             HyperParamsError: missing file, not a mapping, unknown key, wrong type or value.
         """
-        return cls.from_dict({**read_with_defaults(path), **overrides}, str(path))
+        return cls.from_dict(overlaid(read_with_defaults(path), overrides), str(path))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "hparams") -> MoEHyperParams:

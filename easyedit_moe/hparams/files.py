@@ -8,6 +8,7 @@ from typing import Any
 
 from easyedit_moe.errors import HyperParamsError, did_you_mean, shown
 from easyedit_moe.hparams import presets
+from easyedit_moe.hparams.overlay import overlaid
 from easyedit_moe.storage.files import is_file, is_folder, path_of
 from easyedit_moe.storage.strict_yaml import parse_yaml
 
@@ -76,7 +77,7 @@ def read_with_defaults(path: str | Path) -> dict[str, Any]:
         HyperParamsError: a missing file, one that holds no mapping, or shared keys that no method has.
     """
     own, shared, _ = read_layers(path)
-    return {**shared, **own}
+    return overlaid(shared, own)
 
 
 def read_layers(path: str | Path) -> tuple[dict[str, Any], dict[str, Any], Path | None]:

@@ -36,6 +36,10 @@ OUTLINES: Mapping[str, Outline] = {
 """Architecture and sizes of the models that hparams ship for, by the names of their files."""
 
 
+LOCATED = ".locate.json"
+"""What the name of a file ends with that is no hyper-parameters, but what their layers were chosen by."""
+
+
 def model_file(folder: Path, model_name: str) -> tuple[Path | None, str]:
     """The file for a model in a folder of ``<model>.<any suffix>``, and, if it has another name, a line saying so.
 
@@ -107,9 +111,15 @@ def _config_path(model_name: str) -> Path | None:
     return Path(cached) if isinstance(cached, str) else None
 
 
+def hparams_files(folder: Path) -> list[Path]:
+    """The files of a folder that may be hyper-parameters; none where there is no such folder."""
+    found = [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
+    return sorted(path for path in found if not path.name.endswith(LOCATED))
+
+
 def _files(folder: Path) -> dict[str, Path]:
     """Files by the model that they are named after; .yaml before .yml before others of the same name."""
-    paths = [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
+    paths = hparams_files(folder)
     order = {suffix: number for number, suffix in enumerate(_SUFFIXES)}
     found: dict[str, Path] = {}
     for path in sorted(paths, key=lambda path: (order.get(path.suffix.lower(), len(order)), path.name)):

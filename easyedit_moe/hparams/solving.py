@@ -108,8 +108,13 @@ class SolverHyperParams(MoEHyperParams):
     shares: list[float] = field(default_factory=list)
     """With spread once: each layer's share of the residual, >= 0; empty: 1 / (layers left). Ours."""
     remember_edits: bool = False
-    """Keep the keys of earlier sequential batches as columns with zero residual. As in AlphaEdit; off by default,
+    """Keep what the keys of earlier sequential batches yield, as rows with zero residual; a prompt that is edited again
+    counts once. The cost of a batch is bounded (`easyedit_moe.algebra.held`). As in AlphaEdit; off by default,
     which is ours."""
+
+    keep_originals: bool = True
+    """Whether a `MoEEditor` keeps what sequential edits overwrote, once, in main memory; without, they are undone with
+    the unedited model as ``base``. Ours."""
 
     @property
     def needs_statistics(self) -> bool:

@@ -146,7 +146,7 @@ def _config(model_name: str, source: Source, options: Mapping[str, Any]) -> Any:
         if "auto_map" in settings and not options["trust_remote_code"] and settings.get("model_type") not in CONFIGS:
             raise DataError(
                 f"The model {model_name!r} can't be loaded: it comes with code of its own. If you trust it, set "
-                "trust_remote_code=True (in a YAML: trust_remote_code: true)."
+                "trust_remote_code=True (in a YAML: trust_remote_code: true; of a command: --trust-remote-code)."
             )
         return _language_part(AutoConfig.from_pretrained(source.name, **options))
 

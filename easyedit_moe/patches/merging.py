@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from easyedit_moe.algebra.low_rank import low_rank
+from easyedit_moe.algebra.routed_keys import FactoredUpdate
 from easyedit_moe.errors import PatchError
+from easyedit_moe.patches.checks import Base
 from easyedit_moe.patches.flips import joined_flips
 from easyedit_moe.patches.record import PatchRecord
 from easyedit_moe.patches.tensors import TensorPatch
@@ -50,28 +55,66 @@ def merge_weights(patches: Sequence[WeightPatch]) -> WeightPatch:
     if len({p.fingerprint for p in patches}) != 1:
         raise PatchError(f"All patches must be of the same model; {_different(patches)}.")
     parts = [_flat(p.before, p.after, p.flips, p.originals) for p in patches]
-    before, after, flips, originals = _joined(patches, parts)
+    before, after, flips, originals = _joined(patches, parts, [p.applied for p in patches])
     written = dict(pair for p in patches for pair in _pairs(p.written))
     return WeightPatch(
         steps=[step for p in patches for step in p.steps],
         fingerprint=patches[0].fingerprint,
         reports=[report for p in patches for report in p.reports],
         originals=_nested(originals),
-        written=_nested(written) if originals else {},
+        written=_nested(written) if patches[0].applied else {},
         before=_nested(before),
         after=_nested(after),
         stored={layer: stored for p in patches for layer, stored in p.stored.items()},
         flips=_nested(flips),
         site=patches[0].site,
-        _model=patches[-1]._model if originals else None,
+        earlier=patches[0].earlier,
+        _model=patches[-1]._model if patches[0].applied else None,
         **_record(patches),
     )
+
+
+def revert_run(patches: Sequence[WeightPatch], model: nn.Module, base: Base | None = None) -> None:
+    """Revert patches that follow each other, newest last, in one go; see `WeightPatch.revert`."""
+    merge_weights(patches).revert(model, base)
+    for patch in patches:
+        patch.forget()
+
+
+def folded(patch: WeightPatch) -> WeightPatch:
+    """A patch with one step per layer: the factors of all its steps side by side, not applied.
+
+    Where these are more columns than the shorter side of a matrix, its own factors of the product's rank take their
+    place (QR and singular values, `easyedit_moe.algebra.low_rank`). What is written is the same up to rounding, once
+    rather than step by step; the checksums stay those of the steps, and so do originals in ``flips``, which apply the
+    steps' very bits.
+    """
+    steps = [(layer, _side_by_side([u for n, u in patch.steps if n == layer])) for layer in patch.layers]
+    return replace(patch, steps=steps, originals={}, written={}, earlier=None, _model=None)
+
+
+def _side_by_side(updates: Sequence[FactoredUpdate]) -> FactoredUpdate:
+    experts = sorted({expert for update in updates for expert in update.experts})
+    lefts, columns, right, start = [], [], [], 0
+    for expert in experts:
+        parts = [(u, u.experts.index(expert)) for u in updates if expert in u.experts]
+        left = torch.cat([u.left[:, u.columns[i]] for u, i in parts], dim=1)
+        other = torch.cat([u.right[i] for u, i in parts], dim=1)
+        if left.shape[1] > min(len(left), len(other)):
+            b, a = low_rank(left, other)
+            left, other = b.to(left.dtype), a.T.to(left.dtype).contiguous()
+        lefts.append(left)
+        right.append(other)
+        columns.append(torch.arange(start, start + left.shape[1], device=left.device))
+        start += left.shape[1]
+    return FactoredUpdate(torch.cat(lefts, dim=1), tuple(experts), tuple(columns), tuple(right))
 
 
 def merge_tensors(patches: Sequence[TensorPatch]) -> TensorPatch:
     """`merge` of whole tensors: of each, the last value counts."""
     _check_chain(patches)
-    before, after, flips, originals = _joined(patches, [(p.before, p.after, p.flips, p.originals) for p in patches])
+    parts = [(p.before, p.after, p.flips, p.originals) for p in patches]
+    before, after, flips, originals = _joined(patches, parts, [bool(p.originals) for p in patches])
     values = {name: value for p in patches for name, value in p.values.items()}
     return TensorPatch(
         values=values,
@@ -123,8 +166,10 @@ def _merged(patch: PatchRecord) -> list[str]:
 def _joined(
     patches: Sequence[PatchRecord],
     parts: Sequence[tuple[Mapping[Any, int], Mapping[Any, int], Mapping[Any, Tensor], Mapping[Any, Tensor]]],
+    lie: Sequence[bool],
 ) -> tuple[dict[Any, int], dict[Any, int], dict[Any, Tensor], dict[Any, Tensor]]:
     """Checksums before and after, flips and originals of a chain; each part has these four, by matrix.
+    ``lie`` says which of them are applied.
 
     Raises:
         PatchError: a part does not begin where those before it end, or only some are applied.
@@ -133,7 +178,7 @@ def _joined(
     after: dict[Any, int] = {}
     flips: dict[Any, Tensor] = {}
     originals: dict[Any, Tensor] = {}
-    applied = {bool(part[3]) for part in parts if part[0]}
+    applied = {on for on, part in zip(lie, parts, strict=True) if part[0]}
     if len(applied) > 1:
         raise PatchError("Some of these patches are applied and some are not; apply or revert all of them first.")
     for patch, (starts, ends, bits, kept) in zip(patches, parts, strict=True):

@@ -16,7 +16,11 @@ from easyedit_moe.storage.schema import content_of, read_record
 from easyedit_moe.storage.strict_json import digest
 from easyedit_moe.storage.tensors import read_safetensors
 
-SCHEMA = 2
+SCHEMA = 3
+"""Since 3 a step of a patch may name an earlier one whose experts, columns and right factors are its own, too."""
+
+READ = (2, 3)
+"""Schemas of files that are read."""
 ADVICE = "save the patch anew"
 _Saved = TypeVar("_Saved", bound="SavedRecord")
 
@@ -97,8 +101,8 @@ def read_patch(path: str | Path, kind: str, called: str, record: type[_Saved]) -
     """
     tensors, metadata = read_safetensors(Path(path), PatchError, ADVICE)
     schema = metadata.get("schema")
-    if metadata.get("kind") != kind or type(schema) is not int or schema != SCHEMA:
-        raise PatchError(f"{path} is not a {called} of schema {SCHEMA}.")
+    if metadata.get("kind") != kind or type(schema) is not int or schema not in READ:
+        raise PatchError(f"{path} is not a {called} of schema {' or '.join(map(str, READ))}.")
     with content_of(Path(path), PatchError, ADVICE):
         found = read_record(metadata, record)
     if found.originals not in (CODEC, None):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -109,10 +109,18 @@ FLIPS = "flips."
 """What the names of flips begin with in a file; layer and expert follow."""
 
 
-def step_tensors(i: int, update: FactoredUpdate) -> dict[str, Tensor]:
-    """The factors of step ``i`` by their names in a file."""
+def shared_part(update: FactoredUpdate) -> tuple[int, ...]:
+    """What tells whether two updates differ in their left factor only: the very same other tensors."""
+    return (*update.experts, *(id(tensor) for tensor in (*update.columns, *update.right)))
+
+
+def step_tensors(i: int, update: FactoredUpdate, same: int | None = None) -> dict[str, Tensor]:
+    """The factors of step ``i`` by their names in a file; ``same`` is the first step with all of them but the left."""
+    left = {f"{i}.left": update.left.clone()}  # two steps may share it, which safetensors refuses
+    if same is not None and same != i:
+        return {**left, f"{i}.same": torch.tensor([same])}
     return {
-        f"{i}.left": update.left.clone(),  # two steps may share it, which safetensors refuses
+        **left,
         f"{i}.experts": torch.tensor(update.experts),
         f"{i}.sizes": torch.tensor([len(c) for c in update.columns]),
         f"{i}.columns": torch.cat(update.columns),
@@ -132,6 +140,9 @@ def steps_of(tensors: Mapping[str, Tensor], saved: SavedWeights) -> list[tuple[i
     whole, real = (torch.int64,), (torch.float32,)
     for i in range(len(saved.layers)):
         expected[f"{i}.left"] = Expected((f"d{i}", f"C{i}"), real)
+        if f"{i}.same" in factors:
+            expected[f"{i}.same"] = Expected((1,), whole)
+            continue
         expected[f"{i}.experts"] = expected[f"{i}.sizes"] = Expected((f"n{i}",), whole)
         expected[f"{i}.columns"] = Expected((f"r{i}",), whole)
         expected[f"{i}.right"] = Expected((f"h{i}", f"r{i}"), real)
@@ -142,6 +153,14 @@ def steps_of(tensors: Mapping[str, Tensor], saved: SavedWeights) -> list[tuple[i
 
 
 def _update(tensors: Mapping[str, Tensor], i: int) -> FactoredUpdate:
+    if f"{i}.same" in tensors:
+        first = int(tensors[f"{i}.same"])
+        if not 0 <= first < i or f"{first}.right" not in tensors:
+            raise ValueError(f"step {i} has the factors of step {first}, which holds none before it")
+        other, left = _update(tensors, first), tensors[f"{i}.left"]
+        if left.shape != other.left.shape:
+            raise ValueError(f"the left factor of step {i} is not of the size of step {first}'s")
+        return replace(other, left=left)
     sizes, experts = tensors[f"{i}.sizes"].tolist(), tensors[f"{i}.experts"].tolist()
     columns, left = tensors[f"{i}.columns"], tensors[f"{i}.left"]
     if not experts or experts != sorted(set(experts)) or experts[0] < 0:

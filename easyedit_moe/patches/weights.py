@@ -7,7 +7,7 @@ import warnings as warning
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from easyedit_moe.patches.checks import (
 from easyedit_moe.patches.flips import flipped, flips_between
 from easyedit_moe.patches.groups import Scratch, groups_of, originals_of
 from easyedit_moe.patches.record import ADVICE, PatchRecord, check_id, read_patch
+from easyedit_moe.patches.runs import overwritten
 from easyedit_moe.patches.stored import (
     FLIPS,
     Checksums,
@@ -45,6 +46,7 @@ from easyedit_moe.patches.stored import (
     StoredExperts,
     WriteReport,
     flips_of,
+    shared_part,
     step_tensors,
     steps_of,
 )
@@ -62,7 +64,8 @@ class WeightPatch(PatchRecord):
         fingerprint: of the model, edits left out.
         metadata: provenance: hparams, requests, versions.
         reports: what each write did; of the last application where there was one.
-        originals: layer -> expert -> ``[d, h]`` in the parameter's dtype; only where the patch is applied.
+        originals: layer -> expert -> ``[d, h]`` in the parameter's dtype; only where the patch is applied, and in a run
+            of patches only of matrices that no earlier one changed.
         written: checksums of what lies on the model; only where the patch is applied. They differ from ``after`` where
             this machine rounds otherwise than the one that made the patch.
         before, after: layer -> expert -> checksum of every down-projection that is written, at both ends.
@@ -70,6 +73,8 @@ class WeightPatch(PatchRecord):
         site: which down-projections these are, one of `easyedit_moe.hparams.sites.SITES`.
         flips: layer -> expert -> compressed xor of the bits before and after (`easyedit_moe.patches.flips`); empty
             unless the patch was saved with originals.
+        earlier: the patch before it in a run that shares its originals (`easyedit_moe.patches.runs`).
+        plain: no matrix that the run writes is that of two layers or experts.
     """
 
     steps: list[tuple[int, FactoredUpdate]]
@@ -83,7 +88,14 @@ class WeightPatch(PatchRecord):
     stored: dict[int, StoredExperts] = field(default_factory=dict)
     flips: dict[int, dict[int, Tensor]] = field(default_factory=dict)
     site: str = EXPERTS
+    earlier: WeightPatch | None = field(default=None, repr=False, compare=False)
+    plain: bool = field(default=True, repr=False, compare=False)
     _model: weakref.ref[nn.Module] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def applied(self) -> bool:
+        """Whether this value knows what it overwrote on a model, by itself or from the patches before it."""
+        return bool(self.originals) or (self.earlier is not None and self.earlier.applied)
 
     @property
     def layers(self) -> list[int]:
@@ -122,14 +134,14 @@ class WeightPatch(PatchRecord):
                 not there. NumericalError: non-finite result. LayerError, LayoutError: the model lacks the layers, or
                 has them offloaded.
         """
-        check_not_applied(self.originals)
+        check_not_applied(self.applied)
         view = self._view(model)
 
         def applied() -> bool:
             return bool(self.originals)
 
         with writing(view, applied) as writer, intact(model, applied) as hold:
-            hold.undo.append(self._forget)
+            hold.undo.append(self.forget)
             check_model(view, self.fingerprint, parent=self.parent)
             for layer, update in self.steps:
                 self.check_fits(view, layer, update)
@@ -167,9 +179,9 @@ class WeightPatch(PatchRecord):
         """
         view = self._view(model)
         with held(model):
-            if self.originals:
+            if self.applied:
                 check_edited(self._compared(view, self.written))
-                originals = self.originals
+                originals = overwritten(self, view)
             else:
                 if not self.after:
                     raise PatchError("This patch is not applied, so there is nothing to revert.")
@@ -177,22 +189,23 @@ class WeightPatch(PatchRecord):
                 originals = self._found_originals(view, base)
             with uninterrupted():
                 restore(view, originals)
-                self._forget()
+                self.forget()
 
     def restore(self, model: nn.Module) -> None:
         """Put the originals back, whatever happened to the weights since; nothing where the patch is not applied."""
         with held(model), uninterrupted():
-            restore(self._view(model), self.originals)
-            self._forget()
+            view = self._view(model)
+            restore(view, overwritten(self, view) if self.applied else {})
+            self.forget()
 
-    def _forget(self) -> None:
-        """The patch is not applied any more."""
-        self.originals, self.written = {}, {}
+    def forget(self) -> None:
+        """Not be applied any more, as the weights are those from before."""
+        self.originals, self.written, self.earlier = {}, {}, None
 
     def weights_copy(self, model: nn.Module) -> dict[str, Tensor]:
         """Full original tensors by full parameter name, as EasyEdit restores them."""
         view, full = self._view(model), {}
-        for layer, experts in self.originals.items():
+        for layer, experts in (overwritten(self, view) if self.applied else {}).items():
             moe = view.layers[layer]
             for expert, original in experts.items():
                 name, parameter = moe.experts.parameters_of(expert)
@@ -213,8 +226,10 @@ class WeightPatch(PatchRecord):
         """
         flips = self._flips() if keep_originals else {}
         tensors: dict[str, Tensor] = {}
+        first: dict[tuple[int, ...], int] = {}
         for i, (_, update) in enumerate(self.steps):
-            tensors.update(step_tensors(i, update))
+            same = first.setdefault(shared_part(update), i)
+            tensors.update(step_tensors(i, update, same))
         for layer, experts in flips.items():
             tensors.update({f"{FLIPS}{layer}.{expert}": bits for expert, bits in experts.items()})
         write_safetensors(Path(path), tensors, self.described("patch", self.reports, self.metadata, bool(flips)))
@@ -275,21 +290,36 @@ class WeightPatch(PatchRecord):
         ]
 
     def _found_originals(self, view: MoELayerView, base: Base | None) -> dict[int, dict[int, Tensor]]:
-        """The originals, from the flips or from a base; checked."""
+        """The originals, from the flips or from a base (of the run, where the patch is part of one); checked."""
         if not self.flips and base is None:
             raise no_originals()
-        read = None if base is None or isinstance(base, nn.Module) else reader_of(base)
-        source = self._view(base) if isinstance(base, nn.Module) else None
-        found: dict[int, dict[int, Tensor]] = {}
+        if self.earlier is not None and base is not None:
+            return overwritten(self, view, self._of_base(base))
+        if base is not None:
+            found = self._of_base(base)
+        else:
+            found = {
+                layer: {e: flipped(_matrix(view, layer, e), bits) for e, bits in experts.items()}
+                for layer, experts in self.flips.items()
+            }
         for layer, expert in self.matrices():
-            stored = self.stored[layer]
+            name = f"Layer {layer}, expert {expert}"
+            check_original(name, checksum(found[layer][expert]), self.before[layer][expert])
+        return found
+
+    def _of_base(self, base: Base) -> dict[int, dict[int, Tensor]]:
+        """Every matrix of the patch, and of those before it in its run, as a base has it."""
+        read = None if isinstance(base, nn.Module) else reader_of(base)
+        source = self._view(base) if isinstance(base, nn.Module) else None
+        found: dict[int, dict[int, Tensor]] = {} if self.earlier is None else self.earlier._of_base(base)
+        for layer, expert in self.matrices():
+            if expert in found.get(layer, {}):
+                continue
             if source is not None:
                 original = _matrix(source, layer, expert)
             elif read is not None:
+                stored = self.stored[layer]
                 original = stored.matrix(read(stored.parameter_of(expert)), expert)
-            else:
-                original = flipped(_matrix(view, layer, expert), self.flips[layer][expert])
-            check_original(f"Layer {layer}, expert {expert}", checksum(original), self.before[layer][expert])
             found.setdefault(layer, {})[expert] = original
         return found
 
@@ -308,7 +338,7 @@ class WeightPatch(PatchRecord):
         if self.flips or not self.before:
             return self.flips
         model = self._model() if self._model is not None else None
-        if not self.originals or model is None:
+        if not self.applied or model is None:
             raise PatchError(
                 "keep_originals needs a patch that is applied, or one that was loaded with its originals. Apply it "
                 "to the base first."
@@ -322,7 +352,7 @@ class WeightPatch(PatchRecord):
             )
         return {
             layer: {e: flips_between(original, _matrix(view, layer, e)) for e, original in experts.items()}
-            for layer, experts in self.originals.items()
+            for layer, experts in overwritten(self, view).items()
         }
 
     @staticmethod
@@ -346,6 +376,7 @@ class PatchWriter:
         self.originals: dict[int, dict[int, Tensor]] = {}
         self.steps: list[tuple[int, FactoredUpdate]] = []
         self.reports: list[WriteReport] = []
+        self._last: tuple[Any, FactoredUpdate | None] = (None, None)
         self._places: dict[tuple[torch.device, int], tuple[int, int]] = {}
 
     def write(self, layer: int, update: FactoredUpdate) -> WriteReport:
@@ -360,7 +391,7 @@ class PatchWriter:
         moe = self.view.layers[layer]
         # On the weights' device, so that a patch read from a file is multiplied out as when it was made.
         device = next(iter(moe.experts.parameters()))[1].device
-        update = update.to(device=device, dtype=torch.float32)
+        update = self._converted(update, device)
         if not update.is_finite():
             raise NumericalError(f"The update of layer {layer} holds NaN or infinity; nothing was kept of this edit.")
         lost, scratch = 0.0, Scratch()
@@ -377,6 +408,15 @@ class PatchWriter:
         loss = (lost / total) ** 0.5 if total else 0.0
         self.reports.append(WriteReport(layer, loss, total**0.5, len(update.experts), updates, weights))
         return self.reports[-1]
+
+    def _converted(self, update: FactoredUpdate, device: torch.device) -> FactoredUpdate:
+        """In float32 on a device; where a solution is spread over layers, they share one copy of its right factors."""
+        right, last = self._last
+        if last is not None and right is update.right and last.left.device == device:
+            return replace(last, left=update.left.to(device=device, dtype=torch.float32))
+        converted = update.to(device=device, dtype=torch.float32)
+        self._last = (update.right, converted)
+        return converted
 
     def keep(self, layer: int, experts: Sequence[int]) -> None:
         """Remember experts as they are now, to be called before they change; a matrix that several share, once."""

@@ -68,10 +68,16 @@ def for_peft(
     command = f'PeftModel.from_pretrained({model_class}.from_pretrained("{base}"), "{{adapter}}")'
     checked = f"PEFT {peft_version}"
     if form == PER_EXPERT:
-        names = names or [model_names(factors.stored) for factors in layers]
+        single = all(factors.stored.single for factors in layers)
+        if single or not names:
+            names = [model_names(factors.stored) for factors in layers]
         tensors = expert_tensors(layers, names, rank, whole=False)
         modules = [key.removeprefix(PREFIX).removesuffix(".lora_A.weight") for key in tensors if ".lora_A." in key]
-        return ServedAdapter(tensors, adapter_config(base, rank, peft_version, modules), form, checked, command)
+        config = adapter_config(base, rank, peft_version, modules)
+        if single and not is_turned(peft_version):
+            # Newer versions take a module called down_proj for the routed experts of some families.
+            config = adapter_config(base, rank, peft_version, parameters=[f"{name}.weight" for name in modules])
+        return ServedAdapter(tensors, config, form, checked, command)
     if not packed:
         raise PatchError(
             "The experts of this model are modules, so an adapter in the packed form has nothing to lie on. Give "

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             hparams.model_parallel,
             trust_remote_code=hparams.trust_remote_code,
         )
-        view = MoELayerView(model)
+        view = MoELayerView(model, site=hparams.site)
         view.require(hparams.layers)
         layer_statistics(view, tok, hparams, hparams.layers, model_fingerprint(view))
 

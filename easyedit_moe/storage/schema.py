@@ -107,7 +107,7 @@ def _read_dict(value: Any, args: tuple[Any, ...], hint: Any, where: str) -> dict
     found = {}
     for key, item in value.items():
         known = key
-        if args[0] is int:
+        if args[0] is int and type(key) is not int:
             if not (key.isascii() and key.isdecimal() and str(int(key)) == key):
                 raise ValueError(f"{where} has the key {_shown(key)}, which is no number")
             known = int(key)

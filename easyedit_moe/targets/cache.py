@@ -30,7 +30,7 @@ SCHEMA = 1
 _ADVICE = "delete it, and the target is found anew"
 _FIELDS = {
     "delta": (torch.float32,), "initial_nll": (torch.float32,), "final_nll": (torch.float32,),
-    "reached": (torch.bool,), "steps": (torch.int64,), "known": (torch.bool,),
+    "reached": (torch.bool,), "steps": (torch.int64,), "known": (torch.bool,), "batch": (torch.int64,),
 }  # fmt: skip
 """Tensors of a file, by the fields of `TargetVectors`, and their dtypes."""
 
@@ -53,7 +53,8 @@ def cached_targets(
 ) -> TargetVectors:
     """As `TargetSearch.targets`, but what lies in ``folder`` is read, not found anew.
 
-    What is found is written as soon as its chunk is done, so that an interrupted search goes on.
+    What is found is written as soon as its chunk is done, so that an interrupted search goes on. A target that was
+    found in other company is not bit-equal to one that is found now (see `TargetVectors.batch`, which is kept with it).
 
     Raises:
         CacheError: a file of something else (one that is damaged is made anew, with a warning); what
@@ -114,7 +115,9 @@ def _read(path: Path, key: dict[str, Any], width: int | str) -> dict[str, Tensor
     tensors, metadata = read_safetensors(path, DamagedCacheError, _ADVICE)
     with content_of(path, DamagedCacheError, _ADVICE):
         described = read_record(metadata, _Described)
-        tensors.setdefault("known", torch.tensor(False))  # earlier versions did not note it, and warned of nothing then
+        # Earlier versions noted neither, and warned of nothing.
+        tensors.setdefault("known", torch.tensor(False))
+        tensors.setdefault("batch", torch.tensor(-1))
         check_tensors(
             tensors, {name: Expected((width,) if name == "delta" else (), dtypes) for name, dtypes in _FIELDS.items()}
         )

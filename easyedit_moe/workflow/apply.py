@@ -12,7 +12,13 @@ from easyedit_moe.errors import CheckpointError
 from easyedit_moe.patches.files import load_patch
 
 
-def apply(patch: str | Path, model: str | Path, out: str | Path | None = None, in_place: bool = False) -> Path:
+def apply(
+    patch: str | Path,
+    model: str | Path,
+    out: str | Path | None = None,
+    in_place: bool = False,
+    trust_remote_code: bool = False,
+) -> Path:
     """Write an edited checkpoint without building the model; see `easyedit_moe.checkpoints.apply.apply_patch`.
 
     Args:
@@ -20,6 +26,7 @@ def apply(patch: str | Path, model: str | Path, out: str | Path | None = None, i
         model: folder of a checkpoint, a hub name whose files are in the cache, or "factworld".
         out: folder for the edited checkpoint; absent or empty.
         in_place: change the folder ``model`` instead, with a backup of the files that change.
+        trust_remote_code: let code that comes with the checkpoint run; without it such a checkpoint is refused.
 
     Returns:
         The folder of the edited checkpoint.
@@ -34,7 +41,7 @@ def apply(patch: str | Path, model: str | Path, out: str | Path | None = None, i
             f"{model} is a model by its name, which others share, so it is not changed in place. Give --out, or the "
             "folder of a checkpoint of your own."
         )
-    return apply_patch(load_patch(patch), source_folder(str(model)), out, in_place)
+    return apply_patch(load_patch(patch), source_folder(str(model)), out, in_place, trust_remote_code)
 
 
 def _is_own_folder(model: str | Path) -> bool:

@@ -78,7 +78,7 @@ def export(
     folder = _out(patch, to, out)
     check_free(folder)
     layers = layer_factors(read, rank, getattr(torch, dtype) if dtype else None)
-    base = ExportBase.of(read, model)
+    base = ExportBase.of(read, model, loading is not None and loading.trust_remote_code)
     served = _served(layers, to, form, base, peft_version or version("peft"))
     facts: tuple[ExportedFact, ...] = ()
     if score if score is not None else rank is not None:

@@ -36,11 +36,12 @@ class ExportBase:
     compared: bool = False
 
     @staticmethod
-    def of(patch: WeightPatch, model: str) -> ExportBase:
+    def of(patch: WeightPatch, model: str, trust_remote_code: bool = False) -> ExportBase:
         """That which is named, else the one whose name the patch holds, if it is here.
 
         Raises:
-            DataError: the named one can't be read. PatchError: the patch does not fit it, or lies on it.
+            DataError: the named one can't be read, or has code of its own that is not trusted. PatchError: the patch
+            does not fit it, or lies on it.
         """
         recorded = [str(name) for name in describe(patch)["models"]]
         name = model or next(iter(recorded), "")
@@ -53,7 +54,7 @@ class ExportBase:
         if folder is None:
             return ExportBase(name)
         settings = read_json(folder / "config.json")
-        names = CheckpointNames(folder, Checkpoint.of_folder(folder))
+        names = CheckpointNames(folder, Checkpoint.of_folder(folder), trust_remote_code)
         stored = StoredParameters(names)
         targets = targets_of(patch, names)
         compared = all(stored.dtype(target.parameter) == target.dtype for target in targets)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from easyedit_moe.comparison.rows import PRE_EDIT
+from easyedit_moe.comparison.tuned import record_hash, rows_file
 from easyedit_moe.editors.proposal import Chosen, Proposal
 from easyedit_moe.editors.proposing import edits_one_layer, propose
 from easyedit_moe.errors import DataError
@@ -55,8 +56,9 @@ def init(
         trust_remote_code: let code that comes with the checkpoint run.
         force: write over files that are there.
         locate: edit at windows of layers, and take the window of the best utility instead of layers by depth; a method
-            that does not solve for experts takes Global's. The rows are written beside ``out``, see `rows_file`.
-            Statistics that were gathered stay in the cache whatever happens.
+            that does not solve for experts takes Global's. The rows are written beside ``out``, see `rows_file`, and
+            `compare` refuses to score the file on the records that decided. Statistics that were gathered stay in the
+            cache whatever happens.
         budget: minutes for that, loading left out; layers are by depth where no window could be tried.
         on_cost: is told the expected cost before anything is measured.
         progress: show progress bars of what is measured.
@@ -83,12 +85,8 @@ def init(
         where = str(data) if isinstance(data, Path) else data
         location = locating.locate(where, model, "", trial, None, settings, on_cost=on_cost, progress=progress)
         layers = _layers_of(location, found, budget, files[-1].name if files else "")
-        found = propose(model, found.method, facts, trust_remote_code, layers=layers)
-        if tried(location.measured.rows["trial"]):
-            found = replace(found, notes=(*found.notes, *verdict(location)))
-        found = replace(found, measured=_measured(location))
-        found.hparams()
-        texts = [json_text(location.to_dict())]
+        found = _with_measured(propose(model, found.method, facts, trust_remote_code, layers=layers), location)
+        texts = [json_text({**location.to_dict(), "records": _deciding(location)})]
     _write(files, [found.yaml(), *texts])
     return found
 
@@ -98,13 +96,6 @@ def _check_choices(locate: bool, budget: float | None, site: str) -> None:
         raise DataError(f"A budget of {budget:g} minutes bounds what is measured; pass --locate with it.")
     if locate and site != EXPERTS:
         raise DataError(f"Layers are located for routed experts only; found site {site}. Leave out --locate.")
-
-
-def rows_file(out: str | Path) -> Path:
-    """Where the rows of what was measured are written: ``my.locate.json`` beside ``my.yaml``, as a results.json."""
-    path = Path(out)
-    stem = path.stem if path.suffix in (".yaml", ".yml") else path.name
-    return path.with_name(f"{stem}.locate.json")
 
 
 def _check_free(path: Path, force: bool) -> None:
@@ -153,6 +144,19 @@ def _layers_of(location: locating.Location, found: Proposal, budget: float | Non
         f"windows tried (of {len(location.windows)}); unedited {before['utility']['mean']:.1f}{kept}"
     )
     return Chosen("layers", list(best["layers"]), reason)
+
+
+def _with_measured(found: Proposal, location: locating.Location) -> Proposal:
+    """The proposal, which says what was measured."""
+    notes = verdict(location) if tried(location.measured.rows["trial"]) else ()
+    found = replace(found, notes=(*found.notes, *notes), measured=_measured(location))
+    found.hparams()
+    return found
+
+
+def _deciding(location: locating.Location) -> list[str]:
+    """Hashes of the records that chose the layers; none where no window was tried."""
+    return [record_hash(record) for record in location.records] if tried(location.measured.rows["trial"]) else []
 
 
 def _measured(location: locating.Location) -> str:

@@ -69,12 +69,14 @@ class Location:
         costs: what was expected before, of what was left to do then.
         layers: that were measured.
         windows: that were to be tried.
+        records: that were measured on.
     """
 
     measured: Measured
     costs: tuple[Cost, ...]
     layers: tuple[int, ...]
     windows: tuple[Window, ...]
+    records: tuple[EvaluationRecord, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Content of ``results.json``."""
@@ -133,7 +135,7 @@ def locate(
         measured.left = {stage: len(units) for stage, units in todo.items()}
         if measure:
             _measure(job, measured)
-    return Location(measured, expected, tuple(job.layers), tuple(job.windows))
+    return Location(measured, expected, tuple(job.layers), tuple(job.windows), tuple(job.task.records))
 
 
 @dataclass(frozen=True)
@@ -250,7 +252,8 @@ class _Job:
         """Edit all facts at a window, score them, and put the model back; the unedited model is scored once."""
         name, hp = window_name(window), at_layers(self.hparams, window, self._targets)
         before = measured.rows["trial"].get(PRE_EDIT)
-        earlier = [] if before is None else [row_of(before, self.task.protocol)]
+        values = {key: value for key, value in (before or {}).items() if key != "name"}
+        earlier = [] if before is None else [row_of(values, self.task.protocol)]
         found = compare(self.task, [hp], labels=[name], earlier=earlier, progress=self.progress)
         for row in found.rows:
             values = row.to_dict()

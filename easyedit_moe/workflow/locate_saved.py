@@ -27,6 +27,7 @@ class _Saved:
     seconds: dict[str, float]
     rows: dict[str, list[dict[str, Any]]]
     provenance: dict[str, Any]
+    records: list[str] = field(default_factory=list)  # of init --locate, which `compare` reads
 
 
 @dataclass

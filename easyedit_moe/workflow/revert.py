@@ -9,7 +9,13 @@ from easyedit_moe.checkpoints.saving import source_folder
 from easyedit_moe.patches.files import load_patch
 
 
-def revert(patch: str | Path, model: str | Path, out: str | Path, base: str | Path | None = None) -> Path:
+def revert(
+    patch: str | Path,
+    model: str | Path,
+    out: str | Path,
+    base: str | Path | None = None,
+    trust_remote_code: bool = False,
+) -> Path:
     """Write the checkpoint without the patch; see `easyedit_moe.checkpoints.revert.revert_patch`.
 
     Args:
@@ -18,6 +24,7 @@ def revert(patch: str | Path, model: str | Path, out: str | Path, base: str | Pa
         out: folder for the result; absent or empty.
         base: the checkpoint before the patch: a folder, a hub name whose files are in the cache, or "factworld". By
             default the originals come from the patch (``keep_originals``) or from the backup of an apply in place.
+        trust_remote_code: let code that comes with the checkpoint run; without it such a checkpoint is refused.
 
     Returns:
         The folder of the result.
@@ -27,4 +34,4 @@ def revert(patch: str | Path, model: str | Path, out: str | Path, base: str | Pa
         CheckpointError: a folder that can't be used.
     """
     source = None if base is None else source_folder(str(base))
-    return revert_patch(load_patch(patch), source_folder(str(model)), out, source)
+    return revert_patch(load_patch(patch), source_folder(str(model)), out, source, trust_remote_code)

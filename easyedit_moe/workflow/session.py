@@ -154,18 +154,14 @@ def applied(net: nn.Module, tok: PreTrainedTokenizerBase, patches: Sequence[Save
         PatchError, AdapterError: one does not fit, or lies on the model already.
     """
     before = find_adapter(net)
-    done: list[SavedPatch] = []
-    with intact(net):
-        try:
-            for patch in patches:
-                _lay(net, tok, patch)
-                done.append(patch)
-            yield
-        finally:
-            for patch in reversed(done):
-                if not isinstance(patch, MoEAdapter):
-                    patch.revert(net)
-            _put_back_adapter(net, tok, before)
+    with intact(net):  # which takes them off if anything raises
+        for patch in patches:
+            _lay(net, tok, patch)
+        yield
+        for patch in reversed(patches):
+            if not isinstance(patch, MoEAdapter):
+                patch.revert(net)
+        _put_back_adapter(net, tok, before)
 
 
 def _put_back_adapter(net: nn.Module, tok: PreTrainedTokenizerBase, before: MoEAdapter | None) -> None:

@@ -12,6 +12,7 @@ from easyedit_moe.comparison.settings import chosen_methods, resolve_hparams
 from easyedit_moe.errors import HyperParamsError
 from easyedit_moe.host.baseline_hparams import BaselineHyperParams
 from easyedit_moe.hparams import MoEHyperParams, read_with_defaults
+from easyedit_moe.hparams.overlay import overlaid
 from easyedit_moe.moe.loading import checkpoint_dtype
 from easyedit_moe.storage.files import is_file, path_of
 from easyedit_moe.workflow.session import Loaded, model_name
@@ -48,7 +49,7 @@ def choose_hparams(
     if isinstance(hparams, MoEHyperParams):
         if method and method != hparams.alg_name:
             raise HyperParamsError(f"The hparams are of {hparams.alg_name}, not of {method}; pass one of both.")
-        return type(hparams).from_dict({**hparams.to_dict(), **given}, "overrides")
+        return type(hparams).from_dict(overlaid(hparams.to_dict(), given), "overrides")
     name = method or (chosen_methods([], hparams)[0] if _is_file(hparams) else DEFAULT_METHOD)
     said = read_with_defaults(hparams) if hparams is not None and _is_file(hparams) else {}
     if "dtype" not in given and "dtype" not in said:

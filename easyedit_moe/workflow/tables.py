@@ -10,7 +10,7 @@ from typing import Any
 
 from easyedit_moe import host
 from easyedit_moe.comparison.compare import Comparison, compare
-from easyedit_moe.comparison.paper_report import markdown, write_table
+from easyedit_moe.comparison.paper_report import folder_of, write_overview, write_table
 from easyedit_moe.comparison.papers import (
     COUNTERFACT,
     ZSRE,
@@ -29,7 +29,6 @@ from easyedit_moe.comparison.task import Task, load_task, with_data
 from easyedit_moe.comparison.tuned import check_held_out
 from easyedit_moe.errors import HyperParamsError
 from easyedit_moe.hparams import presets
-from easyedit_moe.storage.files import write_text
 from easyedit_moe.storage.strict_json import json_text
 
 logger = logging.getLogger(__name__)
@@ -61,10 +60,11 @@ def tables(
     out: str | Path = "results/tables",
     resume: bool = False,
     overrides: Mapping[str, Any] | None = None,
+    seeds: Sequence[int] = (),
     on_row: Callable[[Row], None] | None = None,
     progress: bool = True,
 ) -> list[MadeTable]:
-    """Make tables of the paper, each in a folder of its own under ``out``, with ``tables.md`` over all of them.
+    """Make tables of the paper, each in a folder of its own under ``out``; ``tables.md`` has all that are there.
 
     EasyEdit's methods are left out where EasyEdit is not there or has no hparams for the model; the table says so. Rows
     with the same settings are made once for all tables that give methods their targets alike.
@@ -80,6 +80,7 @@ def tables(
         out: folder for all results.
         resume: go on after an interruption: rows in ``out`` that would come out again are kept.
         overrides: hyper-parameters by name, which count more than the files, but not more than what defines a row.
+        seeds: see `easyedit_moe.comparison.compare.compare`.
         on_row: called with each row when it is made.
         progress: show bars.
 
@@ -90,15 +91,17 @@ def tables(
     wanted = find_tables(names)
     given = {**(overrides or {}), "model_name": model}
     plans = [_plan(table, model, hparams, given) for table in wanted]
+    _tell_of_shipped(wanted, model, hparams)
     folder = check_folder(out)
     task = _task(plans, model, data, edits, batch_size, given, progress)
-    check_held_out(hparams, task.records)
     tasks = {COUNTERFACT: task}
     if zsre is not None and any(ZSRE in table.data for table in wanted):
         tasks[ZSRE] = with_data(task, zsre, edits)
-    run = _Run(folder, resume, on_row, progress)
+    for one in tasks.values():
+        check_held_out(hparams, one.records)
+    run = _Run(folder, resume, tuple(seeds), on_row, progress)
     made = [run.make(plan, tasks[name], name) for plan in plans for name in plan.table.data if name in tasks]
-    write_text(folder / "tables.md", "\n".join(markdown(one.comparison) for one in made))
+    write_overview(folder)
     return made
 
 
@@ -133,6 +136,14 @@ def _missing(line: Line, model: str, folder: str | Path | None) -> str:
     return ""
 
 
+def _tell_of_shipped(tables: Sequence[PaperTable], model: str, folder: str | Path | None) -> None:
+    """Say which methods the user's folder has nothing for."""
+    methods = dict.fromkeys(line.method for table in tables for line in table.lines)
+    lacking = [method for method in methods if folder is not None and not has_file(method, model, folder)]
+    if lacking:
+        logger.warning("%s has no file for %s on %s: they have what ships.", folder, ", ".join(lacking), model)
+
+
 def _place(method: str, model: str, folder: str | Path | None) -> str | Path | None:
     """The user's folder where it has this method, else None for the files that ship."""
     return folder if folder is not None and has_file(method, model, folder) else None
@@ -155,6 +166,7 @@ class _Run:
 
     folder: Path
     resume: bool
+    seeds: tuple[int, ...]
     on_row: Callable[[Row], None] | None
     progress: bool
     _rows: dict[tuple[str, bool], list[Row]] = field(default_factory=dict)
@@ -162,7 +174,7 @@ class _Run:
     def make(self, plan: _Plan, task: Task, data: str) -> MadeTable:
         """One table on one data set; its rows are on disk as they are done."""
         table = plan.table
-        place = self.folder / "-".join(["table", table.name, *([] if data == COUNTERFACT else [data])])
+        place = folder_of(table, data, self.folder)
         task = replace(task, provenance={**task.provenance, **_about(table, task)})
         rows = self._earlier(plan, task, data, place)
 
@@ -171,7 +183,7 @@ class _Run:
 
         result = compare(
             task, plan.settings, self.on_row, plan.labels, False, rows, lambda so_far: save_rows(told(so_far), place),
-            self.progress, table.ready_targets,
+            self.progress, table.ready_targets, self.seeds,
         )  # fmt: skip
         self._rows.setdefault((data, table.ready_targets), []).extend(result.rows)
         return MadeTable(table, told(result), tuple(write_table(told(result), place)))

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from reference import loop_psi
+from reference import loop_psi, planted_projectors, random_covariances, routed
 from torch import Tensor
 
 from easyedit_moe.algebra import core as cores
@@ -24,8 +24,6 @@ from easyedit_moe.algebra.tucker import TuckerBasis, tucker_basis
 from easyedit_moe.errors import HyperParamsError, NumericalError
 
 METRICS = ["identity", "nullspace", "covariance"]
-RIDGE = 0.02
-
 # (T, E, K, d, h)
 SHAPES = {
     "experts never hit": (3, 9, 2, 4, 5),
@@ -59,32 +57,6 @@ class Problem:
     @property
     def experts(self) -> int:
         return self.psi.shape[1]
-
-
-def routed(tokens: int, experts: int, width: int, h: int, g: torch.Generator, dtype: torch.dtype) -> RoutedKeys:
-    expert = torch.stack([torch.randperm(experts, generator=g)[:width] for _ in range(tokens)])
-    gate = torch.rand(tokens, width, generator=g, dtype=torch.float64) + 0.1
-    key = torch.randn(tokens, width, h, generator=g, dtype=torch.float64)
-    return RoutedKeys(expert, gate.to(dtype), key.to(dtype))
-
-
-def planted_projectors(experts: int, h: int, g: torch.Generator) -> tuple[Metric, Tensor]:
-    """Expert j preserves ``j mod (h + 1)`` directions: from all free (P = I) to none."""
-    p, moments = [], []
-    for j in range(experts):
-        q = torch.linalg.qr(torch.randn(h, h, generator=g, dtype=torch.float64)).Q[:, : j % (h + 1)]
-        p.append(torch.eye(h, dtype=torch.float64) - q @ q.T)
-        moments.append(q @ torch.diag(1 + torch.rand(q.shape[1], generator=g, dtype=torch.float64)) @ q.T)
-    return null_space(torch.stack(moments), torch.full((experts,), 100), 1e-6), torch.stack(p)
-
-
-def random_covariances(experts: int, h: int, g: torch.Generator) -> tuple[Metric, Tensor]:
-    keys = torch.randn(experts, 2 * h, h, generator=g, dtype=torch.float64)
-    keys *= torch.logspace(-0.5, 0.5, experts, dtype=torch.float64)[:, None, None]
-    moments = keys.mT @ keys / (2 * h)
-    counts = torch.arange(1, experts + 1) * 10
-    variance = sum(float(n) * float(c.trace()) / h for n, c in zip(counts, moments, strict=True)) / float(counts.sum())
-    return covariance_metric(moments, counts, RIDGE), moments + RIDGE * variance * torch.eye(h).double()
 
 
 def problem(shape: tuple, metric: str = "identity", seed: int = 0, dtype: torch.dtype = torch.float64) -> Problem:

@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_comparison import tiny_hparams
+from tiny import tiny_model, tiny_tokenizer
+from tiny_comparison import tiny_hparams, tiny_records
 
 from easyedit_moe.comparison import papers
 from easyedit_moe.comparison.compare import Comparison, compare
-from easyedit_moe.comparison.paper_report import header, lines, markdown, write_table
+from easyedit_moe.comparison.paper_report import folder_of, header, lines, markdown, write_overview, write_table
 from easyedit_moe.comparison.papers import TABLES, PaperTable, known_model, published_for
 from easyedit_moe.comparison.saved import read_results
 from easyedit_moe.comparison.task import Task
 from easyedit_moe.editors import method_names
 from easyedit_moe.evaluation.routing import routing_windows
+from easyedit_moe.facts.records import parse_records
 from easyedit_moe.hparams import hyperparams_class, models, presets
 
 FIRST = ("The mother tongue of Danielle Darrieux is", "English")
@@ -58,7 +60,7 @@ def test_a_model_is_known_by_its_name_and_its_sizes(real: dict[str, str], tmp_pa
     smaller = {**models.OUTLINES["qwen3-30b-a3b"], "num_hidden_layers": 8}
     (Path(real["qwen3-30b-a3b"]) / "config.json").write_text(json.dumps(smaller))
     assert known_model(real["qwen3-30b-a3b"]) is None, "a smaller model of the same name is another one"
-    assert known_model("factworld") in (None, "factworld")
+    assert known_model("factworld") is None
 
 
 @pytest.mark.parametrize(
@@ -82,11 +84,13 @@ def test_published_figures_name_rows_of_their_table() -> None:
         assert set(found.figures) <= {line.label for line in TABLES[found.table].lines}
 
 
-@pytest.fixture
-def made(task: Task, tmp_path: Path) -> Comparison:
-    hparams = hyperparams_class("Global").from_dict(tiny_hparams(tmp_path, "Global"))
-    about = {**task.provenance, "table": "2", "published": None, "left_out": []}
-    return compare(replace(task, provenance=about), [hparams, hparams], None, ["MoEEdit-BCD", "Global"], progress=False)
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+    found = parse_records(tiny_records())
+    about = {"model": "tiny", "edits": 4, "batch_size": 2, "protocol": "counterfact", "table": "2", "published": None}
+    task = Task(tiny_model(), tiny_tokenizer(), found.records, found.protocol, 2, about)
+    hparams = hyperparams_class("Global").from_dict(tiny_hparams(tmp_path_factory.mktemp("made"), "Global"))
+    return compare(task, [hparams, hparams], None, ["MoEEdit-BCD", "Global"], progress=False)
 
 
 def test_published_figures_stand_beside_ours(made: Comparison, tmp_path: Path) -> None:
@@ -104,10 +108,20 @@ def test_published_figures_stand_beside_ours(made: Comparison, tmp_path: Path) -
     assert markdown(read_results(paths[0])) == paths[1].read_text(), "the file alone makes the table"
 
 
+def test_the_overview_has_every_complete_table_of_the_folder(made: Comparison, tmp_path: Path) -> None:
+    for name, data, complete in (("4", "counterfact", True), ("2", "counterfact", True), ("1", "zsre", False)):
+        one = replace(made, provenance={**made.provenance, "table": name}, complete=complete)
+        write_table(one, folder_of(TABLES[name], data, tmp_path))
+    assert (tmp_path / "table-1-zsre" / "results.json").is_file()
+    text = write_overview(tmp_path).read_text()
+    assert [line[:8] for line in text.splitlines() if line.startswith("Table")] == ["Table 2:", "Table 4:"]
+
+
 def test_seconds_are_split_and_added_up(made: Comparison) -> None:
     names = header(TABLES["2"], made)
     row = dict(zip(names, lines(TABLES["2"], made)[1], strict=True))
     seconds = made.rows[1].seconds
+    assert row["spread"] == "residual"
     assert float(row["total s"]) == pytest.approx(seconds["solve"] + seconds["write"], abs=0.006)
     assert float(row["targets s"]) == pytest.approx(seconds["targets"], abs=0.06)
 

@@ -21,6 +21,8 @@ from easyedit_moe.moe.capture import capture_facts
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.patches.merging import merge
 from easyedit_moe.patches.weights import WeightPatch
+from easyedit_moe.statistics.__main__ import main
+from easyedit_moe.storage.tensors import read_metadata
 from easyedit_moe.targets.search import fact_contexts
 
 SITES = {SHARED_EXPERT: ("qwen2_moe", [1, 2], "mlp.shared_expert"), DENSE: ("qwen3_moe", [0, 2], "mlp")}
@@ -100,6 +102,19 @@ def test_statistics_of_sites_are_never_mixed(folder: Path) -> None:
         editor = make_editor(hparams(folder, "Global", site=site, layers=[1]), progress=False)
         with pytest.raises(CacheError, match="site: expected"):
             editor.prepare(model, TOK)
+
+
+def test_the_command_that_gathers_on_several_gpus_takes_the_site(folder: Path) -> None:
+    model = tiny_model("qwen2_moe")
+    model.save_pretrained(folder / "model")
+    TOK.save_pretrained(folder / "model")
+    hp = hparams(folder, site=SHARED_EXPERT, layers=[1], model_name=str(folder / "model"))
+    hp.to_yaml(folder / "hparams.yaml")
+    main([str(folder / "hparams.yaml"), "--stats-dir", str(folder / "stats")])
+    files = list((folder / "stats").rglob("*.safetensors"))
+    assert [read_metadata(file, CacheError, "")["key"]["site"] for file in files] == [SHARED_EXPERT]
+    make_editor(hp, progress=False).prepare(model, TOK)
+    assert list((folder / "stats").rglob("*.safetensors")) == files, "what was gathered is read"
 
 
 def test_patches_of_one_site_merge_and_of_two_do_not(folder: Path) -> None:

@@ -436,6 +436,25 @@ def test_defaults_are_not_shared() -> None:
     assert next(f for f in fields(MoTEHyperParams) if f.name == "layers").default is MISSING
 
 
+# ---------------------------------------------------------------- one thing said in several ways
+
+
+def test_a_value_given_later_replaces_what_it_excludes(tmp_path: Path) -> None:
+    found = load_hyperparams("Global/factworld", lambda_relative=0.2, nullspace_rank=0.5)
+    assert (found.lambda_reg, found.lambda_relative) == (None, 0.2)
+    assert (found.nullspace_threshold, found.nullspace_relative, found.nullspace_rank) == (None, False, 0.5)
+    energy = load_hyperparams("MoTE/factworld", tucker_energy=[0.9, 0.9, 0.9])
+    assert (energy.rank_expert, energy.rank_out, energy.rank_in) == (None, None, None)
+    (tmp_path / "shared.yaml").write_text("model_name: m\nlayers: [1]\nlambda_relative: 0.1\n", encoding="utf-8")
+    own = "defaults: shared.yaml\nalg_name: Global\nlambda_reg: 3.0\n"
+    (tmp_path / "own.yaml").write_text(own, encoding="utf-8")
+    assert load_hyperparams(tmp_path / "own.yaml").lambda_relative is None
+    (tmp_path / "own.yaml").write_text(own + "lambda_relative: 0.1\n", encoding="utf-8")
+    with pytest.raises(HyperParamsError, match="lambda_reg and lambda_relative"):
+        load_hyperparams(tmp_path / "own.yaml")
+    assert load_hyperparams("Global/factworld", lambda_relative=None).lambda_reg == 0.1
+
+
 # ---------------------------------------------------------------- bounds of every field
 
 

@@ -149,3 +149,10 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
         resolve_hparams("MoTE", "factworld", tmp_path / "missing", {})
     with pytest.raises(HyperParamsError, match="is a folder"):
         resolve_hparams("MoTE", "factworld", None, {}).from_hparams(tmp_path)
+
+
+def test_rows_of_locate_are_no_hparams(tmp_path: Path) -> None:
+    (tmp_path / "my-model.locate.json").write_text("{}", encoding="utf-8")
+    assert model_file(tmp_path, "my-model-8b") == (None, "")
+    (tmp_path / "my-model.yaml").write_text("{}", encoding="utf-8")
+    assert model_file(tmp_path, "my-model")[0] == tmp_path / "my-model.yaml"

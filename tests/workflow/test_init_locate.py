@@ -18,13 +18,14 @@ from typer.testing import CliRunner
 
 from easyedit_moe.commands.app import app
 from easyedit_moe.comparison.rows import PRE_EDIT
+from easyedit_moe.comparison.tuned import check_held_out, record_hash, rows_file
 from easyedit_moe.errors import DataError, EditingError, WriteError
-from easyedit_moe.facts.records import load_facts
+from easyedit_moe.facts.records import load_facts, load_records
 from easyedit_moe.hparams import load_hyperparams
 from easyedit_moe.hparams.sources import sourced_values
 from easyedit_moe.workflow import init as module
 from easyedit_moe.workflow import locate as locating
-from easyedit_moe.workflow.init import init, rows_file
+from easyedit_moe.workflow.init import init
 from easyedit_moe.workflow.locate import Location
 from easyedit_moe.workflow.locate_report import tried, verdict
 from easyedit_moe.workflow.locate_saved import Measured
@@ -110,6 +111,42 @@ def test_the_best_window_of_a_trial(
     (given,) = quick
     assert given[2].stages == ("statistics", "trial")
     assert given[1].batch_size == 3, "trials use what the YAML says"
+
+
+def test_located_settings_are_not_scored_on_what_they_were_located_on(
+    mixtral: Path, facts: Path, tmp_path: Path, quick: Asked
+) -> None:
+    folder = tmp_path / "hp"
+    file = folder / "Global" / "my-mixtral.yaml"
+    few = tmp_path / "few.json"
+    few.write_text(json.dumps(tiny_records(2)), encoding="utf-8")
+    init(str(mixtral), "Global", few, file, locate=True, progress=False)
+    records = load_records(str(facts)).records
+    used = json.loads(rows_file(file).read_text(encoding="utf-8"))["records"]
+    assert used == [record_hash(record) for record in records[:2]]
+    check_held_out(file, records[2:])
+    check_held_out(folder, records, [folder / "MoTE" / "my-mixtral.yaml"])
+    for path, files in ((file, None), (folder, [file])):
+        with pytest.raises(DataError, match=r"2 of the 3 records were used to locate the layers of .*mixtral.yaml"):
+            check_held_out(path, records, files)
+    common = ["compare", "--model", str(mixtral), "--data", str(facts), "--methods", "Global"]
+    for path in (file, folder):
+        refused = CliRunner().invoke(
+            app, [*common, "--hparams", str(path), "--edits", "3", "--out", str(tmp_path / "a")]
+        )
+        assert refused.exit_code == 2
+        assert "were used to locate the layers" in " ".join(refused.output.split())
+    rows_file(file).write_text("{}", encoding="utf-8")
+    with pytest.raises(DataError, match="does not say which records were used for locating"):
+        check_held_out(file, records)
+
+
+def test_nothing_is_held_back_where_no_window_was_tried(
+    mixtral: Path, facts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locating, "locate", planted({}))
+    init(str(mixtral), "Global", facts, tmp_path / "my.yaml", locate=True)
+    check_held_out(tmp_path / "my.yaml", load_records(str(facts)).records)
 
 
 def test_the_utility_decides_and_the_rest_fits_the_window(

@@ -24,14 +24,14 @@ from easyedit_moe.comparison.paper_report import markdown
 from easyedit_moe.comparison.papers import TABLES
 from easyedit_moe.comparison.saved import read_results
 from easyedit_moe.hparams import models, presets
-from easyedit_moe.workflow.tables import _plan
+from easyedit_moe.workflow.tables import _plan, _tell_of_shipped
 
 PAGE = Path(__file__).parents[2] / "docs" / "tables.md"
 FAMILIES = {"Qwen3-30B-A3B": "qwen3_moe", "gpt-oss-20b": "gpt_oss", "Qwen3.6-35B-A3B": "qwen3_5_moe"}
 TINY = {
-    "device": "cpu", "dtype": "float32", "v_num_grad_steps": 1, "num_steps": 3, "optim_num_step": 1, "steps": 1,
-    "mom2_n_samples": 8, "preserve_n_samples": 2, "locality_n_samples": 2, "rank_expert": 4, "rank_out": 16,
-    "rank_in": 8,
+    "device": "cpu", "dtype": "float32", "v_num_grad_steps": 1, "num_steps": 3, "num_updates": 2, "optim_num_step": 1,
+    "steps": 1, "mom2_n_samples": 8, "preserve_n_samples": 2, "locality_n_samples": 2, "rank_expert": 4,
+    "rank_out": 16, "rank_in": 8,
 }  # fmt: skip
 """What a tiny model can't have as the real ones do: their device, sizes and time."""
 
@@ -77,11 +77,11 @@ def folder(tmp_path: Path) -> Path:
     records = [ZSRE, {**ZSRE, "subject": "Lyon", "src": "Where is Lyon?"}]
     (tmp_path / "zsre.json").write_text(json.dumps(records), encoding="utf-8")
     (tmp_path / "corpus.txt").write_text("\n".join(TEXTS), encoding="utf-8")
-    # In the middle of the real ones, and in all of their layers: some are above the tiny ones.
-    for name, method in product(FAMILIES, ("MEMoE", "AdaLoRA")):
+    # The real ones have these at layers that the tiny ones lack: half-way up, and all of them.
+    for (method, layers), name in product({"MEMoE": [3], "AdaLoRA": list(range(8))}.items(), FAMILIES):
         file = tmp_path / "hparams" / method / f"{name.lower()}.yaml"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(yaml.safe_dump({"alg_name": method, "model_name": name, "layers": [3]}))
+        file.write_text(yaml.safe_dump({"alg_name": method, "model_name": name, "layers": layers}))
     return tmp_path
 
 
@@ -113,7 +113,7 @@ def test_every_row_has_hparams_for_the_real_models(name: str, folder: Path, monk
 
 
 @pytest.mark.parametrize(
-    ("name", "run_here"), [("Qwen3-30B-A3B", ("1",)), ("gpt-oss-20b", ("2", "5")), ("Qwen3.6-35B-A3B", ("4", "6"))]
+    ("name", "run_here"), [("Qwen3-30B-A3B", ("1",)), ("gpt-oss-20b", ("2", "5")), ("Qwen3.6-35B-A3B", ("4",))]
 )
 def test_the_line_of_each_real_model(
     name: str, run_here: tuple[str, ...], folder: Path, no_host: None, monkeypatch: pytest.MonkeyPatch
@@ -144,38 +144,58 @@ def test_the_line_of_each_real_model(
         assert other["provenance"]["protocol"].startswith("zsre")
         assert [row["method"] for row in other["rows"]] == rows_of(folder, "1")
         assert "Left out: ROME: EasyEdit is not installed" in done.stdout
+    if "5" in run_here:
+        seconds = {row["method"]: row["seconds"] for number in run_here for row in saved(folder, number)["rows"]}
+        assert seconds["update (paper), whitening in"] == seconds["MoTE (paper)"], "one row for both tables"
+        assert seconds["update (paper), whitening none"] != seconds["MoTE (paper)"]
     if "4" in run_here:
         assert "edit, early 1-2" in done.stdout
 
 
-def test_rows_are_made_once_for_all_tables_and_kept_for_the_next_run(
-    folder: Path, no_host: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_are_kept_for_the_next_run(folder: Path, no_host: None, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_checkpoint(folder, "Qwen3-30B-A3B", monkeypatch)
     line = lines_of_the_page()["Qwen3-30B-A3B"]
     made: list[str] = []
     original = comparing._run_method
 
     def count(judge: Any, hparams: Any, label: str, targets: Any) -> Any:
-        if label == "MoTE, residual" and not made.count("stopped"):
+        if label == "MoTE (paper), without" and not made.count("stopped"):
             made.append("stopped")
             raise KeyboardInterrupt
         made.append(label)
         return original(judge, hparams, label, targets)
 
     monkeypatch.setattr(comparing, "_run_method", count)
-    two = line.replace("1 2 4 5 6", "2 4")
-    assert run(two, folder).exit_code == 130
-    assert rows_of(folder, "2") == ["pre-edit", *made[:-1]]
-    assert saved(folder, "2")["state"] == "interrupted"
-    done = run(two, folder, "--resume")
+    one = line.replace("1 2 4 5 6", "6")
+    assert run(one, folder).exit_code == 130
+    assert rows_of(folder, "6") == ["pre-edit", *made[:-1]]
+    assert saved(folder, "6")["state"] == "interrupted"
+    done = run(one, folder, "--resume")
     assert done.exit_code == 0, done.output
-    labels = [one.label for one in TABLES["2"].lines]
-    assert made == [*labels[:-1], "stopped", labels[-1]]
-    assert rows_of(folder, "4") == rows_of(folder, "2") == ["pre-edit", *labels]
-    other = run(two, folder, "--resume", "--set", "kl_factor=0.5")
-    assert other.exit_code == 0, other.output
-    assert len(made) == 2 * len(labels) + 1, "other settings are other rows"
+    labels = [row.label for row in TABLES["6"].lines]
+    at = labels.index("MoTE (paper), without")
+    assert made == [*labels[:at], "stopped", *labels[at:]]
+    assert rows_of(folder, "6") == ["pre-edit", *labels]
+
+
+def test_methods_that_a_folder_lacks_have_what_ships(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny_checkpoint(folder, "gpt-oss-20b", monkeypatch)
+    place = folder / "hparams" / "MoTE" / "gpt-oss-20b.yaml"
+    place.parent.mkdir()
+    place.write_text(yaml.safe_dump({"alg_name": "MoTE", "model_name": "any", "layers": [1, 2], "lambda_reg": 7.0}))
+    model = str(folder / "gpt-oss-20b")
+    found = _plan(TABLES["2"], model, folder / "hparams", {"lambda_reg": 9.0})
+    assert {hp.lambda_reg for hp in found.settings} == {9.0}, "overrides count more than any file"
+    found = _plan(TABLES["2"], model, folder / "hparams", {})
+    by_label = dict(zip(found.labels, found.settings, strict=True))
+    assert (by_label["MoTE (paper)"].lambda_reg, by_label["MoTE (paper)"].layers) == (7.0, [1, 2])
+    assert (by_label["MoTE (paper)"].spread, by_label["MoTE, residual"].spread) == ("update", "residual")
+    assert (by_label["Global"].lambda_reg, by_label["Global"].layers) == (1.0, [3, 4, 5])
+    _tell_of_shipped([TABLES["2"]], model, folder / "hparams")
+    (said,) = caplog.messages
+    assert "no file for MoEEdit-BCD, BCD+speedup, Global, Global+speedup on" in said
 
 
 @pytest.mark.parametrize(

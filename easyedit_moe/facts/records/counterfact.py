@@ -14,7 +14,7 @@ def parse_rome_counterfact(item: Mapping[str, Any]) -> Parsed:
 
     The neighbours' answer is the true one of the edit; without one they have none.
     """
-    request = parse_request({"requested_rewrite": _worded(item["requested_rewrite"])})
+    request = parse_request({"requested_rewrite": worded_rewrite(item["requested_rewrite"])})
     prompts, true = texts(item.get("neighborhood_prompts")), request.ground_truth
     paraphrases = texts(item.get("paraphrase_prompts"))
     if true is None:
@@ -22,7 +22,7 @@ def parse_rome_counterfact(item: Mapping[str, Any]) -> Parsed:
     return EvaluationRecord(request, paraphrases, tuple((prompt, true) for prompt in prompts)), ()
 
 
-def _worded(rewrite: Any) -> Any:
+def worded_rewrite(rewrite: Any) -> Any:
     """The rewrite with numbers as texts, and blank true answers and subjects left out."""
     if not isinstance(rewrite, Mapping):
         return rewrite

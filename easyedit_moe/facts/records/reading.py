@@ -10,6 +10,7 @@ from typing import Any
 
 from easyedit_moe import factworld
 from easyedit_moe.errors import DataError, EditingWarning, RequestError, did_you_mean
+from easyedit_moe.facts.records.benchmarks import parse_cknowedit, parse_hallueditbench, parse_ultraeditbench
 from easyedit_moe.facts.records.columns import is_columns, parse_columns, unknown_columns, unknown_message
 from easyedit_moe.facts.records.counterfact import parse_rome_counterfact
 from easyedit_moe.facts.records.files import Content, read_file
@@ -20,7 +21,10 @@ from easyedit_moe.facts.records.knowedit import (
     parse_sanitation,
     sanitation_items,
 )
+from easyedit_moe.facts.records.mquake import mquake_items, parse_mquake
 from easyedit_moe.facts.records.record import EvaluationRecord, FactSet, Parsed, RecordSet, absent
+from easyedit_moe.facts.records.rippleedits import parse_rippleedits
+from easyedit_moe.facts.records.unstructured import is_akew, parse_akew, parse_unkebench
 from easyedit_moe.facts.records.wikibigedit import parse_wikibigedit
 from easyedit_moe.facts.records.zsre import parse_zsre, parse_zsre_alternative
 from easyedit_moe.facts.texts import same_text
@@ -52,6 +56,13 @@ COLUMNS = Layout("counterfact", parse_columns)
 ZSRE = Layout("zsre", parse_zsre, ("rephrase", "loc", "loc_ans"))
 ZSRE_ALTERNATIVE = replace(ZSRE, protocol="zsre-alternative", parse=parse_zsre_alternative)
 KNOWEDIT = Layout("token_accuracy", parse_knowedit)
+MQUAKE = Layout("token_accuracy", parse_mquake)
+RIPPLEEDITS = Layout("token_accuracy", parse_rippleedits)
+UNKEBENCH = Layout("unstructured", parse_unkebench)
+AKEW = Layout("unstructured", parse_akew)
+HALLUEDITBENCH = Layout("token_accuracy", parse_hallueditbench)
+ULTRAEDITBENCH = Layout("token_accuracy", parse_ultraeditbench)
+CKNOWEDIT = Layout("token_accuracy", parse_cknowedit)
 WIKIBIGEDIT = Layout("token_accuracy", parse_wikibigedit)
 SANITATION = Layout("token_accuracy", parse_sanitation)
 
@@ -60,6 +71,8 @@ def _other_protocols(layout: Layout) -> tuple[Layout, ...]:
     """A layout as each protocol reads it that may be asked for instead of its own."""
     if layout in (ZSRE, ZSRE_ALTERNATIVE):
         return (ZSRE, ZSRE_ALTERNATIVE)
+    if layout is AKEW:  # its structured edits, which are those of CounterFact
+        return (replace(ROME, judged_by=()),)
     return (replace(layout, protocol="token_accuracy"),) if layout.protocol == "counterfact" else ()
 
 
@@ -74,7 +87,11 @@ def load_records(source: str | Path, protocol: str | None = None) -> RecordSet:
     - ZsRE: ``src``, ``subject``, ``answers``, ``alt``, ``rephrase``, ``loc``, ``loc_ans``;
     - KnowEdit: ``prompt``, ``subject``, ``target_new``, ``locality`` by group (WikiData_counterfact, WikiData_recent,
       ZsRE) or ``text``, ``concept``, ``labels`` (WikiBio); Sanitation;
-    - WikiBigEdit: ``update``, ``subject``, ``ans``.
+    - WikiBigEdit: ``update``, ``subject``, ``ans``;
+    - MQuAKE: ``requested_rewrite`` as a list; RippleEdits: ``edit``, ``example_type``;
+    - UnKEBench: ``question``, ``answer``, ``sub_question``; AKEW: ``fact_new_uns`` in ``requested_rewrite``;
+    - HalluEditBench: ``question``, ``subject``, ``object``; UltraEditBench: ``prompt``, ``ans``, ``loc``; CKnowEdit:
+      ``prompt``, ``target_old``, ``target_new``.
 
     A record that can't be used is skipped and listed with the reason. Where most records have a true answer (or a
     subject), so must all; where most have none, records without are used: the protocol is then "token_accuracy", which
@@ -179,6 +196,9 @@ def _parse(content: Content, where: str, protocol: str | None) -> _Found:
         numbers, layout = tuple(range(len(items))), SANITATION
     else:
         layout = _layout([dict.fromkeys(content.header)] if content.header else items, where)
+    if layout is MQUAKE:
+        several, places = mquake_items(items, numbers)
+        items, numbers = several, tuple(places)
     layout = _as_asked(layout, protocol, where)
     records, skipped, dropped = [], list(content.unreadable), []
     for number, item in zip(numbers, items, strict=True):
@@ -227,14 +247,29 @@ def _layout(items: Any, where: str) -> Layout:
 
 def _layout_of(item: Mapping[str, Any]) -> Layout | None:
     if "requested_rewrite" in item:
-        return ROME
+        rewrite = item["requested_rewrite"]
+        several = isinstance(rewrite, Sequence) and not isinstance(rewrite, str)
+        return AKEW if is_akew(item) else MQUAKE if several else ROME
     if "src" in item and ("alt" in item or "answers" in item):
         return ZSRE if "answers" in item else ZSRE_ALTERNATIVE
     if "update" in item and "ans" in item:
         return WIKIBIGEDIT
     if _is_grouped(item.get("locality")) or {"text", "concept", "labels"} <= item.keys():
         return KNOWEDIT
+    for layout, keys in _KEYS.items():
+        if keys <= item.keys():
+            return layout
     return COLUMNS if is_columns(item) else None
+
+
+_KEYS = {
+    RIPPLEEDITS: {"edit", "example_type"},
+    UNKEBENCH: {"question", "answer", "sub_question"},
+    HALLUEDITBENCH: {"question", "object", "subject"},
+    ULTRAEDITBENCH: {"prompt", "ans", "loc"},
+    CKNOWEDIT: {"prompt", "target_old", "target_new"},
+}
+"""Keys by which further layouts are known."""
 
 
 def _is_grouped(locality: Any) -> bool:
@@ -252,7 +287,10 @@ def _unknown_layout(item: Mapping[str, Any], where: str) -> str:
     return (
         f"{where}: unknown layout with the keys {keys}. Expected columns (prompt, subject, target_new, as EasyEdit's "
         "CounterFact), CounterFact (requested_rewrite), ZsRE (src, subject, answers, alt), KnowEdit (prompt, subject, "
-        "target_new, locality; or text, concept, labels) or WikiBigEdit (update, subject, ans)."
+        "target_new, locality; or text, concept, labels), WikiBigEdit (update, subject, ans), MQuAKE "
+        "(requested_rewrite as a list), RippleEdits (edit, example_type), UnKEBench (question, answer, sub_question), "
+        "AKEW (fact_new_uns in requested_rewrite), HalluEditBench (question, subject, object), UltraEditBench (prompt, "
+        "ans, loc) or CKnowEdit (prompt, target_old, target_new)."
     )
 
 

@@ -18,6 +18,7 @@ PROTOCOLS: Mapping[str, str] = {
     "zsre-alternative": "ZsRE with edits to the record's alternative answer (EasyEdit's target), teacher-forced "
     "accuracy per token",
     "token_accuracy": "teacher-forced token accuracy",
+    "unstructured": "edits to a whole text, teacher-forced accuracy per token",
 }
 """How a record is judged, by name. All but "counterfact" are one judge; the two of ZsRE differ in what is edited and
 asked, which `easyedit_moe.facts.records.zsre` reads from the same file."""
@@ -117,6 +118,11 @@ def grouped_record(
     kept, follow = probe_groups(locality, reasons), probe_groups(portability, reasons)
     neighbours = tuple((probe.prompt, probe.answers[0]) for group in kept for probe in group.probes)
     return EvaluationRecord(request, paraphrases, neighbours, kept, follow), tuple(reasons)
+
+
+def probe(prompt: Any, answers: Any) -> dict[str, Any]:
+    """A probe as `probe_groups` reads it, whatever the layout calls its prompt and answers."""
+    return {"prompt": prompt, "ground_truth": answers}
 
 
 def request_of(prompt: Any, subject: Any, target_new: Any, ground_truth: Any) -> EditRequest:

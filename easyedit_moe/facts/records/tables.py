@@ -17,8 +17,9 @@ SEPARATOR = " | "
 """Stands between several texts of one cell."""
 NO_VALUE = ("NaN", "nan", "#N/A")
 """What programs write into cells without a value."""
-REQUIRED = ({"prompt", "target_new"}, {"src", "alt"}, {"update", "ans"}, {"text", "concept", "labels"})
-"""Columns by which a header is known: those of facts, ZsRE, WikiBigEdit and WikiBio."""
+REQUIRED = ({"prompt", "target_new"}, {"src", "alt"}, {"update", "ans"}, {"text", "concept", "labels"},
+            {"question", "subject", "object"}, {"prompt", "ans", "loc"})  # fmt: skip
+"""Columns by which a header is known: those of facts, ZsRE, WikiBigEdit, WikiBio, HalluEditBench, UltraEditBench."""
 
 
 @dataclass(frozen=True)

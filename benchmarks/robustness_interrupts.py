@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 import tempfile
 import warnings
@@ -11,14 +9,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import transformers
+import typer
 from torch import nn
 
 from benchmarks.families import tokenizer
 from benchmarks.interrupting import Swept, Work, sweep
+from benchmarks.robustness_artefacts import COUNTS
 from easyedit_moe.adapters.attachment import attach, detach, find_adapter
 from easyedit_moe.editor import MoEEditor
 from easyedit_moe.editors import make_editor
@@ -30,13 +30,13 @@ from easyedit_moe.hparams import MoEHyperParams, hyperparams_class
 from easyedit_moe.moe.capture import LayerInputs, capture_facts
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.moe.probe import measured_tail
+from easyedit_moe.storage.strict_json import json_text, read_json, write_json
 from easyedit_moe.workflow.session import applied
 
 FACTS = (
     {"prompt": "Ana is in", "subject": "Ana", "target_new": "Rome", "ground_truth": "Bonn"},
     {"prompt": "Leo has a", "subject": "Leo", "target_new": "cat", "ground_truth": "dog"},
 )
-RESULTS = Path(__file__).parent / "results"
 
 
 METHODS = ("Global", "MoTE", "MoE-FT", "MoE-LoRA", "UnKE", "MEMoE")
@@ -350,19 +350,31 @@ def run_all(names: Sequence[str] = (), stride: int = 1, offset: int = 0) -> list
     return found
 
 
-def main(names: Sequence[str]) -> None:
-    """Every line of the works named, or of all, whose counts are then written down."""
-    rows = []
-    stride = int(os.environ.get("STRIDE", "1"))
-    for name in names or NAMES:
-        (swept,) = run_all([name], stride)
-        rows.append({**asdict(swept), "stride": stride, "bad": len(swept.bad)})
-        sys.stdout.write(json.dumps(rows[-1]) + "\n" + "".join(f"  {one}\n" for one in swept.bad[:20]))
-        sys.stdout.flush()
-    if not names:
-        (RESULTS / "interrupts.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+def section(names: Sequence[str], stride: int) -> dict[str, Any]:
+    """The section of ``docs/robustness.json``: what came of all interrupts, and of those in each work."""
+    rows = [swept for name in names for swept in run_all([name], stride)]
+    return {
+        "as before": sum(row.undone - len(row.bad) for row in rows),
+        "complete and recorded": sum(row.kept for row in rows),
+        "bad": sum(len(row.bad) for row in rows),
+        "works": [{**asdict(row), "bad": row.bad[:20]} for row in rows],
+        "made by": f"python -m benchmarks.robustness_interrupts --stride {stride}",
+    }
+
+
+def main(
+    work: Annotated[list[str] | None, typer.Option(help="Only these, and no file is written.")] = None,
+    stride: Annotated[int, typer.Option(help="Every n-th line only.")] = 1,
+    out: Annotated[Path, typer.Option(help="JSON file that gets the counts, beside those of other sections.")] = COUNTS,
+) -> None:
+    """Interrupt every work at every line, and merge the counts of what came of it into a file."""
+    torch.set_num_threads(1)
+    found = section(work or NAMES, stride)
+    if work:
+        sys.stdout.write(json_text(found))
+        return
+    write_json(out, {**(read_json(out) if out.is_file() else {}), "interrupts": found})
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(sys.argv[1:])
+    typer.run(main)

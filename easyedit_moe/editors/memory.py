@@ -1,0 +1,124 @@
+"""What ``remember_edits`` knows of earlier edits, and the systems that hold them in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from easyedit_moe.algebra.coordinates import Coordinates
+from easyedit_moe.algebra.held import Held, HeldMoment, HeldSystem
+from easyedit_moe.algebra.routed_keys import RoutedKeys
+from easyedit_moe.editors.prepared import PreparedLayer
+
+
+@dataclass(frozen=True, eq=False)
+class Remembered:
+    """The facts of one solve.
+
+    Attributes:
+        prompts: of the facts.
+        keys: layer that was solved for -> their keys, the contexts of each fact side by side.
+    """
+
+    prompts: tuple[str, ...]
+    keys: Mapping[int, RoutedKeys]
+
+    def of(self, layer: int, fact: int) -> RoutedKeys:
+        """Keys of one fact."""
+        keys = self.keys[layer]
+        size = keys.num_tokens // len(self.prompts)
+        return keys.rows(slice(fact * size, (fact + 1) * size))
+
+
+Row = tuple[Remembered, int]
+"""One remembered fact: the solve that it was part of, and its place there."""
+
+
+class EditMemory:
+    """What a batch knows of earlier ones; a value: passed in, and returned extended.
+
+    It holds keys, for ``remember_edits``; a fact that was edited again, by its prompt, counts as it was edited last.
+
+    Attributes:
+        edits: how many edits the earlier batches made.
+    """
+
+    def __init__(self, log: list[Remembered] | None = None, edits: int = 0, length: int | None = None) -> None:
+        # Values that extend each other share one list, of which each knows how much is its own: to keep the memory of
+        # every batch of a long run then takes no more than to keep the last.
+        self._log = [] if log is None else log
+        self._length = len(self._log) if length is None else length
+        self.edits = edits
+
+    def extended(self, solves: Sequence[Remembered], edits: int) -> EditMemory:
+        """A memory that also holds what these solves wrote, of ``edits`` more edits."""
+        if not solves:
+            return EditMemory(self._log, self.edits + edits, self._length)
+        log = self._log if len(self._log) == self._length else self._log[: self._length]
+        log.extend(solves)
+        return EditMemory(log, self.edits + edits)
+
+    def rows(self, layer: int, superseded: Sequence[str] = ()) -> dict[Row, RoutedKeys]:
+        """Keys of each fact that was solved for at a layer, without facts of these prompts; oldest first."""
+        found = [(row, row[0].of(layer, row[1])) for row in self._current(superseded) if layer in row[0].keys]
+        return dict(reversed(found))
+
+    @property
+    def keys(self) -> dict[int, list[RoutedKeys]]:
+        """Layer -> keys per solve, facts that were edited again left out."""
+        found: dict[int, dict[Remembered, list[RoutedKeys]]] = {}
+        for solve, fact in reversed(list(self._current())):
+            for layer in solve.keys:
+                found.setdefault(layer, {}).setdefault(solve, []).append(solve.of(layer, fact))
+        return {
+            layer: [s.keys[layer] if len(k) == len(s.prompts) else RoutedKeys.cat(k) for s, k in solves.items()]
+            for layer, solves in found.items()
+        }
+
+    def _current(self, superseded: Sequence[str] = ()) -> Iterator[Row]:
+        """The newest edit of each prompt, newest first."""
+        seen = set(superseded)
+        for number in range(self._length - 1, -1, -1):
+            solve = self._log[number]
+            new = [fact for fact, prompt in enumerate(solve.prompts) if prompt not in seen]
+            seen.update(solve.prompts)
+            yield from ((solve, fact) for fact in reversed(new))
+
+
+class Holding:
+    """Systems of held rows by layer, kept from batch to batch; an editor has one.
+
+    They say nothing that the memory does not: where it went back, or is another, they are made anew.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[int, tuple[PreparedLayer, Held]] = {}
+
+    def system(
+        self,
+        layer: int,
+        prepared: PreparedLayer,
+        rows: Mapping[Row, RoutedKeys],
+        coordinates: Coordinates,
+        lambda_reg: float,
+    ) -> HeldSystem:
+        """The layer's system with exactly these rows."""
+        known = self._held.pop(layer, None)  # not kept where it fails half-way
+        held = known[1] if known is not None and known[0] is prepared else None
+        if not isinstance(held, HeldSystem) or held.lambda_reg != lambda_reg:
+            held = HeldSystem(coordinates, lambda_reg)
+        held.hold(rows)
+        self._held[layer] = (prepared, held)
+        return held
+
+    def moment(
+        self, layer: int, prepared: PreparedLayer, rows: Mapping[Row, RoutedKeys], coordinates: Coordinates
+    ) -> HeldMoment:
+        """The layer's second moment of exactly these rows."""
+        known = self._held.pop(layer, None)
+        held = known[1] if known is not None and known[0] is prepared else None
+        if not isinstance(held, HeldMoment):
+            held = HeldMoment(coordinates)
+        held.hold(rows)
+        self._held[layer] = (prepared, held)
+        return held

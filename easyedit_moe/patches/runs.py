@@ -1,0 +1,129 @@
+"""Patches of one run: they share one set of originals, and what was in between is computed again when it is asked for.
+
+Of each matrix only the patch that changes it first keeps the original, in main memory. What a later patch overwrote is
+what the steps of those before it make of that original: the arithmetic of a write is the same each time, and checksums
+prove it. So a run holds one copy of what it changed, however many patches it is made of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from easyedit_moe.algebra.routed_keys import FactoredUpdate
+from easyedit_moe.moe.layers import MoELayerView
+from easyedit_moe.patches.checks import check_original
+from easyedit_moe.patches.groups import Scratch, groups_of
+from easyedit_moe.storage.checksums import checksum
+
+if TYPE_CHECKING:
+    from easyedit_moe.patches.weights import WeightPatch
+
+Matrices = dict[int, dict[int, Tensor]]
+"""Layer -> expert -> ``[d, h]``."""
+
+
+def continues(patch: WeightPatch, earlier: WeightPatch | None, keep_originals: bool = True) -> None:
+    """Make a patch that was just written part of a run: it keeps those originals only that no earlier patch has.
+
+    Layers that share matrices with others keep theirs: what was written there is known under one name only.
+
+    Args:
+        patch: applied, and not changed since.
+        earlier: the newest patch of the run before it, applied to the same model; None, or one that was
+            reverted or is of another site: the run begins.
+        keep_originals: False: the patch keeps none; it is then reverted with the unedited model as ``base``.
+    """
+    same = earlier is not None and bool(earlier.written) and earlier.site == patch.site
+    patch.earlier = earlier = earlier if same else None
+    if not keep_originals:
+        patch.originals = {}
+        return
+    patch.plain = _knows_all(patch) and (earlier is None or earlier.plain)
+    left = _left_by(earlier, set(patch.matrices())) if patch.plain else {}
+    # What something else wrote in between is not computed again.
+    known = {(n, expert) for (n, expert), found in left.items() if found == patch.before[n][expert]}
+    patch.originals = {
+        layer: {e: _in_main_memory(w) for e, w in experts.items() if (layer, e) not in known}
+        for layer, experts in patch.originals.items()
+    }
+
+
+def overwritten(patch: WeightPatch, view: MoELayerView, base: Matrices | None = None) -> Matrices:
+    """What lay in every matrix of an applied patch before it, bit for bit; ``base`` has the originals of the run.
+
+    Raises:
+        PatchError: the steps do not lead there on this machine any more, as with another number of threads.
+    """
+    found = {layer: dict(experts) for layer, experts in patch.originals.items()}
+    missing = [(layer, expert) for layer, expert in patch.matrices() if expert not in found.get(layer, {})]
+    if not missing:
+        return found
+    run = list(_run(patch.earlier))[::-1]
+    for layer in sorted({layer for layer, _ in missing}):
+        state = dict((base or {}).get(layer, {}))
+        for part in run:
+            state = {**part.originals.get(layer, {}), **state}
+        steps = [update for part in run for number, update in part.steps if number == layer]
+        state = replayed(view, layer, state, steps)
+        for number, expert in missing:
+            if number == layer and expert in state:
+                name = f"Layer {layer}, expert {expert}"
+                check_original(name, checksum(state[expert]), patch.before[layer][expert])
+                found.setdefault(layer, {})[expert] = state[expert]
+    return found
+
+
+def replayed(
+    view: MoELayerView, layer: int, state: dict[int, Tensor], steps: Sequence[FactoredUpdate]
+) -> dict[int, Tensor]:
+    """What updates in a row make of a layer's matrices ``[d, h]``, as `PatchWriter.write` does it; on its device."""
+    moe, scratch = view.layers[layer], Scratch()
+    device = next(iter(moe.experts.parameters()))[1].device
+    turned = moe.experts.layout.transposed
+    stored = {expert: (w.mT if turned else w).to(device, copy=True) for expert, w in state.items()}
+
+    def weights(experts: tuple[int, ...]) -> Tensor:
+        return torch.stack([stored[expert] for expert in experts])
+
+    with torch.no_grad():
+        for update in steps:
+            for group in groups_of(moe, update.to(device=device, dtype=torch.float32), weights):
+                group.add(moe, scratch)
+                stored.update(zip(group.experts, group.weights.unbind(), strict=True))
+    return {expert: w.mT if turned else w for expert, w in stored.items()}
+
+
+def _run(patch: WeightPatch | None) -> Iterator[WeightPatch]:
+    """A patch and those before it, newest first."""
+    while patch is not None:
+        yield patch
+        patch = patch.earlier
+
+
+def _left_by(patch: WeightPatch | None, wanted: set[tuple[int, int]]) -> dict[tuple[int, int], int]:
+    """Checksums that a run left of some matrices, where it wrote them: as a rule its last patch wrote most."""
+    found: dict[tuple[int, int], int] = {}
+    for part in _run(patch):
+        if not wanted:
+            break
+        new = wanted & set(part.matrices())
+        found.update({(layer, expert): part.written[layer][expert] for layer, expert in new})
+        wanted = wanted - new
+    return found
+
+
+def _knows_all(patch: WeightPatch) -> bool:
+    """Whether every matrix that a patch's steps write has a checksum under that very layer and expert."""
+    return all(expert in patch.before.get(layer, {}) for layer, update in patch.steps for expert in update.experts)
+
+
+def _in_main_memory(weight: Tensor) -> Tensor:
+    """A copy on the CPU, pinned where it comes from a GPU; of a view of a larger allocation, so that this is let go."""
+    if weight.device.type == "cpu":
+        return weight.clone(memory_format=torch.preserve_format)
+    held = torch.empty(weight.shape, dtype=weight.dtype, pin_memory=weight.device.type == "cuda")
+    return held.copy_(weight)
