@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -121,8 +122,8 @@ def _corpus(
     if hparams.mom2_n_tokens is None:
         texts = load_texts(hparams.mom2_dataset, n_samples)
     else:
-        found = islice(iterate_texts(hparams.mom2_dataset), n_samples)
-        texts = load_texts(_up_to(hparams.mom2_n_tokens, found, tok, cut))
+        with closing(iterate_texts(hparams.mom2_dataset)) as found:
+            texts = load_texts(_up_to(hparams.mom2_n_tokens, islice(found, n_samples), tok, cut))
     # Another tokenizer, or other special tokens, shows on the first few texts already.
     tokens = corpus_hash([str(encode_text(tok, text)) for text in texts[:8]])
     return _Corpus(texts, corpus_hash(texts), tokens, len(texts))
