@@ -41,7 +41,7 @@ def run(options: Options) -> list[dict[str, Any]]:
         model = random_model(options.shape, options.layers, len(tok), options.dtype, options.device)
     view, layers = MoELayerView(model), list(range(options.layers))
     texts = _texts(options)
-    batches = [b for shard in moments._shards(texts, 512) for b in moments._batches(tok, shard, 512, 256)]
+    batches = [b for shard in moments.shards_of(texts, 512) for b in moments._batches(tok, shard, 512, 256)]
     tokens = sum(len(ids) for batch in batches for ids in batch)
 
     def forward() -> None:

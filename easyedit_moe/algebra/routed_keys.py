@@ -49,7 +49,7 @@ class RoutedKeys:
         scaled = self.key.reshape(-1, self.d_hidden)[order].to(dtype)
         scaled *= self.gate.reshape(-1)[order].to(dtype).unsqueeze(-1)
         blocks, start = [], 0
-        for expert, count in zip(hit.tolist(), counts.tolist(), strict=True):
+        for expert, count in torch.stack([hit, counts], dim=1).tolist():
             chosen = slice(start, start + count)
             blocks.append(ExpertDesign(expert, order[chosen] // width, scaled[chosen].T, order[chosen]))
             start += count
@@ -146,7 +146,7 @@ class FactoredUpdate:
 
     def is_finite(self) -> bool:
         """Whether every factor is finite."""
-        return bool(torch.isfinite(self.left).all()) and all(bool(torch.isfinite(r).all()) for r in self.right)
+        return bool(torch.stack([torch.isfinite(factor).all() for factor in (self.left, *self.right)]).all())
 
     def apply(self, keys: RoutedKeys) -> Tensor:
         """``sum_j g_tj Delta_j k_tj`` as ``[T, d]``: how much the update moves each token's MoE output."""

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -17,7 +16,7 @@ from easyedit_moe.comparison.retention import RetentionWatch
 from easyedit_moe.comparison.rows import PRE_EDIT, Row
 from easyedit_moe.comparison.seeds import pooled, seeded
 from easyedit_moe.comparison.task import Task
-from easyedit_moe.editors import Editor, EditResult, Patch, make_editor
+from easyedit_moe.editors import Editor, EditResult, make_editor
 from easyedit_moe.errors import EditingWarning, HyperParamsError
 from easyedit_moe.evaluation.context import check_fit
 from easyedit_moe.evaluation.metrics import EvaluationResult, evaluate
@@ -28,9 +27,9 @@ from easyedit_moe.facts.records import PROTOCOLS
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.host.baseline_hparams import PROTOCOL, BaselineHyperParams
 from easyedit_moe.hparams import MoEHyperParams
-from easyedit_moe.interrupts import do_all
 from easyedit_moe.measure import Stopwatch, peak_memory_bytes, reset_peak_memory
 from easyedit_moe.moe.holding import intact
+from easyedit_moe.patches.applied_run import AppliedRun
 from easyedit_moe.storage.strict_json import json_text
 
 
@@ -229,12 +228,12 @@ def _run_method(
     reset_peak_memory()
     editor = make_editor(hparams, judge.progress)
     memory, reached = None, None
-    patches: list[Patch] = []
     told: list[str] = []
+    reports: list[Any] = []
     way = RetentionWatch() if task.retention else None
     editor.check_requests(model, task.tok, [record.request for record in task.records])
     targets.before(editor)
-    with _restored(model, patches):
+    with _restored(model) as run:
         for start in range(0, len(task.records), task.batch_size):
             batch = [record.request for record in task.records[start : start + task.batch_size]]
             with warnings.catch_warnings():
@@ -242,7 +241,8 @@ def _run_method(
                 warnings.simplefilter("ignore", EditingWarning)
                 result = _edit_batch(editor, task, batch, memory, targets, start)
             memory = result.memory
-            patches.append(result.patch)
+            reports += result.patch.reports
+            run.add(result.patch)
             told += result.warnings
             if result.targets:
                 reached = (reached or 0) + sum(int(t.reached.sum()) for t in result.targets)
@@ -255,7 +255,7 @@ def _run_method(
         with watch.stage("evaluate"):
             scores = judge.scores() if retention is None else retention.batches[-1][1]
             answers = judge.answers()
-        rounding = max((report.rounding_loss for patch in patches for report in patch.reports), default=None)
+        rounding = max((report.rounding_loss for report in reports), default=None)
         similarity, peak = judge.routing(), peak_memory_bytes()
         theirs = judge.easyedit(label)
     return Row(
@@ -272,10 +272,11 @@ def _edit_batch(
 
 
 @contextmanager
-def _restored(model: nn.Module, patches: list[Patch]) -> Iterator[None]:
-    """Whatever happens inside, the originals of all patches are back afterwards."""
-    with intact(model):
+def _restored(model: nn.Module) -> Iterator[AppliedRun]:
+    """A run of patches; whatever happens inside, the originals of all of them are back afterwards."""
+    with intact(model) as hold:
+        run = AppliedRun(model, hold)
         try:
-            yield
+            yield run
         finally:
-            do_all(partial(patch.restore, model) for patch in reversed(patches))
+            run.restore()

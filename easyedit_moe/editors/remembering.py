@@ -16,7 +16,7 @@ from easyedit_moe.hparams import MoEHyperParams
 from easyedit_moe.hparams.sites import EXPERTS
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.patches.weights import WeightPatch
-from easyedit_moe.storage.checksums import checksum
+from easyedit_moe.storage.checksums import checksums_of
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,8 @@ class _Call:
     def lies_on(self, model: nn.Module) -> bool:
         view = MoELayerView(model, site=getattr(self.hparams, "site", EXPERTS))
         return all(
-            checksum(view.layers[layer].experts.read(expert)) == found
+            checksums_of([view.layers[layer].experts.read(expert) for expert in experts]) == list(experts.values())
             for layer, experts in self.left.items()
-            for expert, found in experts.items()
         )
 
 

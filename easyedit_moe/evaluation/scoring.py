@@ -112,9 +112,10 @@ def _score_batch(
 ) -> list[TargetScore]:
     logits, padded = answer_logits(model, rows, pad_id(tok))
     losses = nn.functional.cross_entropy(logits.transpose(1, 2), padded, reduction="none", ignore_index=-100)
+    # What is past a target's end counts nothing; all of a batch is read from the device at once.
+    nll = (losses.double().sum(1) / (padded != -100).sum(1)).tolist()
     best = logits.argmax(-1).tolist()
-    out = []
-    for i, (_, labels) in enumerate(rows):
-        nll = float(losses[i, : len(labels)].mean())
-        out.append(TargetScore(nll, tuple(best[i][: len(labels)]), tuple(labels)))
-    return out
+    return [
+        TargetScore(mean, tuple(chosen[: len(labels)]), tuple(labels))
+        for mean, chosen, (_, labels) in zip(nll, best, rows, strict=True)
+    ]

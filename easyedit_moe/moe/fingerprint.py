@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from easyedit_moe.moe.experts import expert_matrix
 from easyedit_moe.moe.layers import MoELayer, MoELayerView
 from easyedit_moe.moe.wrappers import own_parameters, plain_model, plain_name
-from easyedit_moe.storage.checksums import checksum, checksums
+from easyedit_moe.storage.checksums import checksums, checksums_of
 
 _SAMPLES_PER_PARAMETER = 1024
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[_State, str]] = weakref.WeakKeyDictionary()
+"""The newest fingerprint of each model."""
 
 
 def model_fingerprint(
@@ -23,8 +29,60 @@ def model_fingerprint(
 
     What an edit writes is left out, so that the fingerprint is that of the unedited model before and after it; where
     that is more than down-projections, ``without`` names the other parameters, or ``instead`` has what they held.
+
+    It is computed anew once a parameter lies elsewhere, was written in place, or holds another first number: writes
+    through ``.data``, which torch does not count, are seen by that.
     """
-    return _fingerprint(view, type(view.model), view.model.named_parameters(), without, instead or {})
+    if without or instead:
+        return _fingerprint(view, type(view.model), view.model.named_parameters(), without, instead or {})
+    now, known = _State.of(view), _KNOWN.get(view.model)
+    if now is None or known is None or not known[0].holds(now):
+        found = _fingerprint(view, type(view.model), view.model.named_parameters(), (), {})
+        if now is None:
+            return found
+        known = _KNOWN[view.model] = (now, found)
+    return known[1]
+
+
+@dataclass(frozen=True)
+class _State:
+    """What is to be as it was for a fingerprint to hold.
+
+    Attributes:
+        stamps: site, class, and of every parameter its name, identity and layout, and of sampled ones where it lies and
+            how often it was written in place.
+        parameters: all of them; while they live, no other one has their identity.
+        first: ``[n]`` float32, one number of each sampled one.
+    """
+
+    stamps: tuple[Any, ...]
+    parameters: tuple[weakref.ref[nn.Parameter], ...]
+    first: Tensor
+
+    @staticmethod
+    def of(view: MoELayerView) -> _State | None:
+        """Of a model as it is; None where torch counts no writes."""
+        skip, stamps, first = _edited(view), [view.site, type(view.model)], dict[torch.device, list[Tensor]]()
+        parameters = list(view.model.named_parameters())
+        for name, parameter in parameters:
+            if parameter.is_inference():
+                return None
+            stamps.append((name, id(parameter), parameter.shape, parameter.dtype, parameter.device))
+            if parameter not in skip:
+                stamps.append((parameter.data_ptr(), parameter._version))
+                if parameter.numel() and not parameter.is_meta:
+                    first.setdefault(parameter.device, []).append(parameter.detach()[(0,) * parameter.dim()].float())
+        numbers = torch.cat([torch.stack(some).cpu() for some in first.values()]) if first else torch.zeros(0)
+        return _State(tuple(stamps), tuple(weakref.ref(p) for _, p in parameters), numbers)
+
+    def holds(self, now: _State) -> bool:
+        """Whether nothing changed since."""
+        alive = all(parameter() is not None for parameter in self.parameters)
+        return alive and self.stamps == now.stamps and torch.equal(self.first, now.first)
+
+
+def _edited(view: MoELayerView) -> set[nn.Parameter]:
+    return {parameter for moe in view.layers.values() for _, parameter in moe.experts.parameters()}
 
 
 def plain_fingerprint(view: MoELayerView, without: Iterable[str] = ()) -> str:
@@ -43,18 +101,32 @@ def _fingerprint(
     without: Iterable[str],
     instead: Mapping[nn.Parameter, Tensor],
 ) -> str:
-    skip = {parameter for moe in view.layers.values() for _, parameter in moe.experts.parameters()}
+    skip = _edited(view)
     own = own_parameters(view.model)  # under every name that a shared parameter has
     skip |= {own[name] for name in map(plain_name, without) if name in own}
+    told = [(f"{name}{tuple(p.shape)}{p.dtype}".encode(), p, p in skip or p.is_meta) for name, p in parameters]
+    samples = _samples([instead.get(p, p) for _, p, left_out in told if not left_out])
     state = hashlib.sha256(kind.__name__.encode())
-    for name, parameter in parameters:
-        state.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-        if parameter in skip or parameter.is_meta:
-            continue
-        flat = instead.get(parameter, parameter).detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // _SAMPLES_PER_PARAMETER)]
-        state.update(sample.float().cpu().numpy().tobytes())
+    for text, _, left_out in told:
+        state.update(text)
+        if not left_out:
+            state.update(next(samples))
     return state.hexdigest()
+
+
+def _samples(weights: Sequence[Tensor]) -> Iterator[bytes]:
+    """A strided sample of each, as float32; read from every device at once, since each read waits for it."""
+    flat = [weight.detach().reshape(-1) for weight in weights]
+    some = [one[:: max(1, one.numel() // _SAMPLES_PER_PARAMETER)] for one in flat]
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for one in some:
+        by_device.setdefault(one.device, []).append(one.float())
+    joined = {device: torch.cat(parts).cpu().numpy().tobytes() for device, parts in by_device.items()}
+    start = dict.fromkeys(joined, 0)
+    for one in some:
+        first = start[one.device]
+        start[one.device] = first + one.numel() * 4
+        yield joined[one.device][first : start[one.device]]
 
 
 def down_checksums(
@@ -87,9 +159,8 @@ def _layer_checksums(moe: MoELayer, instead: Mapping[nn.Parameter, Tensor]) -> d
     _, parameter = moe.experts.parameters_of(0)
     if layout.storage == "packed" and not layout.transposed and parameter.dim() == 3:
         return dict(enumerate(checksums(instead.get(parameter, parameter))))
-    found = {}
+    weights = []
     for expert in range(layout.num_experts):
         _, parameter = moe.experts.parameters_of(expert)
-        weight = instead.get(parameter, parameter).detach()
-        found[expert] = checksum(expert_matrix(weight, expert, layout))
-    return found
+        weights.append(expert_matrix(instead.get(parameter, parameter).detach(), expert, layout))
+    return dict(enumerate(checksums_of(weights)))

@@ -50,7 +50,7 @@ from easyedit_moe.patches.stored import (
     step_tensors,
     steps_of,
 )
-from easyedit_moe.storage.checksums import checksum
+from easyedit_moe.storage.checksums import checksum, checksums_of
 from easyedit_moe.storage.schema import content_of
 from easyedit_moe.storage.tensors import write_safetensors
 
@@ -279,10 +279,14 @@ class WeightPatch(PatchRecord):
     def _compared(self, view: MoELayerView, after: Checksums | None = None) -> list[Compared]:
         """All matrices of the patch on a model, ``after`` being those of the application that is asked about."""
         after = self.after if after is None else after
+        found = {
+            layer: _checked({expert: _matrix(view, layer, expert) for expert in experts})
+            for layer, experts in self.before.items()
+        }
         return [
             Compared(
                 f"Layer {layer}, expert {expert}",
-                checksum(_matrix(view, layer, expert)),
+                found[layer][expert],
                 self.before[layer][expert],
                 after[layer][expert],
             )
@@ -431,7 +435,7 @@ class PatchWriter:
     def checksums(self) -> Checksums:
         """Checksums of all written experts, by which a revert sees later changes."""
         return {
-            layer: {expert: checksum(_matrix(self.view, layer, expert)) for expert in experts}
+            layer: _checked({expert: _matrix(self.view, layer, expert) for expert in experts})
             for layer, experts in self.originals.items()
         }
 
@@ -439,7 +443,7 @@ class PatchWriter:
         """The patch of everything written so far."""
         provenance = {**metadata, "versions": versions()}
         json.dumps(provenance)
-        before = {n: {e: checksum(w) for e, w in experts.items()} for n, experts in self.originals.items()}
+        before = {layer: _checked(experts) for layer, experts in self.originals.items()}
         after = self.checksums()
         return WeightPatch(
             steps=self.steps,
@@ -508,6 +512,11 @@ def _matrix(view: MoELayerView, layer: int, expert: int) -> Tensor:
     if weight.is_meta:
         raise PatchError(str(offloaded(moe.experts_name)))
     return weight
+
+
+def _checked(weights: Mapping[int, Tensor]) -> dict[int, int]:
+    """Checksums of a layer's matrices by expert."""
+    return dict(zip(weights, checksums_of(list(weights.values())), strict=True))
 
 
 def _place(moe: MoELayer, expert: int) -> tuple[torch.device, int]:

@@ -72,6 +72,19 @@ def _texts(items: Iterable[Any], name: str) -> Generator[str]:
             yield text
 
 
+def source_stamp(source: str | Path) -> tuple[Any, ...] | None:
+    """What changes when the files of a corpus do: path, inode, size and time of each; None for what is not files."""
+    if source == GENERATED:
+        return None
+    path = factworld.data_path("corpus.txt") if source == factworld.MODEL_NAME else Path(source)
+    if is_folder(path):
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in FOLDER_SUFFIXES)
+    else:
+        files = [path] if is_file(path) else []
+    states = [(str(file.resolve()), file.stat()) for file in files]
+    return tuple((name, s.st_ino, s.st_size, s.st_mtime_ns) for name, s in states) or None
+
+
 def corpus_hash(texts: list[str]) -> str:
     """SHA-256 over all texts, in hexadecimal."""
     digest = hashlib.sha256()

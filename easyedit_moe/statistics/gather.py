@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -23,15 +24,20 @@ from easyedit_moe.hparams import SolverHyperParams
 from easyedit_moe.moe.layers import MoELayer, MoELayerView
 from easyedit_moe.statistics.cache import StatisticsKey, load_moments, save_moments, statistics_folder
 from easyedit_moe.statistics.checkpoint import MomentsCheckpoint
-from easyedit_moe.statistics.corpus import GENERATED, corpus_hash, iterate_texts, load_texts
+from easyedit_moe.statistics.corpus import GENERATED, corpus_hash, iterate_texts, load_texts, source_stamp
 from easyedit_moe.statistics.distributed import least_over_processes, rank_and_size
 from easyedit_moe.statistics.generated import GeneratedTexts, GenerationKey, opening_ids
 from easyedit_moe.statistics.moments import LayerMoments, Shards, collect_moments, encode_cut
+from easyedit_moe.statistics.token_cache import TokenisedTexts, TokenKey, tokenizer_hash
 from easyedit_moe.storage.files import check_writable
 from easyedit_moe.storage.strict_json import digest
 from easyedit_moe.storage.tensors import read_or_warn
 
 logger = logging.getLogger(__name__)
+
+_FIRST_TEXTS = 8
+_HASHED: dict[tuple[Any, ...], tuple[str, int]] = {}
+"""Hash and number of texts of each corpus of files that this process has read, as its files were then."""
 
 CHECKPOINT_SECONDS = 60.0
 """Least time between two writes of the sums of a run that is under way."""
@@ -75,10 +81,11 @@ def layer_statistics(
     if missing:
         check_writable(folder / keys[missing[0]].file_name())
         checkpoint = MomentsCheckpoint(folder, {layer: keys[layer] for layer in missing}, CHECKPOINT_SECONDS)
+        parts = corpus.parts()
         collected = collect_moments(
             view,
             tok,
-            corpus.texts,
+            parts,
             missing,
             hparams.max_length,
             getattr(torch, hparams.mom2_dtype),
@@ -89,6 +96,8 @@ def layer_statistics(
         if rank_and_size()[0] == 0:
             for layer, value in collected.items():
                 save_moments(folder / keys[layer].file_name(), keys[layer], value)
+            if isinstance(parts, TokenisedTexts):
+                parts.keep()
         least_over_processes(0)  # no process goes on before the files are there
         checkpoint.remove()
         moments.update(collected)
@@ -102,9 +111,12 @@ def _cached(path: Path, key: StatisticsKey, moe: MoELayer) -> LayerMoments | Non
 
 @dataclass(frozen=True)
 class _Corpus:
-    """Texts, and what a file of statistics says of them: their name or hash, how they are cut, how many they are."""
+    """Texts, and what a file of statistics says of them: their name or hash, how they are cut, how many they are.
 
-    texts: Sequence[str] | Shards
+    ``parts`` reads the texts, if that was not needed before.
+    """
+
+    parts: Callable[[], Shards]
     name: str
     tokens: str
     n_samples: int
@@ -118,22 +130,41 @@ def _corpus(
         openings = opening_ids(tok, hparams.generated_openings)
         key = GenerationKey(fingerprint, openings, min(cut, hparams.generated_length), hparams.generated_seed)
         made = GeneratedTexts(view.model, tok, key, n_samples, folder)
-        return _Corpus(made, key.folder_name(), digest(openings), n_samples)
-    if hparams.mom2_n_tokens is None:
-        texts = load_texts(hparams.mom2_dataset, n_samples)
+        return _Corpus(lambda: made, key.folder_name(), digest(openings), n_samples)
+    source, known = hparams.mom2_dataset, list[list[int]]()
+    stamp = source_stamp(source) if hparams.mom2_n_tokens is None else None
+    if stamp is not None and (stamp, n_samples) in _HASHED:
+        texts = None
+        first = load_texts(source, min(n_samples, _FIRST_TEXTS))
+        name, count = _HASHED[stamp, n_samples]
     else:
-        with closing(iterate_texts(hparams.mom2_dataset)) as found:
-            texts = load_texts(_up_to(hparams.mom2_n_tokens, islice(found, n_samples), tok, cut))
+        if hparams.mom2_n_tokens is None:
+            texts = load_texts(source, n_samples)
+        else:
+            with closing(iterate_texts(source)) as found:
+                texts = load_texts(_up_to(hparams.mom2_n_tokens, islice(found, n_samples), tok, cut, known))
+        first, name, count = texts[:_FIRST_TEXTS], corpus_hash(texts), len(texts)
+        if stamp is not None:
+            _HASHED[stamp, n_samples] = name, count
     # Another tokenizer, or other special tokens, shows on the first few texts already.
-    tokens = corpus_hash([str(encode_text(tok, text)) for text in texts[:8]])
-    return _Corpus(texts, corpus_hash(texts), tokens, len(texts))
+    tokens = corpus_hash([str(encode_text(tok, text)) for text in first])
+
+    def parts() -> Shards:
+        token_key = TokenKey(name, tokenizer_hash(tok, tokens), cut)
+        read = load_texts(source, n_samples) if texts is None else texts
+        return TokenisedTexts(tok, read, token_key, token_key.file(hparams.stats_dir), known)
+
+    return _Corpus(parts, name, tokens, count)
 
 
-def _up_to(n_tokens: int, texts: Iterable[str], tok: PreTrainedTokenizerBase, cut: int) -> Iterator[str]:
-    """Texts until they have that many tokens."""
+def _up_to(
+    n_tokens: int, texts: Iterable[str], tok: PreTrainedTokenizerBase, cut: int, known: list[list[int]]
+) -> Iterator[str]:
+    """Texts until they have that many tokens; their ids are added to ``known``."""
     for text in texts:
         yield text
-        n_tokens -= len(encode_cut(tok, text, cut))
+        known.append(encode_cut(tok, text, cut))
+        n_tokens -= len(known[-1])
         if n_tokens <= 0:
             return
 

@@ -264,7 +264,7 @@ def collect_moments(
             are not finite. CacheError: a checkpoint that can't be read.
     """
     sums = {moe.index: Sums(moe, dtype) for moe in view.require(layers)}
-    shards = ListedShards(_shards(texts, max_length)) if isinstance(texts, Sequence) else texts
+    shards = ListedShards(shards_of(texts, max_length)) if isinstance(texts, Sequence) else texts
     first, done = checkpoint.resume(sums) if checkpoint else (0, [])
     rank, size = rank_and_size()
     per_round = max(shards.per_round, size)
@@ -323,7 +323,7 @@ class ListedShards:
         return self.parts[number]
 
 
-def _shards(texts: Sequence[Text], max_length: int) -> list[list[Text]]:
+def shards_of(texts: Sequence[Text], max_length: int) -> list[list[Text]]:
     """Consecutive texts of about ``SHARD_CHARACTERS`` characters that count."""
     shards: list[list[Text]] = []
     room = 0

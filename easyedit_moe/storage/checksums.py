@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+TILE_BYTES = 2**23
+"""Of the tensors that are copied side by side, so that the copy of small ones stays in a CPU's cache."""
 
 
 def checksum(weight: Tensor) -> int:
@@ -23,9 +28,38 @@ def checksums(weights: Tensor) -> list[int]:
 
     A tensor that is not contiguous is copied; where that is too much at once, take a few of them at a time.
     """
+    return [int(value) for value in _sums(weights).tolist()]
+
+
+def checksums_of(weights: Sequence[Tensor]) -> list[int]:
+    """`checksum` of each of several tensors of any shapes: those that are alike together, read from a device at once.
+
+    Tensors of one shape, dtype and device are copied side by side, at most ``TILE_BYTES`` at a time.
+    """
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for number, weight in enumerate(weights):
+        alike.setdefault((weight.shape, weight.dtype, weight.device), []).append(number)
+    places: dict[torch.device, list[int]] = {}
+    sums: dict[torch.device, list[Tensor]] = {}
+    for (_, _, device), numbers in alike.items():
+        most = max(1, TILE_BYTES // max(1, weights[numbers[0]].nbytes))
+        for start in range(0, len(numbers), most):
+            some = numbers[start : start + most]
+            tile = weights[some[0]][None] if len(some) == 1 else torch.stack([weights[n].detach() for n in some])
+            places.setdefault(device, []).extend(some)
+            sums.setdefault(device, []).append(_sums(tile))
+    found = [0] * len(weights)
+    for device, numbers in places.items():
+        for number, value in zip(numbers, torch.cat(sums[device]).tolist(), strict=True):
+            found[number] = int(value)
+    return found
+
+
+def _sums(weights: Tensor) -> Tensor:
+    """As `checksums`, ``[E]`` int64 where the weights are."""
     count = len(weights)
     if not weights.numel():
-        return [0] * count
+        return torch.zeros(count, dtype=torch.int64, device=weights.device)
     flat = weights.detach().contiguous().view(count, -1)
     width = 8 // flat.element_size()
     if flat.shape[1] % width:
@@ -40,5 +74,4 @@ def checksums(weights: Tensor) -> list[int]:
     odd = torch.arange(1, step, 2, device=words.device)
     even = torch.arange(side, device=words.device) * step
     last = torch.arange(rest.shape[1], device=words.device) * 2 + step * side + 1
-    sums = (table.sum(2) * odd).sum(1) + (table.sum(1) * even).sum(1) + (rest * last).sum(1)
-    return [int(value) for value in sums.tolist()]
+    return (table.sum(2) * odd).sum(1) + (table.sum(1) * even).sum(1) + (rest * last).sum(1)

@@ -22,6 +22,7 @@ from easyedit_moe.hparams import MoEHyperParams
 from easyedit_moe.moe.holding import intact
 from easyedit_moe.moe.hub import find_source
 from easyedit_moe.moe.loading import load_tokenizer
+from easyedit_moe.patches.applied_run import AppliedRun
 from easyedit_moe.patches.checks import versions
 from easyedit_moe.progress import progress_bar
 from easyedit_moe.workflow.edit_outcome import Change, EditReport, FactReport
@@ -107,8 +108,8 @@ def _edited(
     asked = [pair for record in records for pairs in prompts_of(record).values() for pair in pairs]
     before = ask_all(net, tok, asked, max_new_tokens, editor.progress, chat)
     results: list[EditResult] = []
-    with intact(net):
-        _edit_batches(net, tok, editor, screened.requests, results, parent_of(model))
+    with intact(net) as hold:
+        _edit_batches(net, tok, editor, screened.requests, results, parent_of(model), AppliedRun(net, hold))
         after = ask_all(net, tok, asked, max_new_tokens, editor.progress, chat)
         whole = chained([result.patch for result in results])
         report = EditReport(
@@ -135,8 +136,9 @@ def _edit_batches(
     requests: Sequence[EditRequest],
     results: list[EditResult],
     parent: str | None,
+    run: AppliedRun,
 ) -> None:
-    """Edit batch after batch; ``results`` grows, so that the caller can take back what was done."""
+    """Edit batch after batch; ``results`` grows, and so does the run, by which all of it is taken back."""
     size, memory = editor.hparams.batch_size, None
     with progress_bar(len(requests), "edits", "fact", editor.progress) as bar:
         for start in range(0, len(requests), size):
@@ -144,6 +146,7 @@ def _edit_batches(
             result = editor.edit(net, tok, batch, memory)
             result.patch.parent = parent
             results.append(result)
+            run.add(result.patch)
             memory, parent = result.memory, result.patch.id
             bar.update(len(batch))
 

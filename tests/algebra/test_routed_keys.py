@@ -7,6 +7,7 @@ import torch
 from reference import loop_psi
 from torch import Tensor
 
+from benchmarks.syncs import counted_syncs
 from easyedit_moe.algebra.routed_keys import FactoredUpdate, RoutedKeys
 
 # (T, E, K, h): experts never hit; an expert hit by several tokens; T_j > h; every expert hit by every token; one token.
@@ -173,3 +174,16 @@ def test_is_finite_looks_at_every_factor(bad: float) -> None:
     last = update.right[1].clone()
     last[0, 0] = bad
     assert not FactoredUpdate(update.left, update.experts, update.columns, (update.right[0], last)).is_finite()
+
+
+@pytest.mark.parametrize("place", [None, 0, 3, "left"])
+def test_a_layers_update_is_checked_at_once(place: int | str | None) -> None:
+    draw = torch.Generator().manual_seed(0)
+    right = [torch.randn(4, 2, generator=draw) for _ in range(4)]
+    left = torch.randn(5, 2, generator=draw)
+    if place is not None:
+        (left if place == "left" else right[int(place)])[1, 1] = float("inf")
+    update = FactoredUpdate(left, (0, 1, 2, 5), (torch.arange(2),) * 4, tuple(right))
+    with counted_syncs("cpu") as found:
+        assert update.is_finite() == (place is None)
+    assert sum(found.values()) == 1

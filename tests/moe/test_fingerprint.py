@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from tiny import FAMILIES, tiny_model
+from torch import nn
 
+from benchmarks.syncs import counted_syncs
+from easyedit_moe.moe import fingerprint
 from easyedit_moe.moe.fingerprint import down_checksums, model_fingerprint, weights_fingerprint
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.storage.checksums import checksum
@@ -52,3 +57,61 @@ def test_layers_on_the_meta_device_are_left_out() -> None:
     view = MoELayerView(model)
     assert sorted(down_checksums(view)) == [0, 1, 2]
     assert len(weights_fingerprint(view)) == 64
+
+
+def computed_anew(view: MoELayerView) -> str:
+    return fingerprint._fingerprint(view, type(view.model), view.model.named_parameters(), (), {})
+
+
+def router(model: nn.Module) -> nn.Parameter:
+    return next(p for name, p in model.named_parameters() if name.endswith("mlp.gate.weight"))
+
+
+def replaced(model: nn.Module) -> None:
+    norm = model.model.norm
+    shape = norm.weight.shape
+    del norm.weight
+    norm.weight = nn.Parameter(torch.full(shape, 2.0))
+
+
+CHANGES: dict[str, Callable[[nn.Module], object]] = {
+    "in place": lambda model: router(model).detach()[2, 3:].mul_(-1),
+    "loaded": lambda model: model.load_state_dict({"model.norm.weight": model.model.norm.weight + 1}, strict=False),
+    "through .data": lambda model: router(model).data.mul_(-1),
+    "another tensor as .data": lambda model: setattr(router(model), "data", router(model) * -1),
+    "another parameter": replaced,
+    "another dtype": lambda model: model.to(torch.bfloat16),
+    "a parameter more": lambda model: model.register_parameter("more", nn.Parameter(torch.ones(2))),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_kept_is_let_go_with_any_change(change: str) -> None:
+    view = MoELayerView(tiny_model())
+    before = model_fingerprint(view)
+    assert model_fingerprint(view) == before == computed_anew(view)
+    with torch.no_grad():
+        CHANGES[change](view.model)
+    assert model_fingerprint(view) == computed_anew(view) != before
+
+
+def test_a_device_is_read_once_and_what_is_known_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    view = MoELayerView(tiny_model())
+    with counted_syncs("cpu") as found:
+        computed_anew(view)
+    assert sum(found.values()) <= 3
+    model_fingerprint(view)
+    monkeypatch.setattr(fingerprint, "_fingerprint", lambda *_: "anew")
+    assert model_fingerprint(view) != "anew"
+    with torch.no_grad():
+        view.layers[1].experts.read(0).mul_(2)
+    assert model_fingerprint(view) != "anew"
+    assert model_fingerprint(view, without=["model.norm.weight"]) == "anew"
+
+
+def test_a_model_made_in_inference_mode_is_hashed_each_time() -> None:
+    with torch.inference_mode():
+        view = MoELayerView(tiny_model())
+        before = model_fingerprint(view)
+        router(view.model).mul_(-1)
+        assert model_fingerprint(view) != before

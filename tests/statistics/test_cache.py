@@ -223,7 +223,7 @@ class Setting:
             return layer_statistics(view, tok or self.tok, hp, layers, model_fingerprint(view), progress=False)
 
     def files(self) -> list[Path]:
-        return sorted((self.folder / "stats").rglob("*"))
+        return sorted((self.folder / "stats").glob("tiny-*/*"))
 
 
 @pytest.fixture

@@ -315,10 +315,10 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_shards_hold_all_texts_in_order(small_shards: list[str]) -> None:
-    shards = moments._shards(small_shards, 512)
+    shards = moments.shards_of(small_shards, 512)
     assert [text for shard in shards for text in shard] == small_shards
     assert len(shards) > 20
-    assert len(moments._shards(small_shards, 5)) < len(shards) / 2, "what is cut off does not count"
+    assert len(moments.shards_of(small_shards, 5)) < len(shards) / 2, "what is cut off does not count"
 
 
 def test_shards_do_not_change_the_result(small_shards: list[str]) -> None:

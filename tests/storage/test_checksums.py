@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from easyedit_moe.storage.checksums import checksum, checksums
+from benchmarks.syncs import counted_syncs
+from easyedit_moe.storage import checksums as checksummed
+from easyedit_moe.storage.checksums import checksum, checksums, checksums_of
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -59,3 +61,15 @@ def test_every_shape(shape: tuple[int, ...]) -> None:
 
 def nn_parameter(weight: Tensor) -> Tensor:
     return torch.nn.Parameter(weight.clone())
+
+
+@pytest.mark.parametrize("tile", [1, 200, 2**23])
+def test_many_of_any_kind_are_those_of_each(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checksummed, "TILE_BYTES", tile)
+    packed = random(6, 8, 4)
+    weights = [*packed, *packed.mT, random(5, 3, dtype=torch.bfloat16), random(7), random(0, 4), *random(3, 8, 4)]
+    with counted_syncs("cpu") as found:
+        values = checksums_of(weights)
+    assert values == [checksum(weight) for weight in weights]
+    assert sum(found.values()) == 1
+    assert checksums_of([]) == []
