@@ -10,7 +10,14 @@ from torch import Tensor
 from easyedit_moe.algebra.colours import LARGEST, LEAST_WIDTH, PaddedBlocks, colours
 from easyedit_moe.algebra.metric import ExpertBlock, Metric, expert_blocks, transposed_root
 from easyedit_moe.algebra.routed_keys import FactoredUpdate, RoutedKeys
-from easyedit_moe.algebra.systems import check_dual_ridge, check_lambda, factor_ridge_, finite_residual, solve_factored
+from easyedit_moe.algebra.systems import (
+    check_dual_ridge,
+    check_lambda,
+    factor_ridge_,
+    factor_ridges,
+    finite_residual,
+    solve_factored,
+)
 from easyedit_moe.errors import HyperParamsError
 
 SMALL_PASS = 2e9
@@ -33,14 +40,25 @@ def expert_orders(num_experts: int, num_passes: int, seed: int = 42) -> list[Ten
 class _Coordinate:
     """One expert's block of a BCD solution: T_j x r by push-through, or n_j x r where that is smaller."""
 
-    def __init__(self, block: ExpertBlock, lambda_reg: float, width: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        block: ExpertBlock,
+        lambda_reg: float,
+        width: int,
+        device: torch.device,
+        known: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """``known`` are K_j and the factor of ``K_j + lambda I``, where others' were made along with them."""
         root = block.root
-        self.primal = lambda_reg > 0 and root.shape[0] < root.shape[1]
-        if self.primal:
-            check_dual_ridge((root**2).sum(0), root.shape[0], lambda_reg)
-        self.operator = (root.T if self.primal else root.T @ root).to(device)
-        system = root @ root.T if self.primal else self.operator
-        self.factor = factor_ridge_(system.to(device, copy=True).contiguous(), lambda_reg)
+        self.primal = _is_primal(block, lambda_reg)
+        if known is not None:
+            self.operator, self.factor = known
+        else:
+            if self.primal:
+                check_dual_ridge((root**2).sum(0), root.shape[0], lambda_reg)
+            self.operator = (root.T if self.primal else root.T @ root).to(device)
+            system = root @ root.T if self.primal else self.operator
+            self.factor = factor_ridge_(system.to(device, copy=True).contiguous(), lambda_reg)
         self.rows = block.rows.to(device)
         self.solution = torch.zeros(self.operator.shape[1], width, dtype=root.dtype, device=device)
 
@@ -53,6 +71,21 @@ class _Coordinate:
     def penalty(self) -> Tensor:
         """``tr(Delta_j M_j^{-1} Delta_j^T)``."""
         return (self.solution * (self.solution if self.primal else self.operator @ self.solution)).sum()
+
+
+def _is_primal(block: ExpertBlock, lambda_reg: float) -> bool:
+    return lambda_reg > 0 and block.root.shape[0] < block.root.shape[1]
+
+
+def _coordinates(
+    blocks: list[ExpertBlock], lambda_reg: float, width: int, device: torch.device
+) -> dict[int, _Coordinate]:
+    """By expert; small systems are factored together."""
+    small = [b for b in blocks if len(b.rows) <= LARGEST and not _is_primal(b, lambda_reg)]
+    operators = [(b.root.T @ b.root).to(device) for b in small]
+    factors = factor_ridges(operators, lambda_reg)
+    known = {b.expert: (k, f) for b, k, f in zip(small, operators, factors, strict=True)}
+    return {b.expert: _Coordinate(b, lambda_reg, width, device, known.get(b.expert)) for b in blocks}
 
 
 def row_space(wanted: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -99,7 +132,7 @@ def solve_bcd(
     device = running.device if work > SMALL_PASS else torch.device("cpu")
     # One row more, which padded blocks read and write.
     running = torch.nn.functional.pad(running, (0, 0, 0, 1)).to(device)
-    coordinates = {b.expert: _Coordinate(b, lambda_reg, running.shape[1], device) for b in blocks}
+    coordinates = _coordinates(blocks, lambda_reg, running.shape[1], device)
     sweeps = _Sweeps(coordinates, orders, running)
 
     def objective() -> float:

@@ -13,6 +13,8 @@ from easyedit_moe.algebra.colours import colours
 from easyedit_moe.algebra.metric import IdentityMetric, Metric, covariance_metric
 from easyedit_moe.algebra.nullspace import null_space
 from easyedit_moe.algebra.routed_keys import RoutedKeys
+from easyedit_moe.algebra.systems import factor_ridge, factor_ridges
+from easyedit_moe.errors import HyperParamsError, NumericalError
 
 # (T, E, K, d, h)
 SHAPES = {
@@ -95,3 +97,30 @@ def test_a_pass_waits_for_the_device_no_more_than_it_has_to() -> None:
             solve_bcd(keys, residual, 0.2, applied, expert_orders(24, passes))
         counts.append(sum(found.values()))
     assert counts[1] - counts[0] == 4 * 2  # the objective, and the order itself
+
+
+@pytest.mark.parametrize("lambda_reg", [0.0, 0.3])
+def test_systems_factored_together_are_those_of_each(lambda_reg: float) -> None:
+    draw = torch.Generator().manual_seed(0)
+    roots = [torch.randn(9, n, generator=draw, dtype=torch.float64) for n in (3, 1, 7, 0, 7)]
+    grams = [root.T @ root for root in roots]
+    with counted_syncs("cpu") as waits:
+        found = factor_ridges(grams, lambda_reg)
+    assert sum(waits.values()) == 2
+    for factor, gram in zip(found, grams, strict=True):
+        torch.testing.assert_close(factor, factor_ridge(gram, lambda_reg), rtol=1e-12, atol=1e-14)
+    assert factor_ridges([], lambda_reg) == []
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-9, 1e9])
+def test_a_singular_or_non_finite_one_among_others_is_told(scale: float) -> None:
+    good = torch.eye(4, dtype=torch.float64) * scale
+    root = torch.randn(2, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * scale**0.5
+    singular = root.T @ root
+    for solve in (lambda grams: factor_ridges(grams, 0.0), lambda grams: [factor_ridge(g, 0.0) for g in grams]):
+        with pytest.raises(NumericalError, match="3 x 3 system is singular"):
+            solve([good, singular, good])
+        with pytest.raises(NumericalError, match="NaN or infinity"):
+            solve([good, good / 0])
+    with pytest.raises(HyperParamsError):
+        factor_ridges([good], -1.0)
