@@ -20,6 +20,7 @@ SECTIONS = {
     "files": "Files of records and facts, of every layout",
     "command line": "Arguments of every command",
     "artefacts": "What the package wrote itself, changed afterwards",
+    "artefact bytes": "The same files with bytes flipped, cut off, doubled or put in, up to three times",
     "interrupts": "Interrupts at every line of editing, patching and capturing",
 }
 """Sections of the file in the order of the page, with what was tried."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -37,13 +38,14 @@ def load_texts(source: str | Path | Iterable[Any], n_samples: int | None = None)
         DataError: missing file, wrong layout, an unknown dataset, no text at all, or "generated", which needs a model
             (see `easyedit_moe.statistics.generated.corpus_texts`).
     """
-    texts = list(islice(iterate_texts(source), n_samples))
+    with closing(iterate_texts(source)) as found:
+        texts = list(islice(found, n_samples))
     if not texts:
         raise DataError(f"{_called(source)} holds no text; statistics need at least one.")
     return texts
 
 
-def iterate_texts(source: str | Path | Iterable[Any]) -> Iterator[str]:
+def iterate_texts(source: str | Path | Iterable[Any]) -> Generator[str]:
     """As `load_texts`, one text after the other; of files and datasets no more is read than is taken.
 
     Raises:
@@ -51,12 +53,23 @@ def iterate_texts(source: str | Path | Iterable[Any]) -> Iterator[str]:
     """
     name = _called(source)
     if isinstance(source, (str, Path)):
-        items = _named(name)
-    else:
-        items = source
-        if isinstance(source, Mapping) or not isinstance(source, Iterable):
-            raise DataError(f"{name}: expected a list of texts or records; found {type(source).__name__}.")
-    return (text for text in (_text(item, name) for item in items) if text.strip())
+        return _opened(_named(name), name)
+    if isinstance(source, Mapping) or not isinstance(source, Iterable):
+        raise DataError(f"{name}: expected a list of texts or records; found {type(source).__name__}.")
+    return _texts(source, name)
+
+
+def _opened(items: Generator[Any], name: str) -> Generator[str]:
+    """Texts of what was opened here, which is closed with them: left to the collector, an interrupt there is lost."""
+    with closing(items):
+        yield from _texts(items, name)
+
+
+def _texts(items: Iterable[Any], name: str) -> Generator[str]:
+    for item in items:
+        text = _text(item, name)
+        if text.strip():
+            yield text
 
 
 def source_stamp(source: str | Path) -> tuple[Any, ...] | None:
@@ -84,7 +97,7 @@ def _called(source: Any) -> str:
     return str(source) if isinstance(source, (str, Path)) else "the given corpus"
 
 
-def _named(name: str) -> Iterable[Any]:
+def _named(name: str) -> Generator[Any]:
     if name == GENERATED:
         raise DataError(
             f"{GENERATED!r} means texts that a model samples, and there is no model here; give a file, a folder or the "
@@ -100,7 +113,7 @@ def _named(name: str) -> Iterable[Any]:
     return _hub_dataset(name)
 
 
-def _folder(folder: Path) -> Iterable[Any]:
+def _folder(folder: Path) -> Generator[Any]:
     inside = (path for path in sorted(folder.rglob("*")) if os.path.isfile(path))
     shown = [path for path in inside if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     files = [path for path in shown if path.suffix.lower() in FOLDER_SUFFIXES]
@@ -111,10 +124,15 @@ def _folder(folder: Path) -> Iterable[Any]:
         logger.info(
             "Of %d files in %s, %d are read; left out are such as %s.", len(shown), folder, len(files), left_out
         )
-    return (item for path in files for item in _file(path))
+    return _files(files)
 
 
-def _file(path: Path) -> Iterator[Any]:
+def _files(files: Iterable[Path]) -> Generator[Any]:
+    for path in files:
+        yield from _file(path)
+
+
+def _file(path: Path) -> Generator[Any]:
     kind = path.suffix.lower()
     try:
         if kind == ".parquet":
@@ -133,7 +151,7 @@ def _file(path: Path) -> Iterator[Any]:
         raise DataError(f"{path} can't be read as {path.suffix or 'UTF-8 text'}: {error}") from error
 
 
-def _parquet(path: Path) -> Iterator[str]:
+def _parquet(path: Path) -> Generator[str]:
     try:
         from pyarrow import parquet
     except ImportError as error:
@@ -146,7 +164,7 @@ def _parquet(path: Path) -> Iterator[str]:
             yield from (text for text in batch.column(0).to_pylist() if text is not None)
 
 
-def _hub_dataset(name: str) -> Iterable[Any]:
+def _hub_dataset(name: str) -> Generator[Any]:
     aliases = {
         "wikipedia": ("wikimedia/wikipedia", "20231101.en"),
         "wikitext": ("Salesforce/wikitext", "wikitext-103-raw-v1"),

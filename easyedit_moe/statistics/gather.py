@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -140,8 +141,8 @@ def _corpus(
         if hparams.mom2_n_tokens is None:
             texts = load_texts(source, n_samples)
         else:
-            found = islice(iterate_texts(source), n_samples)
-            texts = load_texts(_up_to(hparams.mom2_n_tokens, found, tok, cut, known))
+            with closing(iterate_texts(source)) as found:
+                texts = load_texts(_up_to(hparams.mom2_n_tokens, islice(found, n_samples), tok, cut, known))
         first, name, count = texts[:_FIRST_TEXTS], corpus_hash(texts), len(texts)
         if stamp is not None:
             _HASHED[stamp, n_samples] = name, count

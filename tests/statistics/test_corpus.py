@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from easyedit_moe.errors import DataError
+from easyedit_moe.statistics import corpus
 from easyedit_moe.statistics.corpus import corpus_hash, load_texts
 
 TEXTS = ["Angola is in Africa.", "Zoë lives in 東京.", "The fox jumps."]
@@ -197,3 +199,20 @@ def test_hash_changes_with_content() -> None:
     assert corpus_hash(TEXTS) == corpus_hash(list(TEXTS))
     others = [TEXTS[:2], TEXTS[::-1], [*TEXTS[:2], TEXTS[2] + "!"], [TEXTS[0] + TEXTS[1], TEXTS[2]], [*TEXTS, ""]]
     assert len({corpus_hash(t) for t in [TEXTS, *others]}) == len(others) + 1
+
+
+@pytest.mark.parametrize("place", ["file", "folder"])
+def test_an_interrupt_while_a_file_is_closed_is_not_lost(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "corpus.txt", "a\nb\n")
+
+    def interrupted(path: Path) -> Iterator[str]:
+        try:
+            yield from ("a", "b")
+        finally:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(corpus, "_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        load_texts(path if place == "file" else tmp_path, 1)
