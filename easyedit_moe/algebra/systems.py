@@ -85,9 +85,11 @@ def factor_ridges(grams: Sequence[Tensor], lambda_reg: float) -> list[Tensor]:
     diagonal = torch.diagonal(stacked, dim1=1, dim2=2)
     diagonal.add_(free.to(stacked) + lambda_reg * (~free).to(stacked))
     factors, failed = torch.linalg.cholesky_ex(stacked)
+    # What was not positive definite has no inverse, and is told below.
+    invertible = torch.where((failed == 0)[:, None, None], factors, torch.eye(side).to(factors))
     limit = torch.tensor([inflation_limit(n) for n in sizes], dtype=stacked.dtype, device=device)[:, None]
-    inflation = diagonal * torch.diagonal(torch.cholesky_inverse(factors), dim1=1, dim2=2)
-    # As in `cholesky_`, the bound by the ridge settles it where it can; a failed factor's inverse says nothing.
+    inflation = diagonal * torch.diagonal(torch.cholesky_inverse(invertible), dim1=1, dim2=2)
+    # As in `cholesky_`, the bound by the ridge settles it where it can.
     regular = (inflation <= limit) | (diagonal <= limit * lambda_reg) | free
     bad = ((failed != 0) | ~regular.all(1)).tolist()
     if any(bad):
