@@ -17,6 +17,7 @@ from easyedit_moe import factworld
 from easyedit_moe.editor import MoEEditor
 from easyedit_moe.errors import EditingWarning
 from easyedit_moe.hparams import load_hyperparams
+from easyedit_moe.measure import resident_bytes
 from easyedit_moe.storage.checksums import checksum
 
 
@@ -61,7 +62,7 @@ def _series(benchmark: str, options: Options, count: int, size: int) -> list[dic
             disk = sum(file.stat().st_size for file in Path(stats).rglob("*") if file.is_file())
             return {
                 "benchmark": benchmark, "device": options.device, "what": options.method, "size": size, "made": made,
-                "seconds": seconds, "resident bytes": _resident(), "disk bytes": disk, **more,
+                "seconds": seconds, "resident bytes": resident_bytes(), "disk bytes": disk, **more,
             }  # fmt: skip
 
         for first in range(0, count, part):
@@ -89,10 +90,3 @@ def _editor(options: Options, model: nn.Module, tok: Any, stats: str, size: int)
 def _state(model: nn.Module) -> dict[str, int]:
     tensors: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
     return {name: checksum(tensor.detach()) for name, tensor in tensors}
-
-
-def _resident() -> int:
-    """Bytes of this process in main memory; 0 outside Linux."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:"))

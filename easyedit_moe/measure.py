@@ -56,9 +56,16 @@ def peak_memory_bytes() -> int:
     """
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return sum(torch.cuda.max_memory_allocated(d) for d in range(torch.cuda.device_count()))
+    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def resident_bytes() -> int:
+    """Bytes of this process in main memory now; 0 outside Linux."""
+    return _status("VmRSS")
+
+
+def _status(entry: str) -> int:
+    """Bytes of an entry of the process's status, 0 where the system has none."""
     status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    lines = status.read_text().splitlines() if status.exists() else []
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{entry}:"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -67,6 +68,33 @@ def factor_ridge_(gram: Tensor, lambda_reg: float) -> Tensor:
     if factor is None:
         raise singular_system(len(gram), lambda_reg)
     return factor
+
+
+def factor_ridges(grams: Sequence[Tensor], lambda_reg: float) -> list[Tensor]:
+    """`factor_ridge` of several small matrices on one device, padded and at once; raises as there, for the first."""
+    check_lambda(lambda_reg)
+    if not grams:
+        return []
+    sizes = [len(gram) for gram in grams]
+    side, device = max(sizes), grams[0].device
+    pad = torch.nn.functional.pad
+    stacked = torch.stack([pad(gram, (0, side - n, 0, side - n)) for gram, n in zip(grams, sizes, strict=True)])
+    if not torch.isfinite(stacked).all():
+        raise keys_not_finite()
+    free = torch.tensor(sizes, device=device)[:, None] <= torch.arange(side, device=device)
+    diagonal = torch.diagonal(stacked, dim1=1, dim2=2)
+    diagonal.add_(free.to(stacked) + lambda_reg * (~free).to(stacked))
+    factors, failed = torch.linalg.cholesky_ex(stacked)
+    # What was not positive definite has no inverse, and is told below.
+    invertible = torch.where((failed == 0)[:, None, None], factors, torch.eye(side).to(factors))
+    limit = torch.tensor([inflation_limit(n) for n in sizes], dtype=stacked.dtype, device=device)[:, None]
+    inflation = diagonal * torch.diagonal(torch.cholesky_inverse(invertible), dim1=1, dim2=2)
+    # As in `cholesky_`, the bound by the ridge settles it where it can.
+    regular = (inflation <= limit) | (diagonal <= limit * lambda_reg) | free
+    bad = ((failed != 0) | ~regular.all(1)).tolist()
+    if any(bad):
+        raise singular_system(sizes[bad.index(True)], lambda_reg)
+    return [factor[:n, :n] for factor, n in zip(factors, sizes, strict=True)]
 
 
 def check_lambda(lambda_reg: float) -> None:

@@ -1,0 +1,229 @@
+"""A life of edits: facts of the bundled world are changed one batch after another, also facts that were changed before.
+
+python examples/lifelong.py --edits 1000 --batch-size 100 --out results/lifelong
+
+Each method starts from the same model and gets the same stream of edits. An interrupted run goes on when it is called
+again: target vectors are kept under --out, so that the edits that were made are made again quickly, and the points that
+were measured are not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from easyedit_moe import factworld, load_hyperparams
+from easyedit_moe.editors import make_editor
+from easyedit_moe.errors import EditingWarning, PatchError
+from easyedit_moe.evaluation.scoring import score_targets
+from easyedit_moe.facts.requests import EditRequest, parse_requests
+from easyedit_moe.factworld.world import RELATIONS, build_world
+from easyedit_moe.measure import resident_bytes
+from easyedit_moe.moe.fingerprint import weights_fingerprint
+from easyedit_moe.moe.layers import MoELayerView
+from easyedit_moe.moe.loading import load_model
+from easyedit_moe.statistics.corpus import load_texts
+from easyedit_moe.storage.strict_json import write_json
+
+SCHEMA = 1
+APART = 100
+"""Edits between two of one fact at least, so that no batch holds both."""
+FIRST = 100
+"""Edits whose retention is watched, where they are never superseded."""
+Pair = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Edits in their order, and what is asked besides.
+
+    Attributes:
+        edits: a prompt that comes again supersedes its earlier target.
+        retained: of the first edits, those that nothing supersedes, as (prompt, target).
+        untouched: facts of people that are never edited.
+        texts: of the same people, as (beginning, rest), for the perplexity.
+    """
+
+    edits: tuple[EditRequest, ...]
+    retained: tuple[Pair, ...]
+    untouched: tuple[Pair, ...]
+    texts: tuple[Pair, ...]
+
+    def latest(self, start: int, stop: int) -> list[Pair]:
+        """The facts of some edits with the values they have at the last of them."""
+        return list({one.prompt: one.target_new for one in self.edits[start:stop]}.items())
+
+
+def stream(count: int, asked: int, seed: int = 0) -> Stream:
+    """``count`` edits drawn from the world; of what is asked besides, at most ``asked`` of each kind."""
+    world, rng = build_world(), random.Random(seed)
+    facts = [(person, relation) for person in world.evaluated for relation in RELATIONS]
+    value = {(person, relation.name): world.facts[person][relation.name] for person, relation in facts}
+    recent: list[tuple[str, str]] = []
+    made: list[dict[str, str]] = []
+    while len(made) < count:
+        person, relation = rng.choice(facts)
+        fact = (person, relation.name)
+        if fact in recent[-APART:]:
+            continue
+        value[fact] = rng.choice([one for one in relation.objects if one != value[fact]])
+        recent.append(fact)
+        prompt = relation.templates[0].format(person)
+        made.append({"prompt": prompt, "subject": person, "target_new": value[fact]})
+    # One by one: together, they would have to agree.
+    edits = tuple(parse_requests([one])[0] for one in made)
+    last = {one.prompt: number for number, one in enumerate(edits)}
+    retained = [(one.prompt, one.target_new) for n, one in enumerate(edits[:FIRST]) if last[one.prompt] == n]
+    untouched = [(r.templates[0].format(p), world.facts[p][r.name]) for p in world.bystanders for r in RELATIONS]
+    lines = [line.partition(". ") for line in load_texts(factworld.MODEL_NAME)]
+    texts = [(f"{head}.", rest) for head, _, rest in lines if rest]
+    some = [tuple(rng.sample(part, min(asked, len(part)))) for part in (retained, untouched, texts)]
+    return Stream(edits, *some)
+
+
+class Life:
+    """One method on one model along the stream."""
+
+    def __init__(self, method: str, changes: dict[str, Any], edits: Stream, asked: int, folder: Path) -> None:
+        kept = {"target_cache_dir": str(folder / "targets"), "stats_dir": str(folder / "stats")}
+        self.hparams = load_hyperparams(f"{method}/factworld", **(kept | changes))
+        self.model, self.tok = load_model(self.hparams.model_name, self.hparams.dtype, self.hparams.device)
+        self.stream, self.asked = edits, asked
+        self.view = MoELayerView(self.model)
+        self.norms = self._norms()
+
+    def run(self, batch_size: int, every: int, known: Sequence[dict[str, Any]], save: Any) -> list[dict[str, Any]]:
+        """All edits; a point at the beginning and after every so many. Raises PatchError where a run that is taken up
+        leads elsewhere.
+        """
+        editor, memory, points, seconds, since = make_editor(self.hparams, progress=False), None, [], 0.0, 0
+        editor.prepare(self.model, self.tok)
+        known = list(known)
+        for start in range(0, len(self.stream.edits) + 1, batch_size):
+            if start == 0 or start % every == 0 or start >= len(self.stream.edits):
+                weights = weights_fingerprint(self.view)
+                if len(points) < len(known):
+                    point = known[len(points)]
+                    if (point["edits"], point["weights"]) != (start, weights):
+                        raise PatchError(f"The run in --out had other weights after {start} edits; take another --out.")
+                else:
+                    point = {"edits": start, "weights": weights, **self._measured(start, since)}
+                    # After an interruption some of these edits found their targets in the cache.
+                    timed = start > 0 and not (known and len(points) == len(known))
+                    point |= {"seconds per edit": seconds / (start - since) if timed else None}
+                points.append(point)
+                save(points)
+                seconds, since = 0.0, start
+            batch = list(self.stream.edits[start : start + batch_size])
+            if batch:
+                begun = time.perf_counter()
+                result = editor.edit(self.model, self.tok, batch, memory)
+                # The patch is let go: nothing is undone here, so nothing has to be held for that.
+                memory, result = result.memory, None
+                seconds += time.perf_counter() - begun
+        return points
+
+    def _measured(self, made: int, since: int) -> dict[str, Any]:
+        """Shares of facts that greedy decoding writes, in percent, and what a model is otherwise."""
+        so_far = self.stream.latest(0, made)
+        some = random.Random(made).sample(so_far, min(self.asked, len(so_far)))
+        return {
+            "efficacy, all so far": self._written(some),
+            "efficacy, since the last point": self._written(self.stream.latest(since, made)[-self.asked :]),
+            "retention, first, never superseded": self._written(self.stream.retained) if made >= FIRST else None,
+            "specificity, never edited": self._written(self.stream.untouched),
+            "perplexity": self._perplexity(),
+            "norm growth per layer": {n: size / self.norms[n] for n, size in self._norms().items()},
+            "resident bytes": resident_bytes(),
+        }
+
+    def _written(self, pairs: Sequence[Pair]) -> float | None:
+        if not pairs:
+            return None
+        return 100 * sum(score.exact for score in score_targets(self.model, self.tok, pairs)) / len(pairs)
+
+    def _perplexity(self) -> float:
+        scores = score_targets(self.model, self.tok, self.stream.texts)
+        tokens = [len(score.labels) for score in scores]
+        return math.exp(sum(s.nll * n for s, n in zip(scores, tokens, strict=True)) / sum(tokens))
+
+    def _norms(self) -> dict[int, float]:
+        """Norm of all experts' down-projections of each edited layer."""
+        found = {}
+        for layer in self.hparams.edited_layers:
+            experts = self.view.layers[layer].experts
+            sizes = [float(experts.read(j).detach().float().norm()) for j in range(experts.layout.num_experts)]
+            found[layer] = math.hypot(*sizes)
+        return found
+
+
+def plot(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """One panel per quantity, one line per method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    kinds = [name for name in next(iter(runs.values()))[0] if name not in ("edits", "weights")]
+    figure, axes = plt.subplots(2, math.ceil(len(kinds) / 2), figsize=(18, 7), layout="constrained")
+    for axis, kind in zip(axes.flat, kinds, strict=False):
+        for label, points in runs.items():
+            values = [max(p[kind].values()) if isinstance(p[kind], dict) else p[kind] for p in points]
+            axis.plot([p["edits"] for p in points], [math.nan if v is None else v for v in values], label=label)
+        axis.set(title=kind.replace("per layer", "(largest layer)"), xlabel="edits")
+    axes.flat[0].legend()
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("results/lifelong"))
+    parser.add_argument("--edits", type=int, default=1000)
+    parser.add_argument("--batch-size", type=int, default=100, help=f"at most {APART}")
+    parser.add_argument("--every", type=int, default=100, help="edits between two points")
+    parser.add_argument("--asked", type=int, default=300, help="prompts of each kind at a point")
+    parser.add_argument("--methods", nargs="+", default=["Global"])
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="hyper-parameters, values as JSON")
+    parser.add_argument("--plot", action="store_true", help="draw lifelong.png; needs matplotlib")
+    args = parser.parse_args()
+    if not 1 <= args.batch_size <= APART or args.every % args.batch_size:
+        parser.error(f"--batch-size must be 1 to {APART}, and --every a multiple of it")
+    changes = {name: json.loads(value) for name, _, value in (one.partition("=") for one in args.set)}
+    path = args.out / "lifelong.json"
+    settings = {name: getattr(args, name) for name in ("edits", "batch_size", "every", "asked")} | {"set": changes}
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"settings": settings, "runs": {}}
+    if earlier["settings"] != settings:
+        parser.error(f"{path} is of other settings: {earlier['settings']}")
+    runs: dict[str, list[dict[str, Any]]] = earlier["runs"]
+    edits = stream(args.edits, args.asked)
+    for method in args.methods:
+        known = runs.get(method, [])
+        if known and known[-1]["edits"] == args.edits:
+            continue
+
+        def save(points: list[dict[str, Any]], method: str = method) -> None:
+            if len(points) >= len(runs.get(method, [])):
+                runs[method] = points
+                write_json(path, {"schema": SCHEMA, "settings": settings, "runs": runs})
+                Console().print(f"{method}: {points[-1]}", highlight=False)
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", EditingWarning)  # what is not reached shows in the points
+            Life(method, changes, edits, args.asked, args.out).run(args.batch_size, args.every, known, save)
+    if args.plot:
+        plot(runs, args.out / "lifelong.png")
+
+
+if __name__ == "__main__":
+    main()

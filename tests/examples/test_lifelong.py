@@ -1,0 +1,94 @@
+"""The lifelong example: its stream supersedes facts, its points are what they say, and it goes on where it was."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from easyedit_moe.errors import PatchError
+from easyedit_moe.facts.requests import check_batch
+from easyedit_moe.factworld.world import build_world
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "lifelong.py"
+SMALL = ["--edits", "5", "--batch-size", "2", "--every", "2", "--asked", "8", "--set", "v_num_grad_steps=8"]
+
+
+@pytest.fixture(scope="module")
+def lifelong() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("lifelong", EXAMPLE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["lifelong"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(lifelong: ModuleType, out: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> list[dict[str, Any]]:
+    monkeypatch.setattr(sys, "argv", ["lifelong.py", "--out", str(out), *SMALL, *more])
+    lifelong.main()
+    found: list[dict[str, Any]] = json.loads((out / "lifelong.json").read_text(encoding="utf-8"))["runs"]["Global"]
+    return found
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_stream_supersedes_and_says_what_it_does_not(lifelong: ModuleType, seed: int) -> None:
+    found, world = lifelong.stream(2500, 50, seed), build_world()
+    value = {r.templates[0].format(p): world.facts[p][r.name] for p in world.evaluated for r in lifelong.RELATIONS}
+    for one in found.edits:
+        assert one.target_new != value[one.prompt], "an edit changes something"
+        value[one.prompt] = one.target_new
+    assert dict(found.latest(0, 2500)) == {one.prompt: value[one.prompt] for one in found.edits}
+    assert len(found.latest(0, 2500)) < 1300
+    later = {one.prompt for one in found.edits[100:]}
+    assert found.retained
+    assert not {prompt for prompt, _ in found.retained} & later
+    edited = {one.subject for one in found.edits}
+    assert not any(person in prompt for prompt, _ in found.untouched for person in edited)
+    assert len(found.untouched) == len(found.texts) == 50
+    for start in range(0, 2500, 100):
+        check_batch(found.edits[start : start + 100])
+
+
+def test_an_interrupted_run_goes_on_to_the_same_points(
+    lifelong: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(lifelong, tmp_path / "whole", monkeypatch)
+    assert [point["edits"] for point in whole] == [0, 2, 4, 5]
+    assert whole[0]["specificity, never edited"] > 90
+    assert whole[0]["seconds per edit"] is None
+    assert all(point["seconds per edit"] > 0 for point in whole[1:])
+    assert max(whole[-1]["norm growth per layer"].values()) > 1
+    file = tmp_path / "whole" / "lifelong.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["runs"]["Global"] = content["runs"]["Global"][:2]
+    file.write_text(json.dumps(content), encoding="utf-8")
+    again = run(lifelong, tmp_path / "whole", monkeypatch)
+    assert [point["weights"] for point in again] == [point["weights"] for point in whole]
+    assert again[:2] == whole[:2]
+    assert [point["seconds per edit"] is None for point in again] == [True, False, True, False]
+    for kind in ("efficacy, all so far", "specificity, never edited", "perplexity"):
+        assert [point[kind] for point in again] == [point[kind] for point in whole]
+    content["runs"]["Global"][1]["weights"] = "0" * 64
+    file.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(PatchError, match="after 2 edits"):
+        run(lifelong, tmp_path / "whole", monkeypatch)
+
+
+def test_other_settings_are_not_mixed(
+    lifelong: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"edits": 9, "batch_size": 2, "every": 2, "asked": 8, "set": {}}
+    (tmp_path / "lifelong.json").write_text(json.dumps({"settings": settings, "runs": {}}), encoding="utf-8")
+    with pytest.raises(SystemExit):
+        run(lifelong, tmp_path, monkeypatch)
+    assert "is of other settings" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(lifelong, tmp_path / "new", monkeypatch, "--every", "3")
+    assert "a multiple of it" in capsys.readouterr().err
