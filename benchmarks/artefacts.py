@@ -135,7 +135,8 @@ def _caches(model: nn.Module, folder: Path) -> Iterator[Artefact]:
 
     def targets() -> str:
         found = cached_targets(folder / "targets", "small", print_of, search, [FACT])
-        return _of(list(vars(found).values()))
+        # Files of earlier versions do not say in whose company a target was found.
+        return _of([value for name, value in vars(found).items() if name != "batch"])
 
     targets()
     yield Artefact("target vector", CACHE, _only(folder / "targets", "target*"), targets)

@@ -74,6 +74,14 @@ def points(events: list[Place]) -> list[int]:
 
 def sweep(work: Work, stride: int = 1, offset: int = 0) -> Swept:
     """Interrupt ``work`` at every ``stride``-th of its points, beginning with number ``offset``."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores SIGINT
+    try:
+        return _swept(work, stride, offset)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def _swept(work: Work, stride: int, offset: int) -> Swept:
     found = Swept(work.name)
     before = _known(work)
     events = executed(work.act)

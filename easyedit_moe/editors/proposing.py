@@ -264,9 +264,8 @@ class _Proposing:
         if len(self.moe_layers) < self.depth:
             where += f"; {'MoE layers' if self.site == EXPERTS else 'layers with it'} are {_runs(self.moe_layers)}"
         if self.row.depth == "all":
-            return Chosen(
-                "layers", sorted(self.moe_layers), f"papers: all of the {self.depth} layers that have experts"
-            )
+            every = f"papers: all that have experts, {len(self.moe_layers)} of {self.depth} layers"
+            return Chosen("layers", [*self.moe_layers], every)
         if self.row.depth == "last" or edits_one_layer(self.method):
             return Chosen("layers", window[-1:], f"the last of {_runs(window)}, {where}")
         return Chosen("layers", window, where)

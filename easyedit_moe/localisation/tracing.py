@@ -141,8 +141,6 @@ class CausalTracing:
     ) -> None:
         if not facts:
             raise DataError("There is no fact to trace: each needs a subject, and an answer that the model gives.")
-        if settings.samples < 1 or settings.batch_size < 1 or not settings.noise >= 0:
-            raise DataError(f"Tracing needs samples >= 1, batch_size >= 1 and noise >= 0; found {settings}.")
         view.require(layers)
         self.view, self.facts, self.layers, self.settings = view, list(facts), list(layers), settings
         self._pad = pad_id(tok)

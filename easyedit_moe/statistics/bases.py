@@ -147,9 +147,10 @@ def load_basis(
     count, d, h = ("E", "d", "h") if layout is None else (layout.num_experts, layout.d_model, layout.d_hidden)
     with content_of(path, DamagedCacheError, _ADVICE):
         described = read_record(metadata, _Described)
+        ranks: tuple[int | str, ...] = tuple(f"rank of {n}" for n in _PARTS) if key.energy else key.ranks
         expected = {
             name: Expected((size, rank), (torch.float64,))
-            for name, size, rank in zip(_PARTS, (count, d, h), key.ranks, strict=True)
+            for name, size, rank in zip(_PARTS, (count, d, h), ranks, strict=True)
         }
         check_tensors(tensors, expected)
     parts = {name: tensor.to(device) for name, tensor in tensors.items()}

@@ -119,7 +119,7 @@ def test_inspect_and_evaluate(edited: Path) -> None:
     for text in ("Global", "Hanna Bilsski lives in", "factored updates", "held", "lambda_reg"):
         assert text in shown
     table = run("evaluate", "--patch", patch, "--data", edited / "facts.csv").stdout
-    (row,) = re.findall(r"efficacy\W+([\d.]+) ± \S+\W+([\d.]+) ±", table)
+    (row,) = re.findall(r"efficacy\W+([\d.]+) \[[^]]+\] \w\W+([\d.]+) \[", table)
     assert float(row[1]) > float(row[0])
 
 

@@ -34,7 +34,6 @@ def test_each_method_starts_from_the_same_weights_and_leaves_them(task: Task, tm
     for row in result.rows:
         assert row.scores == rows[row.method].scores
     assert result.rows[0].routing["edit"]["mean"] == 100
-    assert result.rows[1].routing["edit"]["mean"] < 100
     assert all(row.seconds["targets"] > 0 and row.peak_memory_bytes > 0 for row in result.rows[1:])
 
 

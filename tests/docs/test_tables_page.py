@@ -7,6 +7,7 @@ from pathlib import Path
 
 from easyedit_moe.comparison.paper_report import markdown
 from easyedit_moe.comparison.papers import TABLES
+from easyedit_moe.comparison.report import markdown as compare_markdown
 from easyedit_moe.comparison.saved import read_results
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -33,3 +34,10 @@ def test_results_of_earlier_versions_are_read() -> None:
         found = read_results(DOCS / f"{name}.json")
         assert found.complete
         assert found.rows[0].method == "pre-edit"
+
+
+def test_the_page_of_real_facts_has_the_table_of_its_file() -> None:
+    comparison = read_results(DOCS / "real-facts.json")
+    assert comparison.complete
+    assert compare_markdown(comparison) in (DOCS / "real-facts.md").read_text(encoding="utf-8")
+    assert comparison.provenance["skip"] >= 40, "settings were chosen on the records before"

@@ -111,10 +111,10 @@ def test_the_command_that_gathers_on_several_gpus_takes_the_site(folder: Path) -
     hp = hparams(folder, site=SHARED_EXPERT, layers=[1], model_name=str(folder / "model"))
     hp.to_yaml(folder / "hparams.yaml")
     main([str(folder / "hparams.yaml"), "--stats-dir", str(folder / "stats")])
-    files = list((folder / "stats").rglob("*.safetensors"))
+    files = list((folder / "stats").rglob("layer*.safetensors"))
     assert [read_metadata(file, CacheError, "")["key"]["site"] for file in files] == [SHARED_EXPERT]
     make_editor(hp, progress=False).prepare(model, TOK)
-    assert list((folder / "stats").rglob("*.safetensors")) == files, "what was gathered is read"
+    assert list((folder / "stats").rglob("layer*.safetensors")) == files, "what was gathered is read"
 
 
 def test_patches_of_one_site_merge_and_of_two_do_not(folder: Path) -> None:

@@ -192,7 +192,7 @@ def test_the_published_codes_residual_and_ridge_by_hand(data: Path) -> None:
     hp = plain_ridge(data, "MoEEdit-BCD", layers=[0, 1, 2], variant="code", num_passes=200, lambda_reg=0.5)
     model, manual, editor = tiny_model(), tiny_model(), make_editor(hp, progress=False)
     first = editor.edit(model, TOK, facts(2))
-    second = editor.edit(model, TOK, facts(4)[2:], replace(first.memory, edits=400))
+    second = editor.edit(model, TOK, facts(4)[2:], first.memory.extended([], 398))
     for chosen, result, ridge in ((requests(2), first, 0.5), (requests(4)[2:], second, 0.7)):
         wanted = captured(manual, hp, 2, chosen)[1] + result.targets[0].delta
         for left, layer in ((3, 0), (2, 1), (1, 2)):

@@ -63,7 +63,7 @@ def test_specificity_counts_what_changed() -> None:
     given = load_records("factworld").records[0]
     prompts = tuple(prompt for prompt, _ in given.neighbours)
     records = answered(model, tok, [replace(given, neighbours=(), unanswered=prompts)])
-    assert evaluate(model, tok, records, "token_accuracy").specificity == Score(100.0, 0.0, 1)
+    assert evaluate(model, tok, records, "token_accuracy").specificity == Score.of([1.0])
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))

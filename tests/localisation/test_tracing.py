@@ -162,9 +162,9 @@ def test_draws_do_not_depend_on_other_facts_or_on_the_batch() -> None:
     assert not torch.allclose(whole.corrupted, other.corrupted)
 
 
-def test_without_noise_nothing_is_lost() -> None:
+def test_with_next_to_no_noise_nothing_is_lost() -> None:
     model = shared_model()
-    tracing = CausalTracing(MoELayerView(model), TOK, traced(model), [2], TraceSettings(noise=0.0, samples=2))
+    tracing = CausalTracing(MoELayerView(model), TOK, traced(model), [2], TraceSettings(noise=1e-9, samples=2))
     torch.testing.assert_close(tracing.corrupted, tracing.clean[:, None].expand(-1, 2))
     assert tracing.layer(2).effect.mean == pytest.approx(0, abs=1e-4)
 
@@ -191,8 +191,9 @@ def test_refusals() -> None:
     found = traced(view.model)
     with pytest.raises(DataError, match="no fact to trace"):
         CausalTracing(view, TOK, [], [1], SETTINGS)
-    with pytest.raises(DataError, match="samples >= 1"):
-        CausalTracing(view, TOK, found, [1], TraceSettings(samples=0))
+    for wrong in ({"samples": 0}, {"batch_size": 0}, {"noise": 0.0}, {"noise": float("nan")}, {"noise": float("inf")}):
+        with pytest.raises(DataError, match="at least 1 and noise greater than 0"):
+            TraceSettings(**wrong)
     with pytest.raises(LayerError, match="dense"):
         CausalTracing(view, TOK, found, [0], SETTINGS)
 

@@ -53,7 +53,7 @@ def test_a_patch_of_an_editor(tmp_path: Path) -> None:
     assert found["bytes"] == path.stat().st_size
     assert found["originals"] is True
     assert found["warnings"] == ["told"]
-    assert found["notes"] == [{"diagnosis": {"share": 0.5}}]
+    assert [note["diagnosis"] for note in found["notes"]] == [{"share": 0.5}]
     assert found["settings"][0]["alg_name"] == "Global"
     assert found["versions"]["torch"] == torch.__version__
     assert describe(patch)["bytes"] is None
