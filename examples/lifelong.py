@@ -109,8 +109,9 @@ class Life:
         editor, memory, points, seconds, since = make_editor(self.hparams, progress=False), None, [], 0.0, 0
         editor.prepare(self.model, self.tok)
         known = list(known)
-        for start in range(0, len(self.stream.edits) + 1, batch_size):
-            if start == 0 or start % every == 0 or start >= len(self.stream.edits):
+        count = len(self.stream.edits)
+        for start in [*range(0, count, batch_size), count]:
+            if start % every == 0 or start == count:
                 weights = weights_fingerprint(self.view)
                 if len(points) < len(known):
                     point = known[len(points)]
