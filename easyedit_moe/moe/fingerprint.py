@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +15,6 @@ from easyedit_moe.moe.wrappers import own_parameters, plain_model, plain_name
 from easyedit_moe.storage.checksums import checksums, checksums_of
 
 _SAMPLES_PER_PARAMETER = 1024
-_KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[_State, str]] = weakref.WeakKeyDictionary()
-"""The newest fingerprint of each model."""
 
 
 def model_fingerprint(
@@ -29,56 +24,8 @@ def model_fingerprint(
 
     What an edit writes is left out, so that the fingerprint is that of the unedited model before and after it; where
     that is more than down-projections, ``without`` names the other parameters, or ``instead`` has what they held.
-
-    It is computed anew once a parameter lies elsewhere, was written in place, or holds another first number: writes
-    through ``.data``, which torch does not count, are seen by that.
     """
-    if without or instead:
-        return _fingerprint(view, type(view.model), view.model.named_parameters(), without, instead or {})
-    now, known = _State.of(view), _KNOWN.get(view.model)
-    if now is None or known is None or not known[0].holds(now):
-        found = _fingerprint(view, type(view.model), view.model.named_parameters(), (), {})
-        if now is None:
-            return found
-        known = _KNOWN[view.model] = (now, found)
-    return known[1]
-
-
-@dataclass(frozen=True)
-class _State:
-    """What is to be as it was for a fingerprint to hold.
-
-    Attributes:
-        stamps: site, class, and of every parameter its name, identity and layout, and of sampled ones where it lies and
-            how often it was written in place.
-        parameters: all of them; while they live, no other one has their identity.
-        first: ``[n]`` float32, one number of each sampled one.
-    """
-
-    stamps: tuple[Any, ...]
-    parameters: tuple[weakref.ref[nn.Parameter], ...]
-    first: Tensor
-
-    @staticmethod
-    def of(view: MoELayerView) -> _State | None:
-        """Of a model as it is; None where torch counts no writes."""
-        skip, stamps, first = _edited(view), [view.site, type(view.model)], dict[torch.device, list[Tensor]]()
-        parameters = list(view.model.named_parameters())
-        for name, parameter in parameters:
-            if parameter.is_inference():
-                return None
-            stamps.append((name, id(parameter), parameter.shape, parameter.dtype, parameter.device))
-            if parameter not in skip:
-                stamps.append((parameter.data_ptr(), parameter._version))
-                if parameter.numel() and not parameter.is_meta:
-                    first.setdefault(parameter.device, []).append(parameter.detach()[(0,) * parameter.dim()].float())
-        numbers = torch.cat([torch.stack(some).cpu() for some in first.values()]) if first else torch.zeros(0)
-        return _State(tuple(stamps), tuple(weakref.ref(p) for _, p in parameters), numbers)
-
-    def holds(self, now: _State) -> bool:
-        """Whether nothing changed since."""
-        alive = all(parameter() is not None for parameter in self.parameters)
-        return alive and self.stamps == now.stamps and torch.equal(self.first, now.first)
+    return _fingerprint(view, type(view.model), view.model.named_parameters(), without, instead or {})
 
 
 def _edited(view: MoELayerView) -> set[nn.Parameter]:

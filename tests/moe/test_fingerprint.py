@@ -8,7 +8,6 @@ from tiny import FAMILIES, tiny_model
 from torch import nn
 
 from benchmarks.syncs import counted_syncs
-from easyedit_moe.moe import fingerprint
 from easyedit_moe.moe.fingerprint import down_checksums, model_fingerprint, weights_fingerprint
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.storage.checksums import checksum
@@ -59,10 +58,6 @@ def test_layers_on_the_meta_device_are_left_out() -> None:
     assert len(weights_fingerprint(view)) == 64
 
 
-def computed_anew(view: MoELayerView) -> str:
-    return fingerprint._fingerprint(view, type(view.model), view.model.named_parameters(), (), {})
-
-
 def router(model: nn.Module) -> nn.Parameter:
     return next(p for name, p in model.named_parameters() if name.endswith("mlp.gate.weight"))
 
@@ -86,27 +81,20 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_is_kept_is_let_go_with_any_change(change: str) -> None:
+def test_any_change_is_seen(change: str) -> None:
     view = MoELayerView(tiny_model())
     before = model_fingerprint(view)
-    assert model_fingerprint(view) == before == computed_anew(view)
+    assert model_fingerprint(view) == before
     with torch.no_grad():
         CHANGES[change](view.model)
-    assert model_fingerprint(view) == computed_anew(view) != before
+    assert model_fingerprint(view) != before
 
 
-def test_a_device_is_read_once_and_what_is_known_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_is_read_once() -> None:
     view = MoELayerView(tiny_model())
     with counted_syncs("cpu") as found:
-        computed_anew(view)
+        model_fingerprint(view)
     assert sum(found.values()) <= 3
-    model_fingerprint(view)
-    monkeypatch.setattr(fingerprint, "_fingerprint", lambda *_: "anew")
-    assert model_fingerprint(view) != "anew"
-    with torch.no_grad():
-        view.layers[1].experts.read(0).mul_(2)
-    assert model_fingerprint(view) != "anew"
-    assert model_fingerprint(view, without=["model.norm.weight"]) == "anew"
 
 
 def test_a_model_made_in_inference_mode_is_hashed_each_time() -> None:
