@@ -22,7 +22,7 @@ def ask(
     top_p: Annotated[float, typer.Option(help="Share of the probability that is drawn from.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     as_json: options.AsJson = False,
-    dtype: options.DType = "",
+    dtype: options.PatchDType = "",
     device: options.Device = "",
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:

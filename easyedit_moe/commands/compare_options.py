@@ -9,7 +9,10 @@ import typer
 More = Annotated[
     list[str] | None, typer.Argument(metavar="[METHOD]...", help="More methods, so that --methods A B C works.")
 ]
-Data = Annotated[str, typer.Option(help="JSON file of records; factworld and factworld-easyedit ship.")]
+Data = Annotated[
+    str,
+    typer.Option(help="File of records (.json, .jsonl, .csv, .tsv); factworld, factworld-easyedit and neutral ship."),
+]
 Methods = Annotated[
     list[str] | None,
     typer.Option(

@@ -29,7 +29,7 @@ def evaluate(
     chat: options.Chat = None,
     protocol: options.Protocol = "",
     out: Annotated[str, typer.Option(help="Folder for results.json and table.md; default: only shown.")] = "",
-    dtype: options.DType = "",
+    dtype: options.PatchDType = "",
     device: options.Device = "",
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:

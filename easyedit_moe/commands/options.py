@@ -24,6 +24,10 @@ Settings = Annotated[
 ]
 StatsDir = Annotated[str, typer.Option(help="Folder of cached statistics; default: that of the hparams.")]
 DType = Annotated[
+    str,
+    typer.Option(help="float32, bfloat16 or float16; default: that of a file of hparams, else the checkpoint's own."),
+]
+PatchDType = Annotated[
     str, typer.Option(help="float32, bfloat16 or float16; default: the patch's, else the checkpoint's own.")
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; default: that of the hparams.")]

@@ -24,3 +24,8 @@ class Mean:
         mean = sum(values) / n
         variance = sum((value - mean) ** 2 for value in values) / (n - 1) if n > 1 else 0.0
         return Mean(mean, sqrt(variance / n), n)
+
+
+def mean_of(values: Sequence[float]) -> float | None:
+    """The plain mean; None of no values."""
+    return sum(values) / len(values) if values else None

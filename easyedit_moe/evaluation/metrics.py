@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.errors import DataError
+from easyedit_moe.evaluation.means import mean_of
 from easyedit_moe.evaluation.scoring import TargetScore, score_targets
 from easyedit_moe.evaluation.summary import Score
 from easyedit_moe.facts.records import PROTOCOLS, EvaluationRecord
@@ -109,7 +110,7 @@ def _judge_counterfact(record: EvaluationRecord, scores: _Scores) -> _Row:
         return float(scores[prompt, request.target_new].nll < scores[prompt, true].nll)
 
     kept = [float(scores[p, answer].nll < scores[p, request.target_new].nll) for p, answer in record.neighbours]
-    return changed(request.prompt), _mean([changed(p) for p in record.paraphrases]), _mean(kept)
+    return changed(request.prompt), mean_of([changed(p) for p in record.paraphrases]), mean_of(kept)
 
 
 def _judge_tokens(record: EvaluationRecord, scores: _Scores) -> _Row:
@@ -117,8 +118,4 @@ def _judge_tokens(record: EvaluationRecord, scores: _Scores) -> _Row:
         return scores[prompt, record.request.target_new].token_accuracy
 
     kept = [scores[pair].token_accuracy for pair in record.neighbours]
-    return accuracy(record.request.prompt), _mean([accuracy(p) for p in record.paraphrases]), _mean(kept)
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+    return accuracy(record.request.prompt), mean_of([accuracy(p) for p in record.paraphrases]), mean_of(kept)

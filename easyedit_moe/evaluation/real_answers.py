@@ -24,7 +24,6 @@ Judge = Callable[[str, str, str], bool]
 """Whether an answer is right: called with the question, the target and the answer."""
 
 MATCHES = ("exact", "contains", "judged")
-ASKED = ("answer", "rephrase")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.errors import RequestError
+from easyedit_moe.evaluation.means import mean_of
 from easyedit_moe.facts.tokens import collate, encode_context, pad_id
 from easyedit_moe.moe.capture import Routing, hooks, inference_mode_of, read_routing, run
 from easyedit_moe.moe.layers import MoELayerView
@@ -124,16 +125,12 @@ def routing_similarity(before: RoutingSnapshot, after: RoutingSnapshot) -> dict[
         per_layer[index] = float(100 * (shared / union.clamp_min(1)).mean())
     windows = dict(zip(NAMES, routing_windows(before.num_layers), strict=True))
     means = {
-        name: _mean([value for layer, value in per_layer.items() if first <= layer <= last])
+        name: mean_of([value for layer, value in per_layer.items() if first <= layer <= last])
         for name, (first, last) in windows.items()
     }
     return {
-        "mean": _mean(list(per_layer.values())),
+        "mean": mean_of(list(per_layer.values())),
         **means,
         "windows": {name: list(ends) for name, ends in windows.items()},
         "per_layer": per_layer,
     }
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None

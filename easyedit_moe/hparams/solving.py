@@ -111,7 +111,6 @@ class SolverHyperParams(MoEHyperParams):
     """Keep what the keys of earlier sequential batches yield, as rows with zero residual; a prompt that is edited again
     counts once. The cost of a batch is bounded (`easyedit_moe.algebra.held`). As in AlphaEdit; off by default,
     which is ours."""
-
     keep_originals: bool = True
     """Whether a `MoEEditor` keeps what sequential edits overwrote, once, in main memory; without, they are undone with
     the unedited model as ``base``. Ours."""
