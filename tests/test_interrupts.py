@@ -24,7 +24,7 @@ SHORT = ("undo", "revert a patch", "attach an adapter", "detach an adapter", "ap
 @pytest.mark.parametrize("name", NAMES)
 def test_a_sample_of_all_lines(name: str) -> None:
     """benchmarks/robustness_interrupts.py tries every line."""
-    stride = 400 if name == "caches" else 17 if name in SHORT else 149
+    stride = 250 if name == "caches" else 17 if name in SHORT else 83
     (found,) = run_all([name], stride, offset=NAMES.index(name))
     assert found.tried >= 5
     assert found.bad == []
