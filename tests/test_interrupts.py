@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,15 @@ from benchmarks.interrupting import Work, sweep
 from benchmarks.robustness_interrupts import NAMES, run_all, works
 from easyedit_moe.interrupts import do_all, uninterrupted
 from easyedit_moe.moe.holding import held, intact
+
+
+@pytest.fixture(autouse=True)
+def sigint_interrupts() -> Iterator[None]:
+    """Whoever starts the tests may have SIGINT ignored, as shells do for jobs in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
 
 SHORT = ("undo", "revert a patch", "attach an adapter", "detach an adapter", "apply a patch", "capture")
 
