@@ -184,8 +184,9 @@ def test_every_method_gives_bit_equal_weights_in_both_homes(variant: str, pair: 
         assert_same_scores(theirs[0], ours[0])
         assert theirs[2].keys() == ours[2].keys()
         assert all(torch.equal(theirs[2][name], ours[2][name]) for name in ours[2])
-    sites = down_projections(both.host.model, both.host.hparams.layers)
-    assert changed(before, both.host.model) == sites
+    hp = both.host.hparams
+    written = hp.layers[-1:] if getattr(hp, "spread", "") == "last" else hp.layers
+    assert changed(before, both.host.model) == down_projections(both.host.model, written)
     trial = state_of(both.host.model)
     both.host.edit(PROMPTS[0], TRUTHS[0], subject=SUBJECTS[0], verbose=False)
     assert_same_state(trial, state_of(both.host.model))
