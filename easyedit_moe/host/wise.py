@@ -92,24 +92,34 @@ def unrelated_text(tok: PreTrainedTokenizerBase, number: int, prompt: str, targe
 
 @dataclass
 class WiseState:
-    """What was in the site's place before an edit; beside it what ``inner`` knows of the rest of the model."""
+    """What was in the site's place before an edit; beside it what ``inner`` knows of the rest of the model.
+
+    Attributes:
+        inner: of the rest.
+        site: name of the module.
+        module: that was there.
+        content: a copy of it, where it was WISE's, which an edit changes in place.
+    """
 
     inner: State
     site: str
     module: nn.Module
+    content: nn.Module | None = None
 
     @staticmethod
     def of(model: nn.Module, hparams: BaselineHyperParams, inner: State) -> WiseState:
-        """Taken before an edit: the site's own module, or a copy of WISE's, which the edit would change."""
+        """Taken before an edit."""
         name = site_of(hparams)
         module = module_of(model, name)
-        return WiseState(inner, name, _copy(module) if hasattr(module, "memory_weight") else module)
+        return WiseState(inner, name, module, _copy(module) if hasattr(module, "memory_weight") else None)
 
     def put_back(self, model: nn.Module) -> None:
         """The module in its place, and all else as ``inner`` has it."""
         self.inner.put_back(model)
         parent, _, name = self.site.rpartition(".")
         setattr(model.get_submodule(parent), name, self.module)
+        if self.content is not None:
+            _fill(self.module, self.content)
 
 
 def begin(model: nn.Module, hparams: BaselineHyperParams, settings: Any) -> None:
@@ -140,6 +150,21 @@ def _copy(module: Any) -> nn.Module:
     copied.masks = module.masks  # the hook on the model fills these
     found: nn.Module = copied
     return found
+
+
+def _fill(module: nn.Module, content: nn.Module) -> None:
+    """Give a module the content of its copy; the objects stay, since others that put the model back refer to them."""
+    module.__class__ = type(content)
+    own = dict(module.named_parameters())
+    with torch.no_grad():
+        for name, value in content.named_parameters():
+            own[name].copy_(value)
+    for name, item in vars(content).items():
+        there = vars(module).get(name)
+        if isinstance(there, list) and isinstance(item, list):
+            there[:] = copy.copy(item)
+        elif not isinstance(item, dict):
+            vars(module)[name] = item
 
 
 class _Masks:
