@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from easyedit_moe.algebra.coordinates import ExpertCoordinates
 from easyedit_moe.algebra.exact import solve_exact, solve_exact_held
-from easyedit_moe.algebra.held import ridge_suffices
-from easyedit_moe.algebra.routed_keys import RoutedKeys
-from easyedit_moe.editors.memory import Row
+from easyedit_moe.algebra.held import HeldSystem
+from easyedit_moe.algebra.routed_keys import FactoredUpdate, RoutedKeys
 from easyedit_moe.editors.prepared import PreparedLayer
 from easyedit_moe.editors.solving import SolvingEditor
 from easyedit_moe.hparams import GlobalHyperParams
@@ -27,22 +25,17 @@ class GlobalEditor(SolvingEditor):
         """The exact minimiser."""
         return solve_exact(keys, residual, lambda_reg, prepared.metric), None
 
-    def solve_beside(
-        self,
-        layer: int,
-        held: Mapping[Row, RoutedKeys],
-        keys: RoutedKeys,
-        residual: Tensor,
-        prepared: PreparedLayer,
-        lambda_reg: float,
-    ) -> tuple[Any, Any]:
-        """The exact minimiser of all rows, by the reduced system of the new ones."""
-        coordinates = ExpertCoordinates(prepared.metric, prepared.num_experts, keys.d_hidden, keys.key.device)
-        own = type(self).solve is GlobalEditor.solve
-        if not held or not own or not ridge_suffices(keys, coordinates, lambda_reg):
-            return super().solve_beside(layer, held, keys, residual, prepared, lambda_reg)
-        system = self.holding.system(layer, prepared, held, coordinates, lambda_reg)
-        return solve_exact_held(keys, residual, system, coordinates), None
+    def coordinates(self, keys: RoutedKeys, prepared: PreparedLayer) -> ExpertCoordinates | None:
+        """Each expert's, unless a subclass solves in another way."""
+        if type(self).solve is not GlobalEditor.solve:
+            return None
+        return ExpertCoordinates(prepared.metric, prepared.num_experts, keys.d_hidden, keys.key.device)
+
+    def solve_reduced(
+        self, keys: RoutedKeys, residual: Tensor, system: HeldSystem, coordinates: ExpertCoordinates
+    ) -> FactoredUpdate:
+        """The exact minimiser of all rows."""
+        return solve_exact_held(keys, residual, system, coordinates)
 
 
 apply_global_to_model = GlobalEditor.apply_to_model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from easyedit_moe.algebra.coordinates import Coordinates
 from easyedit_moe.algebra.held import Held, HeldMoment, HeldSystem
@@ -29,6 +30,8 @@ class Remembered:
         size = keys.num_tokens // len(self.prompts)
         return keys.rows(slice(fact * size, (fact + 1) * size))
 
+
+_H = TypeVar("_H", bound=Held)
 
 Row = tuple[Remembered, int]
 """One remembered fact: the solve that it was part of, and its place there."""
@@ -103,22 +106,27 @@ class Holding:
         lambda_reg: float,
     ) -> HeldSystem:
         """The layer's system with exactly these rows."""
-        known = self._held.pop(layer, None)  # not kept where it fails half-way
-        held = known[1] if known is not None and known[0] is prepared else None
+        held = self._taken(layer, prepared)
         if not isinstance(held, HeldSystem) or held.lambda_reg != lambda_reg:
             held = HeldSystem(coordinates, lambda_reg)
-        held.hold(rows)
-        self._held[layer] = (prepared, held)
-        return held
+        return self._holding(layer, prepared, held, rows)
 
     def moment(
         self, layer: int, prepared: PreparedLayer, rows: Mapping[Row, RoutedKeys], coordinates: Coordinates
     ) -> HeldMoment:
         """The layer's second moment of exactly these rows."""
-        known = self._held.pop(layer, None)
-        held = known[1] if known is not None and known[0] is prepared else None
+        held = self._taken(layer, prepared)
         if not isinstance(held, HeldMoment):
             held = HeldMoment(coordinates)
+        return self._holding(layer, prepared, held, rows)
+
+    def _taken(self, layer: int, prepared: PreparedLayer) -> Held | None:
+        """What is kept of a layer as it is prepared; taken out, so that it is not kept where a step fails half-way."""
+        known, held = self._held.pop(layer, (None, None))
+        return held if known is prepared else None
+
+    def _holding(self, layer: int, prepared: PreparedLayer, held: _H, rows: Mapping[Row, RoutedKeys]) -> _H:
+        """Kept again, with exactly these rows."""
         held.hold(rows)
         self._held[layer] = (prepared, held)
         return held

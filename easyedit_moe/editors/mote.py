@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,10 +10,9 @@ from torch import Tensor
 from easyedit_moe.algebra.coordinates import CoreCoordinates
 from easyedit_moe.algebra.core import FactoredCore, core_energy, expand_core, solve_mote, solve_mote_held
 from easyedit_moe.algebra.gauge import aligned_basis
-from easyedit_moe.algebra.held import ridge_suffices
+from easyedit_moe.algebra.held import HeldSystem
 from easyedit_moe.algebra.routed_keys import FactoredUpdate, RoutedKeys
 from easyedit_moe.algebra.tucker import TuckerBasis
-from easyedit_moe.editors.memory import Row
 from easyedit_moe.editors.prepared import PreparedLayer
 from easyedit_moe.editors.solving import SolvingEditor
 from easyedit_moe.hparams import MoTEHyperParams
@@ -42,22 +40,17 @@ class MoTEEditor(SolvingEditor):
         """Mean squared norm of the facts' features, on which the core acts."""
         return core_energy(keys, prepared.tucker_basis(), prepared.metric)
 
-    def solve_beside(
-        self,
-        layer: int,
-        held: Mapping[Row, RoutedKeys],
-        keys: RoutedKeys,
-        residual: Tensor,
-        prepared: PreparedLayer,
-        lambda_reg: float,
-    ) -> tuple[Any, Any]:
-        """The core of all rows, by the reduced system of the new ones."""
-        coordinates = CoreCoordinates(prepared.tucker_basis(), prepared.metric)
-        own = type(self).solve is MoTEEditor.solve
-        if not held or not own or not ridge_suffices(keys, coordinates, lambda_reg):
-            return super().solve_beside(layer, held, keys, residual, prepared, lambda_reg)
-        system = self.holding.system(layer, prepared, held, coordinates, lambda_reg)
-        return solve_mote_held(keys, residual, system, coordinates), None
+    def coordinates(self, keys: RoutedKeys, prepared: PreparedLayer) -> CoreCoordinates | None:
+        """The core's, unless a subclass solves in another way."""
+        if type(self).solve is not MoTEEditor.solve:
+            return None
+        return CoreCoordinates(prepared.tucker_basis(), prepared.metric)
+
+    def solve_reduced(
+        self, keys: RoutedKeys, residual: Tensor, system: HeldSystem, coordinates: CoreCoordinates
+    ) -> FactoredCore | Tensor:
+        """The core of all rows."""
+        return solve_mote_held(keys, residual, system, coordinates)
 
     def place(self, solution: FactoredCore | Tensor, prepared: PreparedLayer) -> FactoredUpdate:
         """The core mapped back by the layer's own factors and projectors."""

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from easyedit_moe.algebra.coordinates import Coordinates
+from easyedit_moe.algebra.held import HeldSystem, ridge_suffices
 from easyedit_moe.algebra.metric import IdentityMetric, Metric, covariance_metric, mean_energy
 from easyedit_moe.algebra.nullspace import NullSpace
 from easyedit_moe.algebra.routed_keys import FactoredUpdate, RoutedKeys
@@ -105,13 +107,25 @@ class SolvingEditor(Editor):
     ) -> tuple[Any, Any]:
         """As `solve`, while what the held keys of earlier edits yield is to stay: by default rows of zero residual.
 
-        Methods that can do it at a cost that does not grow say how.
+        Methods that have `coordinates` do it by `solve_reduced`, at a cost that does not grow.
         """
+        coordinates = self.coordinates(keys, prepared) if held else None
+        if coordinates is not None and ridge_suffices(keys, coordinates, lambda_reg):
+            system = self.holding.system(layer, prepared, held, coordinates, lambda_reg)
+            return self.solve_reduced(keys, residual, system, coordinates), None
         if held:
             everything = RoutedKeys.cat([*held.values(), keys])
             kept = residual.new_zeros(everything.num_tokens - keys.num_tokens, residual.shape[1])
             keys, residual = everything, torch.cat([kept, residual])
         return self.solve(keys, residual, prepared, lambda_reg)
+
+    def coordinates(self, keys: RoutedKeys, prepared: PreparedLayer) -> Coordinates | None:
+        """The unknowns of one layer's system, for methods whose solution `solve_reduced` finds, too."""
+        return None
+
+    def solve_reduced(self, keys: RoutedKeys, residual: Tensor, system: HeldSystem, coordinates: Any) -> Any:
+        """What `solve` would give for the held rows and these, by the reduced system of the new ones."""
+        raise NotImplementedError
 
     def place(self, solution: Any, prepared: PreparedLayer) -> FactoredUpdate:
         """The update of a layer that a solution means; the solution itself unless a method says otherwise."""
