@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,9 @@ from easyedit_moe.statistics.cache import StatisticsKey
 from easyedit_moe.statistics.checkpoint import MomentsCheckpoint
 from easyedit_moe.statistics.gather import layer_statistics
 from easyedit_moe.statistics.generated import GeneratedTexts, GenerationKey
-from easyedit_moe.statistics.moments import Sums
+from easyedit_moe.statistics.moments import LayerMoments, Sums
+from easyedit_moe.statistics.null_spaces import layer_null_space
+from easyedit_moe.statistics.token_cache import TokenisedTexts, TokenKey
 from easyedit_moe.storage.checksums import checksum
 from easyedit_moe.storage.strict_json import digest, write_checked_json
 from easyedit_moe.targets.cache import cached_targets
@@ -130,6 +132,8 @@ def _caches(model: nn.Module, folder: Path) -> Iterator[Artefact]:
 
     basis()
     yield Artefact("Tucker basis", CACHE, _only(folder / "bases", "basis*"), basis)
+    yield _null_spaces(settings, folder / "null-spaces")
+    yield _tokens(corpus.read_text().splitlines(), folder / "tokens")
     settings_of = TargetSettings(1, 0.1, 0.0625, 0.1, 4.0, 0.05, 256, "subject_last")
     search = TargetSearch(view, TOK, 1, (), settings_of, progress=False, warn=False)
 
@@ -149,6 +153,33 @@ def _caches(model: nn.Module, folder: Path) -> Iterator[Artefact]:
 
     generated()
     yield Artefact("generated texts", CACHE, _only(folder / "generated", "part*"), generated)
+
+
+def _null_spaces(settings: GlobalHyperParams, folder: Path) -> Artefact:
+    own, width = replace(settings, stats_dir=str(folder)), 6
+    x = torch.randn(4, width, 2 * width, generator=torch.Generator().manual_seed(0))
+    x *= torch.logspace(0, -3, width)[:, None]
+    moments = LayerMoments(x @ x.mT, torch.full((4,), 9), torch.eye(3), 36)
+
+    def null_spaces() -> str:
+        parts = layer_null_space(1, moments, own, "f" * 64).projectors
+        return _of([part.basis for part in parts] + [torch.tensor([part.complement for part in parts])])
+
+    null_spaces()
+    return Artefact("null spaces", CACHE, _only(folder, "nullspace*"), null_spaces)
+
+
+def _tokens(texts: list[str], folder: Path) -> Artefact:
+    key = TokenKey("corpus", "tokenizer", 8)
+
+    def tokens() -> str:
+        found = TokenisedTexts(TOK, texts, key, key.file(folder))
+        ids = [found.part(number) for number in range(len(found))]
+        found.keep()
+        return digest(ids)
+
+    tokens()
+    return Artefact("tokens of a corpus", CACHE, _only(folder, "*.safetensors"), tokens)
 
 
 def _sums(view: MoELayerView, folder: Path, print_of: str) -> Artefact:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 EXPERTS = "experts"
@@ -14,6 +15,11 @@ SITES = (EXPERTS, SHARED_EXPERT, DENSE)
 
 CALLED = {EXPERTS: "experts", SHARED_EXPERT: "shared expert", DENSE: "dense FFN"}
 """Sites in words."""
+
+
+def key_content(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A key whose fields include ``site``, as it is hashed and kept; see `site_entry`."""
+    return {name: value for name, value in fields.items() if name != "site"} | site_entry(fields["site"])
 
 
 def site_entry(site: str) -> dict[str, Any]:

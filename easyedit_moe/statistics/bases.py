@@ -14,13 +14,13 @@ from torch import Tensor
 from easyedit_moe.algebra.tucker import TuckerBasis, tucker_basis
 from easyedit_moe.errors import DamagedCacheError
 from easyedit_moe.hparams import MoTEHyperParams
-from easyedit_moe.hparams.sites import EXPERTS, site_entry
+from easyedit_moe.hparams.sites import EXPERTS, key_content
 from easyedit_moe.moe.experts import ExpertLayout
 from easyedit_moe.moe.layers import MoELayer
 from easyedit_moe.statistics.cache import statistics_folder
 from easyedit_moe.statistics.moments import LayerMoments
 from easyedit_moe.storage.files import check_writable
-from easyedit_moe.storage.schema import Expected, check_tensors, content_of, read_record
+from easyedit_moe.storage.schema import Described, Expected, check_tensors, content_of, read_record
 from easyedit_moe.storage.strict_json import digest
 from easyedit_moe.storage.tensors import SCHEMA, check_key, read_or_warn, read_safetensors, write_safetensors
 
@@ -49,8 +49,9 @@ class BasisKey:
 
     def content(self) -> dict[str, Any]:
         """As JSON; see `easyedit_moe.statistics.cache.StatisticsKey.content`. No energy leaves no trace either."""
-        content = {name: value for name, value in asdict(self).items() if name not in ("site", "energy")}
-        return {**content, **site_entry(self.site), **({"energy": list(self.energy)} if self.energy else {})}
+        content = key_content(asdict(self))
+        energy = content.pop("energy")
+        return content | ({"energy": list(energy)} if energy else {})
 
     def file_name(self) -> str:
         """``basis-layer3-<hash of the key>.safetensors``."""
@@ -120,10 +121,7 @@ def save_basis(path: Path, key: BasisKey, basis: TuckerBasis) -> None:
 
 
 @dataclass(frozen=True)
-class _Described:
-    schema: int
-    kind: str
-    key: dict[str, Any]
+class _Described(Described):
     relative_error: float
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from easyedit_moe.errors import DamagedCacheError
-from easyedit_moe.hparams.sites import EXPERTS, site_entry
+from easyedit_moe.hparams.sites import EXPERTS, key_content
 from easyedit_moe.moe.experts import ExpertLayout
 from easyedit_moe.statistics.moments import LayerMoments
-from easyedit_moe.storage.schema import Expected, check_tensors, content_of, read_record
+from easyedit_moe.storage.schema import Described, Expected, check_tensors, content_of, read_record
 from easyedit_moe.storage.strict_json import digest
 from easyedit_moe.storage.tensors import SCHEMA, check_key, read_safetensors, write_safetensors
 
@@ -39,8 +39,7 @@ class StatisticsKey:
 
     def content(self) -> dict[str, Any]:
         """As JSON; of routed experts as it was before there were other sites, so that what is cached stays."""
-        content = {name: value for name, value in asdict(self).items() if name != "site"}
-        return {**content, **site_entry(self.site)}
+        return key_content(asdict(self))
 
     def file_name(self) -> str:
         """``layer3-<hash of the key>.safetensors``."""
@@ -61,10 +60,7 @@ def save_moments(path: Path, key: StatisticsKey, moments: LayerMoments) -> None:
 
 
 @dataclass(frozen=True)
-class _Described:
-    schema: int
-    kind: str
-    key: dict[str, Any]
+class _Described(Described):
     num_tokens: int
 
 

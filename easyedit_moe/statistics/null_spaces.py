@@ -11,11 +11,14 @@ import torch
 from easyedit_moe.algebra.nullspace import ExpertProjector, NullSpace, null_space
 from easyedit_moe.errors import DamagedCacheError
 from easyedit_moe.hparams import SolverHyperParams
-from easyedit_moe.hparams.sites import EXPERTS, site_entry
+from easyedit_moe.hparams.sites import EXPERTS, key_content
 from easyedit_moe.statistics.cache import statistics_folder
 from easyedit_moe.statistics.moments import LayerMoments
 from easyedit_moe.storage.checksums import checksums
-from easyedit_moe.storage.tensors import SCHEMA, check_key, digest, read_or_warn, read_safetensors, write_safetensors
+from easyedit_moe.storage.files import check_writable
+from easyedit_moe.storage.schema import Described, Expected, check_tensors, content_of, read_record
+from easyedit_moe.storage.strict_json import digest
+from easyedit_moe.storage.tensors import SCHEMA, check_key, read_or_warn, read_safetensors, write_safetensors
 
 _ADVICE = "delete it, and it is computed anew"
 
@@ -50,8 +53,7 @@ class NullSpaceKey:
 
     def content(self) -> dict[str, Any]:
         """As JSON; see `easyedit_moe.statistics.cache.StatisticsKey.content`."""
-        content = {name: value for name, value in asdict(self).items() if name != "site"}
-        return {**content, **site_entry(self.site)}
+        return key_content(asdict(self))
 
     def file_name(self) -> str:
         """``nullspace-layer3-<hash of the key>.safetensors``."""
@@ -63,13 +65,16 @@ def layer_null_space(layer: int, moments: LayerMoments, hparams: SolverHyperPara
 
     Raises:
         CacheError: a cached file is of other statistics; one that is damaged is made anew, with a warning.
-        HyperParamsError, NumericalError: see `easyedit_moe.algebra.nullspace.null_space`.
+        WriteError: nothing can be written there. HyperParamsError, NumericalError: see
+            `easyedit_moe.algebra.nullspace.null_space`.
     """
     hp, key = hparams, NullSpaceKey.of(layer, moments, hparams)
     path = statistics_folder(hp.stats_dir, hp.model_name, fingerprint) / key.file_name()
-    found = read_or_warn(path, lambda file: load_null_space(file, key, moments.keys.device))
+    shape = len(moments.keys), moments.keys.shape[-1]
+    found = read_or_warn(path, lambda file: load_null_space(file, key, moments.keys.device, shape))
     if found is not None:
         return found
+    check_writable(path)
     made = null_space(
         moments.keys, moments.counts, hp.nullspace_threshold, hp.nullspace_relative, hp.min_coverage,
         hp.low_coverage, hp.nullspace_energy, hp.nullspace_rank,
@@ -89,16 +94,35 @@ def save_null_space(path: Path, key: NullSpaceKey, space: NullSpace) -> None:
     write_safetensors(path, tensors, {"schema": SCHEMA, "kind": "null space", "key": key.content()})
 
 
-def load_null_space(path: Path, key: NullSpaceKey, device: torch.device | str = "cpu") -> NullSpace:
+def load_null_space(
+    path: Path, key: NullSpaceKey, device: torch.device | str = "cpu", shape: tuple[int | str, int | str] = ("E", "h")
+) -> NullSpace:
     """Read one layer's projectors back.
 
+    Args:
+        path: of the file.
+        key: what it must be of.
+        device: where they go.
+        shape: experts and key width (E, h) that the tensors must fit; letters: any.
+
     Raises:
-        DamagedCacheError: truncated or corrupt file. CacheError: one whose key is not ``key``.
+        DamagedCacheError: a file that is truncated or corrupt, or holds other tensors or metadata than null spaces
+            have. CacheError: one whose key is not ``key``.
     """
     tensors, metadata = read_safetensors(path, DamagedCacheError, _ADVICE)
     check_key(path, metadata, "null space", "file of null spaces", key.content(), _ADVICE)
-    if set(tensors) != {"bases", "sizes", "complement"} or not torch.isfinite(tensors["bases"]).all():
-        raise DamagedCacheError(f"{path} holds incomplete or non-finite null spaces; {_ADVICE}.")
-    bases = tensors["bases"].to(device).split(tensors["sizes"].tolist(), dim=1)
+    count, h = shape
+    with content_of(path, DamagedCacheError, _ADVICE):
+        read_record(metadata, Described)
+        expected = {
+            "bases": Expected((h, "columns"), (torch.float64,)),
+            "sizes": Expected((count,), (torch.int64,)),
+            "complement": Expected((count,), (torch.bool,)),
+        }
+        check_tensors(tensors, expected)
+        bases, sizes = tensors["bases"].to(device), tensors["sizes"].tolist()
+        if min(sizes) < 0 or max(sizes) > len(bases) or sum(sizes) != bases.shape[1]:
+            raise ValueError("its bases are not as wide as its sizes say")
     flags = tensors["complement"].tolist()
-    return NullSpace(tuple(ExpertProjector(basis, flag) for basis, flag in zip(bases, flags, strict=True)))
+    parts = zip(bases.split(sizes, dim=1), flags, strict=True)
+    return NullSpace(tuple(ExpertProjector(basis, flag) for basis, flag in parts))

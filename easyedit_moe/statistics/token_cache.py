@@ -12,12 +12,17 @@ from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.errors import DamagedCacheError
 from easyedit_moe.statistics.moments import ListedShards, encode_cut, shards_of
-from easyedit_moe.storage.schema import content_of
+from easyedit_moe.storage.schema import Described, Expected, check_tensors, content_of, read_record
 from easyedit_moe.storage.strict_json import digest
 from easyedit_moe.storage.tensors import SCHEMA, check_key, read_or_warn, read_safetensors, write_safetensors
 
 _ADVICE = "delete it, and the corpus is tokenised anew"
-_NAMES = ("ids", "lengths", "parts", "sizes")
+_EXPECTED = {
+    "ids": Expected(("tokens",), (torch.int32,)),
+    "lengths": Expected(("texts",), (torch.int64,)),
+    "parts": Expected(("parts",), (torch.int64,)),
+    "sizes": Expected(("parts",), (torch.int64,)),
+}
 
 
 @dataclass(frozen=True)
@@ -113,8 +118,10 @@ class TokenisedTexts:
         tensors, metadata = read_safetensors(path, DamagedCacheError, _ADVICE)
         check_key(path, metadata, "tokens", "file of tokens", asdict(self._key), _ADVICE)
         with content_of(path, DamagedCacheError, _ADVICE):
-            ids, lengths, parts, sizes = (tensors[name] for name in _NAMES)
-            if ids.dtype != torch.int32 or (ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < len(self._tok)):
+            read_record(metadata, Described)
+            check_tensors(tensors, _EXPECTED)
+            ids, lengths, parts, sizes = (tensors[name] for name in _EXPECTED)
+            if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < len(self._tok):
                 raise ValueError("its ids are not the tokenizer's")
             if int(lengths.sum()) != len(ids) or bool((lengths < 0).any()):
                 raise ValueError("its texts are not as long as their ids")

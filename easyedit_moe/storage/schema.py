@@ -137,6 +137,15 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
+@dataclass(frozen=True)
+class Described:
+    """What the metadata of every cached file says of it, at least; its key says what it is of."""
+
+    schema: int
+    kind: str
+    key: dict[str, Any]
+
+
 # ---------------------------------------------------------------- tensors
 
 
