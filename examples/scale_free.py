@@ -8,15 +8,12 @@ from __future__ import annotations
 import argparse
 
 from rich.console import Console
+from variants import compared
 
 from easyedit_moe import load_hyperparams
 from easyedit_moe.comparison import report
-from easyedit_moe.comparison.compare import compare
-from easyedit_moe.comparison.task import load_task
 
 NO_THRESHOLD: dict[str, object] = {"nullspace_threshold": None, "nullspace_relative": False}
-
-
 RIDGES = (0.01, 0.1, 0.3, 1.0)
 
 
@@ -27,10 +24,7 @@ def _in_units(share: float, **null_space: float) -> dict[str, object]:
 
 VARIANTS: list[tuple[str, str, dict[str, object]]] = [
     ("lambda_reg 0.1, threshold 1e-3 (shipped)", "Global", {}),
-    *(
-        (f"lambda_relative {x:g}, rank 0.75", "Global", _in_units(x, nullspace_rank=0.75))
-        for x in (0.01, 0.1, 0.3, 1.0)
-    ),
+    *((f"lambda_relative {x:g}, rank 0.75", "Global", _in_units(x, nullspace_rank=0.75)) for x in RIDGES),
     *((f"lambda_relative 0.1, rank {x:g}", "Global", _in_units(0.1, nullspace_rank=x)) for x in (0.6, 0.9)),
     *((f"lambda_relative 0.1, energy {x:g}", "Global", _in_units(0.1, nullspace_energy=x)) for x in (0.99, 0.95, 0.9)),
     ("lambda_relative 0.1, threshold 1e-3", "Global", _in_units(0.1)),
@@ -45,11 +39,9 @@ def main() -> None:
     parser.add_argument("--skip", type=int, default=200)
     args = parser.parse_args()
     folder = report.check_folder(args.out)
-    settings = [load_hyperparams(f"{method}/factworld", **changes) for _, method, changes in VARIANTS]
-    task = load_task("factworld", "factworld", args.edits, args.skip, args.edits, "float32", "cpu")
+    settings = {name: load_hyperparams(f"{method}/factworld", **changes) for name, method, changes in VARIANTS}
     console = Console()
-    labels = [name for name, _, _ in VARIANTS]
-    result = compare(task, settings, on_row=lambda row: console.print("done:", row.method), labels=labels)
+    _, result = compared(settings, console, args.edits, args.skip, args.edits)
     report.write_results(result, folder)
     console.print(report.tables(result)[0])
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 import argparse
 
 from rich.console import Console
+from variants import compared
 
 from easyedit_moe import load_hyperparams
 from easyedit_moe.comparison import report
-from easyedit_moe.comparison.compare import compare
-from easyedit_moe.comparison.task import load_task
 
 ONCE: dict[str, object] = {"spread": "once"}
 PAPER: dict[str, object] = {"spread": "update", "whitening": "in"}
@@ -59,11 +58,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=50)
     args = parser.parse_args()
     folder = report.check_folder(args.out)
-    settings = [load_hyperparams(f"{method}/factworld", **changes) for _, method, changes in VARIANTS]
-    task = load_task("factworld", "factworld", args.edits, args.skip, args.batch_size, "float32", "cpu")
+    settings = {name: load_hyperparams(f"{method}/factworld", **changes) for name, method, changes in VARIANTS}
     console = Console()
-    labels = [name for name, _, _ in VARIANTS]
-    result = compare(task, settings, on_row=lambda row: console.print("done:", row.method), labels=labels)
+    _, result = compared(settings, console, args.edits, args.skip, args.batch_size)
     report.write_results(result, folder)
     console.print(report.tables(result)[0])
 

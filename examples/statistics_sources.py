@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from variants import compared
 
 from easyedit_moe import load_hyperparams, make_editor
 from easyedit_moe.comparison import report
-from easyedit_moe.comparison.compare import compare
-from easyedit_moe.comparison.task import Task, load_task
+from easyedit_moe.comparison.task import Task
 from easyedit_moe.storage.strict_json import write_json
 
 WIDTH = 144
@@ -73,12 +73,9 @@ def main() -> None:
     args = parser.parse_args()
     folder = report.check_folder(args.out)
     place = {"stats_dir": args.stats_dir or str(Path(folder) / "stats")}
-    settings = [load_hyperparams("Global/factworld", **{**changes, **place}) for _, changes in VARIANTS]
-    task = load_task("factworld", "factworld", args.edits, 0, args.batch_size, "float32", "cpu")
+    settings = {name: load_hyperparams("Global/factworld", **{**changes, **place}) for name, changes in VARIANTS}
     console = Console()
-    result = compare(
-        task, settings, on_row=lambda row: console.print("done:", row.method), labels=[name for name, _ in VARIANTS]
-    )
+    task, result = compared(settings, console, args.edits, 0, args.batch_size)
     corpus = prepared(task, place)
     spaces = {}
     for name, changes in VARIANTS:

@@ -11,12 +11,12 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from variants import compared
 
 from easyedit_moe import load_hyperparams, load_model, make_editor
 from easyedit_moe.algebra.tucker import tucker_basis
 from easyedit_moe.comparison import report
-from easyedit_moe.comparison.compare import compare
-from easyedit_moe.comparison.task import Task, load_task
+from easyedit_moe.comparison.task import Task
 from easyedit_moe.hparams import MoTEHyperParams
 from easyedit_moe.moe.fingerprint import model_fingerprint
 from easyedit_moe.moe.layers import MoELayerView
@@ -97,13 +97,11 @@ def main() -> None:
         write_json(folder / "ranks.json", {"schema": 1, "ranks": rows, "provenance": about})
         console.print(table(rows))
         return
-    settings = [load_hyperparams("MoTE/factworld", **changes) for _, changes in VARIANTS]
-    task = load_task("factworld", "factworld", args.edits, args.skip, args.edits, "float32", "cpu")
-    names = [name for name, _ in VARIANTS]
-    result = compare(task, settings, on_row=lambda row: console.print("done:", row.method), labels=names)
+    settings = {name: load_hyperparams("MoTE/factworld", **changes) for name, changes in VARIANTS}
+    task, result = compared(settings, console, args.edits, args.skip, args.edits)
     content = result.to_dict()
     content["ranks"] = ranks_by_energy(MoELayerView(task.model), args.layers)
-    content["bases"] = {name: bases_of(task, hp) for name, hp in zip(names, settings, strict=True)}
+    content["bases"] = {name: bases_of(task, hp) for name, hp in settings.items()}
     report.write_results(result, folder)
     write_json(folder / "results.json", content)
     console.print(report.tables(result)[0], table(content["ranks"]))
