@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import pytest
 import torch
 from baselines import settings
 from solving_editors import TOK, edit, hparams, plain_ridge
-from tiny import TEXTS, assert_same_state, requests, state_of, tiny_model
+from tiny import assert_same_state, requests, state_of, tiny_model
 from torch import Tensor, nn
 
 from easyedit_moe import MoEEditor, load_hyperparams, load_model, make_editor
@@ -55,18 +55,7 @@ STRONG = {
 """A search that reaches every target of `easy`."""
 
 
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "corpus.txt").write_text("\n".join(TEXTS), encoding="utf-8")
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", EditingWarning)
-        yield
+pytestmark = pytest.mark.usefixtures("no_editing_warnings")
 
 
 def teachable(family: str = "qwen3_moe", dtype: torch.dtype = torch.float32) -> nn.Module:

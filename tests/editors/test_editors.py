@@ -1,8 +1,7 @@
 from __future__ import annotations
 
 import inspect
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,7 +46,6 @@ from easyedit_moe.errors import (
     CoverageWarning,
     DataError,
     DenseModelError,
-    EditingWarning,
     HyperParamsError,
     LayerError,
     MethodError,
@@ -70,19 +68,7 @@ APPLY = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", EditingWarning)
-        yield
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a corpus, in which statistics are shared by all tests of a session."""
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "corpus.txt").write_text("\n".join(TEXTS), encoding="utf-8")
-    return folder
+pytestmark = pytest.mark.usefixtures("no_editing_warnings")
 
 
 def fact_output(model: nn.Module, layer: int, facts: Sequence[dict[str, str]]) -> Tensor:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from easyedit_moe.editors import AdapterPatch, EditResult, MEMoEEditor, make_edi
 from easyedit_moe.errors import (
     AdapterError,
     DataError,
-    EditingWarning,
     HyperParamsError,
     LayerError,
     NumericalError,
@@ -38,11 +36,7 @@ TOK = tiny_tokenizer()
 UNTOUCHED = "The quick brown fox jumps over the lazy dog."
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", EditingWarning)
-        yield
+pytestmark = pytest.mark.usefixtures("no_editing_warnings")
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from reference import loop_psi
 from solving_editors import TOK, captured, edit, hparams, plain_ridge, stacked
-from tiny import TEXTS, facts, requests, tiny_model
+from tiny import facts, requests, tiny_model
 
 from easyedit_moe.algebra.bcd import expert_orders, solve_bcd
 from easyedit_moe.algebra.core import core_energy, core_features, expand_core, solve_mote
@@ -24,13 +24,6 @@ from easyedit_moe.editors import make_editor
 from easyedit_moe.errors import EditingWarning, HyperParamsError, NoUpdateWarning, RidgeTooLargeWarning
 
 E, D, H, T, K = 6, 8, 10, 7, 3
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "corpus.txt").write_text("\n".join(TEXTS), encoding="utf-8")
-    return folder
 
 
 @pytest.fixture

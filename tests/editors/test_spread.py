@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from math import sqrt
 from pathlib import Path
@@ -24,27 +22,15 @@ from solving_editors import (
     plain_ridge,
     stacked,
 )
-from tiny import TEXTS, facts, requests, state_of, tiny_model
+from tiny import facts, requests, state_of, tiny_model
 from torch import Tensor, nn
 
 from easyedit_moe.algebra.tucker import TuckerBasis
 from easyedit_moe.editors import EditMemory, make_editor, mote
-from easyedit_moe.errors import EditingWarning, HyperParamsError
+from easyedit_moe.errors import HyperParamsError
 from easyedit_moe.moe import capture
 
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", EditingWarning)
-        yield
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "corpus.txt").write_text("\n".join(TEXTS), encoding="utf-8")
-    return folder
+pytestmark = pytest.mark.usefixtures("no_editing_warnings")
 
 
 def change(model: nn.Module, layer: int) -> Tensor:

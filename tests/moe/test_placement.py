@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from tiny import TEXTS, facts, tiny_model, tiny_tokenizer
 from torch import Tensor, nn
 
 from easyedit_moe.editors import EditResult, make_editor
-from easyedit_moe.errors import EditingWarning, LayoutError
+from easyedit_moe.errors import LayoutError
 from easyedit_moe.hparams import hyperparams_class
 from easyedit_moe.moe.layers import MoELayerView
 
@@ -21,11 +20,7 @@ TOK = tiny_tokenizer()
 FAMILIES = ("qwen3_moe", "gpt_oss", "modulelist")
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", EditingWarning)
-        yield
+pytestmark = pytest.mark.usefixtures("no_editing_warnings")
 
 
 @pytest.fixture

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +27,7 @@ TOK = tiny_tokenizer()
 SETTINGS = TargetSettings(3, 0.1, 0.0625, 0.1, 4.0, 0.05, 256, "subject_last")
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", EditingWarning)
-        yield
+pytestmark = pytest.mark.usefixtures("no_editing_warnings")
 
 
 class Cache:
