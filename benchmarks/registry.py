@@ -41,4 +41,5 @@ SUITES = {
     "growth": Suite("benchmarks.growth"),
     "checkpoints": Suite("benchmarks.checkpoints"),
     "endurance": Suite("benchmarks.endurance"),
+    "plan": Suite("benchmarks.plan"),
 }
