@@ -57,10 +57,13 @@ class FactoredCore:
         return FactoredCore(self.left, expert, self.features(), torch.eye(re).to(self.left))
 
     def smallest(self) -> FactoredCore | Tensor:
-        """The form of the fewest numbers: by experts, by directions or dense."""
+        """The form of the fewest numbers: by experts, by directions or, from ro tokens on, dense.
+
+        With fewer tokens a dense core would be of a higher rank.
+        """
         tokens, slots, width = self.inner.shape
         re, height = self.u_expert.shape[1], len(self.left)
-        if tokens * (min(slots, re) * width + height) > re * height * width:
+        if tokens >= height and tokens * (min(slots, re) * width + height) > re * height * width:
             return self.dense()
         return self if slots <= re else self.by_directions()
 
