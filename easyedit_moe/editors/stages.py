@@ -155,6 +155,9 @@ def solve_stage(shapes: Shapes, hparams: SolverHyperParams, tokens: int, solves:
     keys = tokens * shapes.active
     left = keys * shapes.d_model if hasattr(hparams, "num_passes") else tokens * shapes.d_model
     solution, residual = 8 * (left + keys * shapes.d_hidden), 4 * tokens * shapes.d_model
+    if isinstance(hparams, MoTEHyperParams):
+        _, ro, ri = tucker_ranks(shapes, hparams)
+        solution = 8 * (tokens * ro + keys * ri)
     if hparams.spread == "once":
         # All layers' solutions are held until the first is written.
         return Stage(
@@ -250,25 +253,29 @@ def mote_bytes(
 def write_stage(
     shapes: Shapes, hparams: SolverHyperParams, tokens: int, together: int, device: str, batches: int = 1
 ) -> Stage:
-    """Originals of the experts that are written, the patch's factors in float32, and a few tiles.
+    """Originals of the experts that are written, the patch's factors or cores in float32, and a few tiles.
 
-    ``tokens`` are those of all edits, ``together`` those that one solve is of.
+    A core's factors exist for one group of experts at a time. ``tokens`` are those of all edits, ``together`` those
+    that one solve is of.
     """
     ranks = tucker_ranks(shapes, hparams) if isinstance(hparams, MoTEHyperParams) else None
     experts = shapes.experts if ranks else hit_experts(shapes, tokens)
-    weights = shapes.d_model * shapes.d_hidden
-    left, slots = tokens, tokens * shapes.active
-    if ranks and ranks[0] < shapes.experts:
-        left = min(together, ranks[1])
-        slots = left * shapes.experts
-    elif hasattr(hparams, "num_passes"):
-        left = slots
-    factors = 4 * (left * shapes.d_model + slots * shapes.d_hidden)
-    originals = experts * weights * shapes.itemsize
-    kept = (originals + factors * batches) * len(hparams.edited_layers)
+    weights, size = shapes.d_model * shapes.d_hidden, tile_size(torch.device(device))
     # Neighbouring experts are written together.
     one = shapes.experts if ranks else hit_experts(shapes, together)
     run = min(one, -(-2 * one // (shapes.experts - one + 1)))
-    tile = 4 * (2 if shapes.itemsize == 4 else 3) * min(tile_size(torch.device(device)), run * weights)
+    tile = 4 * (2 if shapes.itemsize == 4 else 3) * min(size, run * weights)
+    left, slots = tokens, tokens * shapes.active
+    if ranks and ranks[0] < shapes.experts:
+        re, ro, ri = ranks
+        factors = 4 * min(tokens * (min(shapes.active, re) * ri + ro + 2 * shapes.active), re * ro * ri)
+        group = max(1, min(size // weights, experts)) * shapes.d_hidden
+        tile += (8 + 4) * min(together, ro) * (2 * group + shapes.d_model) + 8 * ro * shapes.d_model
+    else:
+        left = slots if hasattr(hparams, "num_passes") else left
+        factors = 4 * (left * shapes.d_model + slots * shapes.d_hidden)
+    originals = experts * weights * shapes.itemsize
+    kept = (originals + factors * batches) * len(hparams.edited_layers)
     checked = min(originals, 2 * TILE_BYTES)
-    return Stage("write", kept, max(factors + tile, checked), "originals for an exact revert; the patch's factors")
+    note = "originals for an exact revert; the patch's factors or cores"
+    return Stage("write", kept, max(factors + tile, checked), note)

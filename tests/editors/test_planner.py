@@ -115,11 +115,13 @@ def stage(found: MemoryPlan, name: str) -> int:
 
 @pytest.mark.parametrize("method", ["Global", "MoTE", "MoEEdit-BCD"])
 def test_spreads_hold_what_they_solve_together(method: str, qwen: Shapes) -> None:
-    """Once: keys and solutions of all layers, where update has one layer's. Last: metric, statistics and originals of one layer."""
+    """Once: keys and solutions of all layers, where update has one's. Last: metric, statistics, originals of one."""
     by = {how: plan(qwen, hparams(method, spread=how)) for how in ("residual", "update", "once", "last")}
     keys = 4 * 50 * 8 * 768  # of one layer
     assert stage(by["once"], "capture") - stage(by["update"], "capture") >= 4 * keys
-    assert stage(by["once"], "solve") - stage(by["residual"], "solve") >= 5 * 8 * 50 * (2048 + 8 * 768)
+    # The others hold one layer's solution while the next is found.
+    solution = 8 * 50 * (2048 + 8 * (384 if method == "MoTE" else 768))
+    assert stage(by["once"], "solve") - stage(by["residual"], "solve") >= 4 * solution
     assert by["last"].layers == by["residual"].layers[-1:]
     for name in ("metric", "write"):
         kept = {how: next(s.kept for s in found.stages if s.name == name) for how, found in by.items()}
@@ -208,7 +210,7 @@ def test_solvers_allocate_what_is_planned(solver: str, tokens: int) -> None:
     assert planned == pytest.approx(found.peak, rel=0.15)
 
 
-@pytest.mark.parametrize("method", ["Global", "MoEEdit-BCD", "Global+speedup", "MoE-MEMIT", "MoE-FT-L", "UnKE"])
+@pytest.mark.parametrize("method", ["MoTE", "MoEEdit-BCD", "Global", "MoE-MEMIT", "MoE-FT-L", "UnKE"])
 def test_every_stage_allocates_what_is_planned(method: str, tmp_path: Path) -> None:
     tok = hf.AutoTokenizer.from_pretrained(str(factworld.model_path()))
     rows = measured(TINY, method, TINY.model("cpu"), tok, tmp_path, "cpu")
