@@ -44,4 +44,5 @@ SUITES = {
     "endurance": Suite("benchmarks.endurance"),
     "plan": Suite("benchmarks.plan"),
     "dense-bcd": Suite("benchmarks.dense_bcd"),
+    "prepare": Suite("benchmarks.prepare"),
 }

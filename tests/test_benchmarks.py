@@ -12,7 +12,7 @@ import torch
 from typer import Typer
 from typer.testing import CliRunner
 
-from benchmarks import cores, dense_bcd, end_to_end, endurance, growth, harness, registry, shapes, solvers
+from benchmarks import cores, dense_bcd, end_to_end, endurance, growth, harness, prepare, registry, shapes, solvers
 from benchmarks.__main__ import main
 from benchmarks.allocations import stage, tracked
 from easyedit_moe.algebra.bcd import expert_orders, solve_bcd
@@ -157,6 +157,16 @@ def test_dense_updates_with_a_running_residual_are_ours_to_rounding() -> None:
     rows = {row["way"]: row for row in dense_bcd.run(dense_bcd.Options(quick=True))}
     assert list(rows) == [dense_bcd.OURS, dense_bcd.WRITTEN, dense_bcd.RUNNING, dense_bcd.ANEW]
     assert all(row["difference to ours"] < 1e-5 for row in list(rows.values())[1:])
+
+
+def test_what_is_cached_is_read_whole() -> None:
+    rows = {row["what"]: row for row in prepare.run(prepare.Options(quick=True))}
+    shape = shapes.QUICK
+    moments = 4 * (shape.experts * shape.d_hidden**2 + shape.d_model**2)
+    spaces = 8 * shape.experts * shape.d_hidden * (shape.d_hidden // 2)
+    assert rows["moments"]["bytes"] >= len(shape.layers) * moments
+    assert rows["null spaces"]["bytes"] >= len(shape.layers) * spaces
+    assert all(row["seconds"] > 0 for row in rows.values())
 
 
 def test_unknown_suites_are_refused(tmp_path: Path) -> None:
