@@ -46,12 +46,10 @@ from easyedit_moe.patches.weights import PatchWriter, writing
 from easyedit_moe.statistics.gather import layer_statistics
 from easyedit_moe.statistics.moments import LayerMoments
 from easyedit_moe.statistics.null_spaces import layer_null_space
-from easyedit_moe.targets.cache import cached_targets
+from easyedit_moe.targets.cache import found_targets
 from easyedit_moe.targets.search import (
-    TargetSearch,
     TargetSettings,
     TargetVectors,
-    compute_targets,
     fact_contexts,
     outcomes,
 )
@@ -287,13 +285,11 @@ class BatchSolve:
 
     def find_targets(self) -> TargetVectors:
         """Target vectors of these requests, found or read."""
-        settings, progress = self.editor.target_settings(), self.editor.progress
-        folder = self.hparams.target_cache_dir
+        editor = self.editor
         with self.watch.stage("targets"):
-            if folder is None:
-                return compute_targets(self.view, self.tok, self.facts, *settings, progress, warn=False)
-            search = TargetSearch(self.view, self.tok, *settings, progress, warn=False)
-            return cached_targets(folder, self.hparams.model_name, self.prepared.fingerprint, search, self.facts)
+            return found_targets(
+                self.hparams, editor.target_settings(), self.view, self.tok, self.facts, editor.progress
+            )
 
     def aim(self, targets: TargetVectors) -> None:
         """Take the shifts to reach, and lay out every context in which each fact is captured."""
