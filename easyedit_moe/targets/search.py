@@ -119,6 +119,13 @@ class TargetVectors:
         there = {name: value[start:stop] for name, value in vars(self).items() if value is not None}
         return TargetVectors(**there)
 
+    def taken(self, numbers: Sequence[int]) -> TargetVectors:
+        """The targets of these numbers, in this order; one may come several times."""
+        if list(numbers) == list(range(len(self.delta))):
+            return self
+        there = {name: value[list(numbers)] for name, value in vars(self).items() if value is not None}
+        return TargetVectors(**there)
+
 
 def fact_contexts(
     tok: PreTrainedTokenizerBase, request: EditRequest, prefixes: Sequence[str], fact_token: str, chat: bool = False
@@ -210,13 +217,20 @@ class TargetSearch:
         self,
         requests: Sequence[EditRequest],
         receive: Callable[[Sequence[int], TargetVectors], None] | None = None,
+        beside: Sequence[Sequence[EditRequest]] = (),
     ) -> TargetVectors:
         """As `targets`, without warnings; hands each chunk to ``receive`` when it is done.
 
-        ``receive`` gets the numbers of the chunk's requests and their targets.
+        ``receive`` gets the numbers of the chunk's requests and their targets. ``beside`` has, per request, facts that
+        lie at the same token and that its shift must serve, too: the objective, ``final_nll`` and ``reached`` are then
+        of all of them together.
         """
         view, tok, settings = self.view, self.tok, self.settings
-        groups = [_rows_of(tok, t, request, self.prefixes, settings) for t, request in enumerate(requests)]
+        others = beside or [()] * len(requests)
+        groups = [
+            _rows_of(tok, t, [request, *more], self.prefixes, settings)
+            for t, (request, more) in enumerate(zip(requests, others, strict=True))
+        ]
         check_lengths(view, [len(row.ids) for rows in groups for row in rows])
         results: dict[int, tuple[Tensor, ...]] = {}
         bar = progress_bar(len(groups), "targets", "request", self.progress)
@@ -291,13 +305,19 @@ def _solve_or_none(
 
 
 def _rows_of(
-    tok: PreTrainedTokenizerBase, owner: int, request: EditRequest, prefixes: Sequence[str], settings: TargetSettings
+    tok: PreTrainedTokenizerBase,
+    owner: int,
+    requests: Sequence[EditRequest],
+    prefixes: Sequence[str],
+    settings: TargetSettings,
 ) -> list[_Row]:
     rows: list[_Row] = []
-    for context in fact_contexts(tok, request, prefixes, settings.fact_token, settings.chat):
-        end, target = len(context.ids), context.answer
-        predict = tuple(range(end - 1, end - 1 + len(target)))
-        rows.append(_Row(owner, context.ids + target[:-1], context.fact, predict, target, bare=not rows))
+    for fact in requests:
+        for number, context in enumerate(fact_contexts(tok, fact, prefixes, settings.fact_token, settings.chat)):
+            end, target = len(context.ids), context.answer
+            predict = tuple(range(end - 1, end - 1 + len(target)))
+            rows.append(_Row(owner, context.ids + target[:-1], context.fact, predict, target, bare=number == 0))
+    request = requests[0]
     asked = settings.kl_factor > 0 or request.subject is not None
     text = KL_PROMPT.format(request.named_subject) if asked else request.prompt  # then it weighs nothing
     kl = encode_prompt(tok, text, request.subject, settings.fact_token, chat=settings.chat)
@@ -336,7 +356,7 @@ class _Problem:
 
     def solve(self, on_step: Callable[[int], object]) -> tuple[Tensor, ...]:
         """delta, initial NLL, final NLL, reached, steps, already known: one row per request."""
-        bare = torch.tensor([i for i, row in enumerate(self.rows) if row.bare])
+        bare = torch.tensor(self._first_rows())
         device = self.upper.states.device
         norms = self.upper.states[bare.to(device)].norm(dim=1)
         delta = torch.zeros(self.count, self.upper.states.shape[1], device=device)
@@ -382,10 +402,18 @@ class _Problem:
         moe = view.layers.get(layer)
         if moe is None or moe.experts.layout.d_model >= self.upper.states.shape[1]:
             return None
-        bare = [row for row in self.rows if row.bare]
+        bare = [self.rows[i] for i in self._first_rows()]
         places = FactPlaces(view, [row.ids for row in bare], [row.fact for row in bare], pad)
         with recorded_tail(view, layer, places) as tail:
             return tail
+
+    def _first_rows(self) -> list[int]:
+        """Of each request, its bare prompt's place among the rows."""
+        first: dict[int, int] = {}
+        for i, (row, owner) in enumerate(zip(self.rows, self.owner.tolist(), strict=True)):
+            if row.bare:
+                first.setdefault(owner, i)
+        return [first[owner] for owner in range(self.count)]
 
     def _scoring(self, kept: Tensor, active: Tensor) -> _Scoring:
         return _Scoring([self.rows[i] for i in kept.tolist()], self.owner[kept], active)
