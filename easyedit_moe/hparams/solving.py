@@ -117,22 +117,22 @@ class SolverHyperParams(MoEHyperParams):
     ``final_nll`` and ``reached`` are then of all of them together. Ours."""
     norm_anchor: float | None = None
     """Bound on each expert's ``||W_j||_F`` in units of its norm before the first edit, >= 1: updates are shortened to
-    keep it (`easyedit_moe.algebra.norm_anchor`). After arXiv 2602.02543."""
+    keep it (`easyedit_moe.algebra.norm_anchor`). Ours, after arXiv 2602.02543."""
     cumulative_ridge: bool = False
     """The penalty is on what all edits together changed, not on each batch's part of it: every batch is the minimiser
     for all current facts at once (``remember_edits``), so that weights grow with the number of facts and not of edits.
-    As in LyapLock, arXiv 2505.15702; takes a copy of the edited weights in float32."""
+    It takes a copy of the edited weights in float32. Ours, after LyapLock, arXiv 2505.15702."""
     preservation_bound: float | None = None
     """Bound on the mean preservation loss over all batches, a share > 0 of the preserved outputs' energy: while it is
-    exceeded a queue makes lambda grow (`easyedit_moe.algebra.preservation`). After LyapLock, arXiv 2505.15702."""
+    exceeded a queue makes lambda grow (`easyedit_moe.algebra.preservation`). Ours, after LyapLock, arXiv 2505.15702."""
     sequence_rate: float | None = None
     """Residuals are normalised by running statistics of all edits and scaled by this times the energy of normalised
-    keys, > 0 (`easyedit_moe.algebra.sequence_norm`). After UltraEdit, arXiv 2505.14679."""
+    keys, > 0 (`easyedit_moe.algebra.sequence_norm`). Ours, after UltraEdit, arXiv 2505.14679."""
     sphere_energy: float | None = None
     """Updates leave out the leading directions that hold this share of each expert's squared weights, in (0, 1]
-    (`easyedit_moe.algebra.hypersphere`). SPHERE, arXiv 2510.01172: its cumulative ratio."""
+    (`easyedit_moe.algebra.hypersphere`). Paper (SPHERE, arXiv 2510.01172): its cumulative ratio."""
     sphere_strength: float = 1.0
-    """How much of these directions is left out, in (0, 1]. SPHERE: its alpha."""
+    """How much of these directions is left out, in (0, 1]. Paper (SPHERE): its alpha."""
     refresh_every: int | None = None
     """Edits after which the statistics are read again on the edited model, and the metric is made anew, >= 1; None:
     never. Ours."""

@@ -20,6 +20,7 @@ from easyedit_moe.algebra.routed_keys import RoutedKeys
 from easyedit_moe.editors import make_editor
 from easyedit_moe.editors.memory import COMPACT, EditMemory, Remembered
 from easyedit_moe.errors import HyperParamsError
+from easyedit_moe.evaluation.scoring import score_targets
 from easyedit_moe.facts.requests import parse_requests
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.statistics.gather import fresh_statistics
@@ -192,6 +193,23 @@ def test_facts_at_one_token_are_written_together(method: str, data: Path) -> Non
     first = plain.edit(model, TOK, parse_requests([*same[0], *same[1]]))
     held = plain.edit(model, TOK, parse_requests(facts("Oslo", prompt="{} works in")), first.memory)
     assert held.diagnosis.facts[0].residual_share < 0.7, "without the option it is"
+
+
+@pytest.mark.parametrize("method", ["Global", "MoTE", "MoEEdit-BCD"])
+def test_a_prompt_edited_five_times_says_each_target_in_turn(method: str, data: Path) -> None:
+    """Not only the state that a solver aims at: what the model says after each of the five edits."""
+    found = {"v_num_grad_steps": 40, "v_lr": 0.5, "clamp_norm_factor": 30, "v_weight_decay": 0.0, "kl_factor": 0.0}
+    settings = {"layers": [1], "remember_edits": True, "metric": "identity", "lambda_reg": 1e-6, "fact_token": "last"}
+    wide = {"rank_in": 1.0, "whitening": "none"} if method == "MoTE" else {}
+    editor, memory = make_editor(hparams(data, method, **settings, **found, **wide), progress=False), None
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight *= 5  # loud enough for any answer to become the likely one
+    for target in ("Rome", "the", "is", "and", "Rome"):
+        (fact,) = parse_requests(facts(target))
+        memory = editor.edit(model, TOK, [fact], memory).memory
+        assert score_targets(model, TOK, [(fact.prompt, target)])[0].exact, target
+        assert sum(keys.num_tokens for keys in memory.keys[1]) == 1
 
 
 # ---------------------------------------------------------------- the memory
