@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 from easyedit_moe.adapters.attachment import add_subjects, attach, detach
 from easyedit_moe.adapters.moe_adapter import AdapterConfig, MoEAdapter, base_fingerprint
+from easyedit_moe.algebra.core import FactoredCore
+from easyedit_moe.algebra.core_update import CoreUpdate, TuckerFactors
+from easyedit_moe.algebra.nullspace import ExpertProjector, NullSpace
 from easyedit_moe.algebra.routed_keys import FactoredUpdate
 from easyedit_moe.checkpoints.history import EDITS, Edit, read_history, write_history
 from easyedit_moe.comparison.compare import Comparison
@@ -33,7 +36,7 @@ from easyedit_moe.moe.loading import load_tokenizer
 from easyedit_moe.patches.files import load_patch
 from easyedit_moe.patches.inspection import describe
 from easyedit_moe.patches.tensors import writing_tensors
-from easyedit_moe.patches.weights import writing
+from easyedit_moe.patches.weights import WeightPatch, writing
 from easyedit_moe.statistics.bases import layer_basis
 from easyedit_moe.statistics.cache import StatisticsKey
 from easyedit_moe.statistics.checkpoint import MomentsCheckpoint
@@ -198,7 +201,7 @@ def _sums(view: MoELayerView, folder: Path, print_of: str) -> Artefact:
 
 
 def _patches(model: nn.Module, folder: Path) -> Iterator[Artefact]:
-    view, edited = MoELayerView(model), copy.deepcopy(model)
+    view, edited, cored = MoELayerView(model), copy.deepcopy(model), copy.deepcopy(model)
     draw = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -213,7 +216,8 @@ def _patches(model: nn.Module, folder: Path) -> Iterator[Artefact]:
     with writing_tensors(whole) as tensors:
         tensors.write(name, whole.get_parameter(name).detach() + random(6, 32))
         trained = tensors.finish({"note": "robustness"})
-    for patch, called in ((factored, "factored update"), (trained, "whole tensors")):
+    cores = _cores(cored, draw)
+    for patch, called in ((factored, "factored update"), (cores, "Tucker cores"), (trained, "whole tensors")):
         for originals in (False, True):
             path = folder / f"{called}{originals}.safetensors"
             patch.save(path, originals)
@@ -221,6 +225,27 @@ def _patches(model: nn.Module, folder: Path) -> Iterator[Artefact]:
             nullable = frozenset({"parent", "weight_norm"})
             yield Artefact(label, PATCH, path, partial(_applied, model, path), model, nullable)
     yield _adapter(model, folder)
+
+
+def _cores(model: nn.Module, draw: torch.Generator) -> WeightPatch:
+    """Two layers that share a core, and a dense one; with null spaces, and small enough to be written as cores."""
+    view = MoELayerView(model)
+
+    def factors() -> TuckerFactors:
+        u_expert, u_in, u_out = (torch.randn(n, 2, generator=draw) for n in (6, 24, 32))
+        vectors = [torch.linalg.qr(torch.randn(24, 1, generator=draw)).Q for _ in range(6)]
+        sides = tuple(ExpertProjector(vector, number % 2 == 0) for number, vector in enumerate(vectors))
+        return TuckerFactors(u_expert, u_in, u_out, NullSpace(sides))
+
+    lower, upper = factors(), factors()
+    tokens = torch.tensor([[0, 3], [4, 1], [2, 5]])
+    inner = 0.02 * torch.randn(3, 2, 2, generator=draw)
+    core = FactoredCore(torch.randn(2, 3, generator=draw), tokens, inner, upper.expert)
+    with writing(view) as writer:
+        writer.write(1, CoreUpdate(core, lower).scale(0.5))
+        writer.write(2, CoreUpdate(core, upper))
+        writer.write(2, CoreUpdate(0.02 * torch.randn(2, 2, 2, generator=draw), upper))
+        return writer.finish({"note": "robustness"}, model_fingerprint(view))
 
 
 def _applied(model: nn.Module, path: Path) -> str:

@@ -18,7 +18,8 @@ from benchmarks.harness import interleaved, peak_of
 from benchmarks.shapes import MODELS, QUICK, ModelShape, one_layer_model, random_keys, random_residual
 from easyedit_moe import factworld
 from easyedit_moe.algebra.bcd import expert_orders, solve_bcd
-from easyedit_moe.algebra.core import expand_core, solve_mote
+from easyedit_moe.algebra.core import solve_mote
+from easyedit_moe.algebra.core_update import TuckerFactors, place_core
 from easyedit_moe.algebra.exact import solve_exact
 from easyedit_moe.algebra.metric import IdentityMetric
 from easyedit_moe.algebra.routed_keys import FactoredUpdate
@@ -81,7 +82,8 @@ def _solve(benchmark: str, shape: ModelShape, new: int, made: int, options: Opti
     keys = random_keys(shape, tokens, options.device)
     residual = random_residual(shape, tokens, options.device)
     residual[:made] = 0
-    metric, basis = IdentityMetric(), _random_basis(shape, options.device)
+    metric, basis = IdentityMetric(), random_basis(shape, options.device)
+    factors = TuckerFactors.of(basis, metric)
     orders = expert_orders(shape.experts, options.passes)
     sizes = shape.planned()
     contenders: dict[str, tuple[Callable[[], Any], tuple[int, str]]] = {
@@ -91,7 +93,7 @@ def _solve(benchmark: str, shape: ModelShape, new: int, made: int, options: Opti
             bcd_bytes(sizes, tokens, "identity"),
         ),
         "MoTE": (
-            lambda: expand_core(solve_mote(keys, residual, LAMBDA, metric, basis), basis, metric),
+            lambda: place_core(solve_mote(keys, residual, LAMBDA, metric, basis), factors),
             mote_bytes(sizes, tokens, *shape.ranks, "identity"),
         ),
     }
@@ -114,7 +116,9 @@ def _solve(benchmark: str, shape: ModelShape, new: int, made: int, options: Opti
     ]  # fmt: skip
 
 
-def _random_basis(shape: ModelShape, device: str) -> TuckerBasis:
+def random_basis(shape: ModelShape, device: str) -> TuckerBasis:
+    """Orthonormal factors of the shape's ranks."""
+
     def factor(size: int, rank: int) -> Tensor:
         draw = torch.randn(size, rank, dtype=torch.float64, generator=torch.Generator().manual_seed(size))
         return torch.linalg.qr(draw).Q.to(device)

@@ -39,6 +39,7 @@ SUITES = {
     "statistics": Suite("benchmarks.statistics", {"shape": "factworld", "layers": 2, "texts": 32, "repeats": 2}),
     "end-to-end": Suite("benchmarks.end_to_end"),
     "growth": Suite("benchmarks.growth"),
+    "cores": Suite("benchmarks.cores"),
     "checkpoints": Suite("benchmarks.checkpoints"),
     "endurance": Suite("benchmarks.endurance"),
 }

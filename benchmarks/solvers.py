@@ -12,7 +12,8 @@ from torch import Tensor
 from benchmarks.harness import interleaved, peak_of
 from benchmarks.shapes import MODELS, QUICK, ModelShape, one_layer_model, random_keys, random_residual
 from easyedit_moe.algebra.bcd import expert_orders, solve_bcd
-from easyedit_moe.algebra.core import expand_core, solve_mote
+from easyedit_moe.algebra.core import solve_mote
+from easyedit_moe.algebra.core_update import expand_core
 from easyedit_moe.algebra.exact import solve_exact
 from easyedit_moe.algebra.metric import IdentityMetric, objective
 from easyedit_moe.algebra.routed_keys import FactoredUpdate, RoutedKeys

@@ -39,7 +39,8 @@ from easyedit_moe.moe.holding import held, intact
 from easyedit_moe.moe.loading import load_model
 from easyedit_moe.patches.checks import Base
 from easyedit_moe.patches.merging import revert_run
-from easyedit_moe.patches.runs import continues
+from easyedit_moe.patches.runs import continues, continues_tensors
+from easyedit_moe.patches.tensors import TensorPatch
 from easyedit_moe.patches.weights import WeightPatch
 
 logger = logging.getLogger(__name__)
@@ -487,6 +488,8 @@ class MoEEditor(EditCalls):
             last = self.kept.patch
             keep = getattr(self.hparams, "keep_originals", True)
             continues(result.patch, last if isinstance(last, WeightPatch) else None, keep)
+        if isinstance(result.patch, TensorPatch):
+            continues_tensors(result.patch, [patch for patch in self.patches if isinstance(patch, TensorPatch)])
         return replace(super()._with(result), patch=result.patch, earlier=self.kept)
 
 

@@ -12,7 +12,7 @@ import torch
 from typer import Typer
 from typer.testing import CliRunner
 
-from benchmarks import end_to_end, endurance, growth, harness, registry, shapes, solvers
+from benchmarks import cores, end_to_end, endurance, growth, harness, registry, shapes, solvers
 from benchmarks.__main__ import main
 from easyedit_moe.algebra.bcd import expert_orders, solve_bcd
 from easyedit_moe.algebra.metric import IdentityMetric
@@ -118,6 +118,15 @@ def test_growth_in_reduced_mode() -> None:
         "growth with E", "growth with T", "growth with edits made", "growth with layers",
     }  # fmt: skip
     assert {row["what"] for row in rows} == {"exact", "BCD, 4 passes", "MoTE", "write", "Global"}
+
+
+def test_cores_hold_less_than_the_factors_of_every_expert() -> None:
+    rows = cores.run(cores.Options(quick=True))
+    for batches in (1, 3):
+        own, others = (row for row in rows if row["batches"] == batches)
+        assert (own["what"], others["what"]) == ("cores", "every expert's factors")
+        assert own["held bytes"] < others["held bytes"] / 5
+        assert own["file bytes"] <= others["file bytes"] + 200
 
 
 def test_unknown_suites_are_refused(tmp_path: Path) -> None:

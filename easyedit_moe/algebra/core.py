@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from easyedit_moe.algebra.coordinates import CoreCoordinates
 from easyedit_moe.algebra.held import HeldSystem
 from easyedit_moe.algebra.metric import Metric
-from easyedit_moe.algebra.routed_keys import FactoredUpdate, RoutedKeys
+from easyedit_moe.algebra.routed_keys import RoutedKeys
 from easyedit_moe.algebra.systems import (
     CHUNK,
     SYSTEM_DTYPE,
@@ -42,11 +43,39 @@ class FactoredCore:
 
     def features(self, tokens: slice = slice(None), inner: slice = slice(None)) -> Tensor:
         """``phi`` of some tokens as ``[t, re, i]``: ``sum_j U_e[j] (x) g_tj U_in^T M_j k_tj``."""
-        return self.u_expert[self.expert[tokens]].mT @ self.inner[tokens, :, inner]
+        return self.u_expert.to(self.inner.dtype)[self.expert[tokens]].mT @ self.inner[tokens, :, inner]
 
-    def to(self, device: torch.device | str) -> FactoredCore:
-        """The same core on another device."""
-        return FactoredCore(*(part.to(device) for part in (self.left, self.expert, self.inner, self.u_expert)))
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> FactoredCore:
+        """The same core on another device or in another dtype."""
+        left, inner, u_expert = (part.to(device=device, dtype=dtype) for part in (self.left, self.inner, self.u_expert))
+        return FactoredCore(left, self.expert.to(device=device), inner, u_expert)
+
+    def by_directions(self) -> FactoredCore:
+        """The same core with phi itself for ``inner [T, re, ri]``, as if each expert direction were an expert."""
+        tokens, re = len(self.inner), self.u_expert.shape[1]
+        expert = torch.arange(re, device=self.left.device).expand(tokens, re)
+        return FactoredCore(self.left, expert, self.features(), torch.eye(re).to(self.left))
+
+    def smallest(self) -> FactoredCore | Tensor:
+        """The form of the fewest numbers: by experts, by directions or, from ro tokens on, dense.
+
+        With fewer tokens a dense core would be of a higher rank.
+        """
+        tokens, slots, width = self.inner.shape
+        re, height = self.u_expert.shape[1], len(self.left)
+        if tokens >= height and tokens * (min(slots, re) * width + height) > re * height * width:
+            return self.dense()
+        return self if slots <= re else self.by_directions()
+
+    @staticmethod
+    def cat(cores: Sequence[FactoredCore]) -> FactoredCore:
+        """The sum of cores: the tokens of all."""
+        first, slots = cores[0], {core.expert.shape[1] for core in cores}
+        if len(slots) > 1 or not all(torch.equal(core.u_expert.to(first.u_expert), first.u_expert) for core in cores):
+            cores = [core.to(dtype=SYSTEM_DTYPE).by_directions() for core in cores]
+        cores = [core.to(first.left.device, first.left.dtype) for core in cores]
+        left, expert = torch.cat([c.left for c in cores], dim=1), torch.cat([c.expert for c in cores])
+        return FactoredCore(left, expert, torch.cat([c.inner for c in cores]), cores[0].u_expert)
 
     def dense(self) -> Tensor:
         """``G [re, ro, ri]``, in chunks of tokens."""
@@ -98,7 +127,7 @@ def _core_gram(core: FactoredCore, keys: RoutedKeys) -> Tensor:
     gram = core.inner.new_zeros(tokens, tokens)
     if _is_orthogonal(core.u_expert):
         flat, slots = core.inner.reshape(-1, width), core.expert.shape[1]
-        for positions in _slots_by_expert(keys):
+        for positions in slots_by_expert(keys):
             rows, x = positions // slots, flat[positions]
             gram[rows[:, None], rows[None, :]] += x @ x.T
         return gram
@@ -109,7 +138,7 @@ def _core_gram(core: FactoredCore, keys: RoutedKeys) -> Tensor:
     return gram
 
 
-def _slots_by_expert(keys: RoutedKeys) -> list[Tensor]:
+def slots_by_expert(keys: RoutedKeys) -> list[Tensor]:
     """Per expert that is hit, its positions among the T * K slots, padded ones left out."""
     flat = keys.expert.reshape(-1)
     order = torch.argsort(flat, stable=True)
@@ -158,7 +187,7 @@ def solve_mote_held(keys: RoutedKeys, residual: Tensor, held: HeldSystem, coordi
     left = solve_factored(factor_ridge_(reduced.gram.contiguous(), held.lambda_reg), coefficients).T.contiguous()
     tokens = keys.num_tokens
     if reduced.features is not None:
-        # phi itself, as if each direction of the expert factor were an expert.
+        # As `FactoredCore.by_directions`.
         re = coordinates.u_expert.shape[1]
         inner = reduced.features.T.reshape(tokens, re, coordinates.width)
         expert = torch.arange(re, device=left.device).expand(tokens, re)
@@ -175,52 +204,3 @@ def solve_core(
     """The core of `solve_mote` as a dense ``[re, ro, ri]``: for tests and small problems only."""
     core = solve_mote(keys, residual, lambda_reg, metric, basis, form)
     return core if isinstance(core, Tensor) else core.dense()
-
-
-def expand_core(core: FactoredCore | Tensor, basis: TuckerBasis, metric: Metric) -> FactoredUpdate:
-    """``Delta_j = U_out (sum_a U_e[j,a] G_a) U_in^T M_j`` for one layer's basis and metric.
-
-    A factored core of T tokens gives ``left = U_out a [d, T]`` and, per expert, ``right = M_j U_in y_j`` with
-    ``y_j [ri, T] = sum_k (U_e U_e'^T)[j, j_tk] x_tk``; in the basis that it was solved in, and with all expert
-    directions kept, only the T_j tokens of an expert have a part in it. Else ``left = U_out``.
-    """
-    u_e, u_in, u_out = (u.to(SYSTEM_DTYPE) for u in (basis.u_expert, basis.u_in, basis.u_out))
-    core = core.to(u_e.device)  # it may come from a layer on another device
-    if isinstance(core, FactoredCore):
-        mix = u_e @ core.u_expert.T
-        same = mix.shape[0] == mix.shape[1] and torch.allclose(mix, torch.eye(len(mix)).to(mix), rtol=0, atol=1e-10)
-        if same:
-            return _expand_own_tokens(core, u_in, u_out, metric)
-        if len(core.inner) <= u_out.shape[1]:
-            return _expand_all_tokens(core, mix, u_in, u_out, metric)
-        core = core.dense()
-    columns = torch.arange(core.shape[1], device=core.device)
-    right = []
-    for expert in range(u_e.shape[0]):
-        mixed = torch.einsum("a,aoi->oi", u_e[expert], core)
-        right.append(metric.apply(expert, u_in @ mixed.T))
-    experts = tuple(range(u_e.shape[0]))
-    return FactoredUpdate(u_out, experts, (columns,) * len(experts), tuple(right))
-
-
-def _expand_own_tokens(core: FactoredCore, u_in: Tensor, u_out: Tensor, metric: Metric) -> FactoredUpdate:
-    _, slots, width = core.inner.shape
-    used = core.inner.any(2)
-    experts, columns, right = [], [], []
-    for positions in _slots_by_expert(RoutedKeys(core.expert, used, core.inner)):
-        expert = int(core.expert.reshape(-1)[positions[0]])
-        experts.append(expert)
-        columns.append(positions // slots)
-        right.append(metric.apply(expert, u_in @ core.inner.reshape(-1, width)[positions].T))
-    return FactoredUpdate(u_out @ core.left, tuple(experts), tuple(columns), tuple(right))
-
-
-def _expand_all_tokens(core: FactoredCore, mix: Tensor, u_in: Tensor, u_out: Tensor, metric: Metric) -> FactoredUpdate:
-    tokens, _, width = core.inner.shape
-    columns = torch.arange(tokens, device=mix.device)
-    step, right = max(1, CHUNK // max(1, tokens * width)), []
-    for start in range(0, len(mix), step):
-        weights = mix[start : start + step][:, core.expert].movedim(0, 1)  # [T, experts, K]
-        for offset, y in enumerate((weights @ core.inner).unbind(1)):
-            right.append(metric.apply(start + offset, u_in @ y.T))
-    return FactoredUpdate(u_out @ core.left, tuple(range(len(mix))), (columns,) * len(mix), tuple(right))

@@ -118,6 +118,30 @@ class FactoredUpdate:
     columns: tuple[Tensor, ...]
     right: tuple[Tensor, ...]
 
+    @property
+    def d_model(self) -> int:
+        """Height d of the update."""
+        return self.left.shape[0]
+
+    @property
+    def d_hidden(self) -> int:
+        """Width h; 0 where no expert has an update."""
+        return self.right[0].shape[0] if self.right else 0
+
+    @property
+    def rank(self) -> int:
+        """Columns of the expert with the most."""
+        return max((len(columns) for columns in self.columns), default=0)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the factors lie."""
+        return self.left.device
+
+    def rights(self, start: int, stop: int) -> list[Tensor]:
+        """Right factors of the experts at these places."""
+        return list(self.right[start:stop])
+
     def deltas(self) -> Iterator[tuple[int, Tensor]]:
         """``(j, Delta_j [d, h])`` one expert at a time, so that the dense update never exists whole."""
         for expert, columns, right in zip(self.experts, self.columns, self.right, strict=True):
@@ -125,8 +149,7 @@ class FactoredUpdate:
 
     def dense(self, num_experts: int) -> Tensor:
         """``Delta`` as ``[E, d, h]``: for tests and small problems only."""
-        height = self.right[0].shape[0] if self.right else 0
-        out = torch.zeros(num_experts, self.left.shape[0], height, dtype=self.left.dtype, device=self.left.device)
+        out = torch.zeros(num_experts, self.d_model, self.d_hidden, dtype=self.left.dtype, device=self.left.device)
         for expert, delta in self.deltas():
             out[expert] = delta
         return out

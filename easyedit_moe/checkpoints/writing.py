@@ -60,7 +60,7 @@ def flips_of(patch: Patch, target: Target) -> Tensor:
 
 
 def write_steps(patch: WeightPatch, stored: StoredParameters) -> None:
-    """Add the factored updates, in the groups and tiles in which they are added in memory, so with the same bits."""
+    """Add the updates, in the groups and tiles in which they are added in memory, so with the same bits."""
     view = MoELayerView(stored.names.model, without_weights=True, site=patch.site)
     scratch = Scratch()
     for layer, update in patch.steps:

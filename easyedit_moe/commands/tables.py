@@ -18,6 +18,7 @@ ZsRE = Annotated[
 Folder = Annotated[
     str | None, typer.Option(help="Folder of <METHOD>/<model>.yaml; methods that it lacks have those that ship.")
 ]
+Skip = Annotated[int, typer.Option(help="Records of --data to leave out at the start.")]
 Out = Annotated[str, typer.Option(help="Folder: tables.md, and results.json, table.md and a chart for each table.")]
 
 
@@ -36,6 +37,7 @@ def tables(
     stats_dir: options.StatsDir = "",
     dtype: compare_options.DType = "",
     device: options.Device = "",
+    skip: Skip = 0,
 ) -> None:
     """Make tables of the MoTE paper on any model and data, with published figures beside ours where all is the same."""
     from easyedit_moe.comparison.paper_report import about, header, lines, notes
@@ -44,7 +46,7 @@ def tables(
     given = options.settings_of(settings, stats_dir=stats_dir, dtype=dtype, device=device)
     made = run(
         split_names(names), model, data, zsre, edits, batch_size, hparams, out, resume, given, read_seeds(seeds),
-        lambda row: note(f"{row.method}: {brief(row)}"), shows_progress(),
+        lambda row: note(f"{row.method}: {brief(row)}"), shows_progress(), skip,
     )  # fmt: skip
     for one in made:
         say(about(one.table, one.comparison))

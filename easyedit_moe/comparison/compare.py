@@ -17,7 +17,7 @@ from easyedit_moe.comparison.rows import PRE_EDIT, Row
 from easyedit_moe.comparison.seeds import pooled, seeded
 from easyedit_moe.comparison.task import Task
 from easyedit_moe.editors import Editor, EditResult, make_editor
-from easyedit_moe.errors import EditingWarning, HyperParamsError
+from easyedit_moe.errors import DenseModelError, EditingWarning, HyperParamsError
 from easyedit_moe.evaluation.context import check_fit
 from easyedit_moe.evaluation.metrics import EvaluationResult, evaluate
 from easyedit_moe.evaluation.real_answers import real_answers
@@ -29,6 +29,7 @@ from easyedit_moe.host.baseline_hparams import PROTOCOL, BaselineHyperParams
 from easyedit_moe.hparams import MoEHyperParams
 from easyedit_moe.measure import Stopwatch, peak_memory_bytes, reset_peak_memory
 from easyedit_moe.moe.holding import intact
+from easyedit_moe.moe.layers import has_experts
 from easyedit_moe.patches.applied_run import AppliedRun
 from easyedit_moe.storage.strict_json import json_text
 
@@ -70,6 +71,8 @@ def compare(
 ) -> Comparison:
     """A pre-edit row, then one row per hparams; the model is bit-equal to before after each.
 
+    The model may be dense where all methods are EasyEdit's own, of whose rows then nothing is said of routing.
+
     Methods with the same target settings share the target vectors of the first batch, which all of them edit at the
     same weights; the seconds they took count for each. Later batches find their own, at the method's own weights,
     unless ``ready_targets`` asks for those that are found at the unedited weights for all records ("z ready"): shifts
@@ -90,9 +93,11 @@ def compare(
             its hparams' seed.
 
     Raises:
-        HostError: EasyEdit is asked for, by a method or for its metrics, and is not there.
+        HostError: EasyEdit is asked for, by a method or for its metrics, and is not there. DenseModelError: a method of
+            ours and a dense model.
     """
     _check_chat(task, hparams)
+    _check_experts(task, hparams)
     if ready_targets:
         task = replace(task, provenance={**task.provenance, READY: True})
     names = [PRE_EDIT, *(labels or [hp.alg_name for hp in hparams])]
@@ -120,6 +125,15 @@ def _check_chat(task: Task, hparams: Sequence[MoEHyperParams | BaselineHyperPara
                 f"{'in a chat' if task.chat else 'as plain text'}. Compare methods of one kind; EasyEdit's own edit "
                 "plain text."
             )
+
+
+def _check_experts(task: Task, hparams: Sequence[MoEHyperParams | BaselineHyperParams]) -> None:
+    ours = [hp.alg_name for hp in hparams if isinstance(hp, MoEHyperParams)]
+    if ours and not has_experts(task.model):
+        raise DenseModelError(
+            f"{type(task.model).__name__} has no experts, which {', '.join(dict.fromkeys(ours))} would edit. Compare "
+            "EasyEdit's own methods on it, such as --methods MEMIT,AlphaEdit with --hparams for their layers."
+        )
 
 
 def _so_far(task: Task, rows: Mapping[int, Row], wanted: int, easyedit_metrics: bool) -> Comparison:
@@ -158,13 +172,17 @@ class _Judge:
         self._prompts = {"edit": edited, "preservation": list(task.preserved) or near or edited}
         asked = [prompt for prompts in self._prompts.values() for prompt in prompts]
         check_fit(task.model, task.tok, [(prompt, "") for prompt in (*asked, *near)], task.chat)
-        self._before = {name: self._snapshot(name) for name in self._prompts}
+        routed = has_experts(task.model)
+        self._before = {name: self._snapshot(name) for name in self._prompts} if routed else {}
 
     def _snapshot(self, name: str) -> RoutingSnapshot:
         return routing_snapshot(self.task.model, self.task.tok, self._prompts[name], chat=self.task.chat)
 
     def routing(self) -> dict[str, Any]:
-        """Similarity of the experts picked now and at first, over edited prompts and over those to preserve."""
+        """Similarity of the experts picked now and at first, over edited prompts and over those to preserve.
+
+        Nothing for a dense model.
+        """
         return {name: routing_similarity(before, self._snapshot(name)) for name, before in self._before.items()}
 
     def scores(self, edits: int | None = None) -> EvaluationResult:

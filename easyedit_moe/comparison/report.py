@@ -30,7 +30,7 @@ COLUMNS = (
 def cells(row: Row, differs: str = "-") -> list[str]:
     """One line of the table, as text; scores as mean and interval in percent (see `legend`)."""
     scores, seconds = row.scores, row.seconds
-    preserved = row.routing["preservation"]["mean"]
+    kept = f"{row.routing['preservation']['mean']:.1f}" if row.routing else "-"
     return [
         row.method if not row.seeds else f"{row.method}, {len(row.seeds)} seeds",
         row.code,
@@ -41,7 +41,7 @@ def cells(row: Row, differs: str = "-") -> list[str]:
         shown(scores.specificity),
         shown(scores.utility),
         differs,
-        f"{preserved:.1f}",
+        kept,
         f"{seconds['targets']:.1f}",
         f"{seconds['solve']:.2f}",
         f"{seconds['write']:.2f}",

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from easyedit_moe.editors.proposing import propose
-from easyedit_moe.errors import DataError, HyperParamsError
+from easyedit_moe.errors import DataError, DenseModelError, HyperParamsError
 from easyedit_moe.host.baseline_hparams import BaselineHyperParams
 from easyedit_moe.hparams import (
     HYPERPARAMS,
@@ -213,13 +213,27 @@ def has_file(method: str, model_name: str, folder: str | Path | None = None) -> 
 def loading_settings(settings: Sequence[AnyHyperParams], model_name: str) -> MoEHyperParams:
     """The hparams that say how the model is loaded: the first of ours, or, with EasyEdit's methods only, Global's.
 
+    A dense model, which Global has none for, is loaded as the first of EasyEdit's files says, in the usual dtype.
+
     Raises:
         HyperParamsError: only methods of EasyEdit, and neither a file of Global for the model nor its config.
     """
     own = next((hp for hp in settings if isinstance(hp, MoEHyperParams)), None)
     if own is not None:
         return own
-    found, _ = _resolved("Global", model_name, None, {"model_name": model_name})
+    try:
+        found, _ = _resolved("Global", model_name, None, {"model_name": model_name})
+    except DenseModelError:
+        return _loading_dense(settings, model_name)
     if not isinstance(found, MoEHyperParams):
         raise HyperParamsError("Global is a method of ours.")
     return found
+
+
+def _loading_dense(settings: Sequence[AnyHyperParams], model_name: str) -> MoEHyperParams:
+    theirs = [hp.values for hp in settings if isinstance(hp, BaselineHyperParams)]
+    told = theirs[0] if theirs else {}
+    where = {name: told[name] for name in ("device", "model_parallel") if name in told}
+    return hyperparams_class("Global").from_dict(
+        {"alg_name": "Global", "model_name": model_name, "layers": [0], **where}
+    )

@@ -14,8 +14,7 @@ from easyedit_moe.errors import DataError
 from easyedit_moe.evaluation.neighbours import answered
 from easyedit_moe.evaluation.real_answers import RealAnswers
 from easyedit_moe.facts.records import EvaluationRecord, RecordSet, load_records
-from easyedit_moe.moe.fingerprint import model_fingerprint
-from easyedit_moe.moe.layers import MoELayerView
+from easyedit_moe.moe.fingerprint import unedited_fingerprint
 from easyedit_moe.moe.loading import load_model
 from easyedit_moe.patches.checks import versions
 from easyedit_moe.progress import library_bars
@@ -69,7 +68,7 @@ def load_task(
         model, tok = load_model(model_name, dtype, device, model_parallel, trust_remote_code=trust_remote_code)
     provenance = {
         "model": model_name,
-        "model_fingerprint": model_fingerprint(MoELayerView(model)),
+        "model_fingerprint": unedited_fingerprint(model),
         **_about(data, found, records, skip, preserved),
         "batch_size": batch_size,
         **({"chat": True} if chat else {}),

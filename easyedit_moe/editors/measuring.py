@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from easyedit_moe.algebra.routed_keys import FactoredUpdate, RoutedKeys
+from easyedit_moe.algebra.core_update import Update
+from easyedit_moe.algebra.routed_keys import RoutedKeys
 from easyedit_moe.moe.layers import MoELayerView
 
 
@@ -27,10 +28,11 @@ class Fit:
     moved: float = 0.0
 
     @staticmethod
-    def of(update: FactoredUpdate, keys: RoutedKeys, residual: Tensor) -> Fit:
+    def of(update: Update, keys: RoutedKeys, residual: Tensor) -> Fit:
         """Of one solution, for T keys and residuals ``[T, d]``."""
         update = update.to(device=keys.key.device)
-        moved, wanted = update.apply(keys), residual.to(update.left)
+        moved = update.apply(keys)
+        wanted = residual.to(moved)
         inner = torch.stack([(wanted * wanted).sum(), (moved * wanted).sum(), (moved * moved).sum()])
         return Fit(*inner.tolist())
 

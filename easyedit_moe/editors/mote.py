@@ -8,10 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from easyedit_moe.algebra.coordinates import CoreCoordinates
-from easyedit_moe.algebra.core import FactoredCore, core_energy, expand_core, solve_mote, solve_mote_held
+from easyedit_moe.algebra.core import FactoredCore, core_energy, solve_mote, solve_mote_held
+from easyedit_moe.algebra.core_update import Update, place_core
 from easyedit_moe.algebra.gauge import aligned_basis
 from easyedit_moe.algebra.held import HeldSystem
-from easyedit_moe.algebra.routed_keys import FactoredUpdate, RoutedKeys
+from easyedit_moe.algebra.routed_keys import RoutedKeys
 from easyedit_moe.algebra.tucker import TuckerBasis
 from easyedit_moe.editors.prepared import PreparedLayer
 from easyedit_moe.editors.solving import SolvingEditor
@@ -34,7 +35,11 @@ class MoTEEditor(SolvingEditor):
 
     def solve(self, keys: RoutedKeys, residual: Tensor, prepared: PreparedLayer, lambda_reg: float) -> tuple[Any, Any]:
         """A Tucker core, factored or dense, whichever is smaller."""
-        return solve_mote(keys, residual, lambda_reg, prepared.metric, prepared.tucker_basis()), None
+        core = solve_mote(keys, residual, lambda_reg, prepared.metric, prepared.tucker_basis())
+        if isinstance(core, FactoredCore):
+            # One expert factor for all cores of a layer, so that patches share it.
+            core = replace(core, u_expert=prepared.tucker_factors.expert)
+        return core, None
 
     def energy(self, keys: RoutedKeys, prepared: PreparedLayer) -> float:
         """Mean squared norm of the facts' features, on which the core acts."""
@@ -52,9 +57,9 @@ class MoTEEditor(SolvingEditor):
         """The core of all rows."""
         return solve_mote_held(keys, residual, system, coordinates)
 
-    def place(self, solution: FactoredCore | Tensor, prepared: PreparedLayer) -> FactoredUpdate:
-        """The core mapped back by the layer's own factors and projectors."""
-        return expand_core(solution, prepared.tucker_basis(), prepared.metric)
+    def place(self, solution: FactoredCore | Tensor, prepared: PreparedLayer) -> Update:
+        """The core, and the layer's own factors and projectors, which map it back as it is written."""
+        return place_core(solution, prepared.tucker_factors)
 
     def combined(self, layers: dict[int, PreparedLayer]) -> dict[int, PreparedLayer]:
         """Where the last layer's core is mapped back by all layers' factors, those in its gauge."""

@@ -384,27 +384,32 @@ def mote_bytes(shapes: Shapes, tokens: int, re: int, ro: int, ri: int, metric: s
     if re * ri < tokens:
         size = re * ri
         dense = 8 * (size**2 + 4 * size * ro + 2 * tokens * d) + _accumulated(tokens, size)
-        return keys + inner + dense + 8 * (e * h * ro + d * ro), f"primal, side {size}"
-    placed = 8 * (tokens * shapes.active * h if re == e else e * h * min(tokens, ro))
+        return keys + inner + dense, f"primal, side {size}"
+    placed = 8 * tokens * shapes.active * h if re == e else 0
     system = 8 * (tokens**2 + 3 * tokens * ro + 2 * tokens * d) + (0 if re == e else _accumulated(tokens, re * ri))
     return inner + max(keys + system, system + placed), f"dual, side {tokens}"
 
 
 def write_stage(shapes: Shapes, hparams: SolverHyperParams, tokens: int, device: str, batches: int = 1) -> Stage:
-    """Originals of the experts that are written, the patch's factors in float32, and a few tiles."""
+    """Originals of the experts that are written, the patch's factors or cores in float32, and a few tiles.
+
+    A core's factors exist for one group of experts at a time.
+    """
     ranks = _ranks(shapes, hparams) if isinstance(hparams, MoTEHyperParams) else None
     experts = shapes.experts if ranks else min(shapes.experts, tokens * shapes.active)
     weights = shapes.d_model * shapes.d_hidden
-    left, slots = tokens, tokens * shapes.active
+    left, slots, size = tokens, tokens * shapes.active, tile_size(torch.device(device))
+    tile = 4 * 3 * min(size, experts * weights)
     if ranks and ranks[0] < shapes.experts:
-        left = min(tokens, ranks[1])
-        slots = left * shapes.experts
-    elif hasattr(hparams, "num_passes"):
-        left = slots
-    factors = 4 * (left * shapes.d_model + slots * shapes.d_hidden)
+        re, ro, ri = ranks
+        factors = 4 * min(tokens * (min(shapes.active, re) * ri + ro + 2 * shapes.active), re * ro * ri)
+        group = max(1, min(size // weights, experts)) * shapes.d_hidden
+        tile += (8 + 4) * min(tokens, ro) * (2 * group + shapes.d_model) + 8 * ranks[1] * shapes.d_model
+    else:
+        left = slots if hasattr(hparams, "num_passes") else left
+        factors = 4 * (left * shapes.d_model + slots * shapes.d_hidden)
     kept = (experts * weights * shapes.itemsize + factors * batches) * len(hparams.edited_layers)
-    tile = 4 * 3 * min(tile_size(torch.device(device)), experts * weights)
-    return Stage("write", kept, 2 * factors + tile, "originals for an exact revert; the patch's factors")
+    return Stage("write", kept, 2 * factors + tile, "originals for an exact revert; the patch's factors or cores")
 
 
 def with_settings(hparams: SolverHyperParams, memory: MemoryPlan) -> SolverHyperParams:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
+from easyedit_moe.algebra.core_update import TuckerFactors
 from easyedit_moe.algebra.metric import Metric
 from easyedit_moe.algebra.tucker import TuckerBasis
 from easyedit_moe.errors import NumericalError
@@ -55,6 +57,15 @@ class PreparedLayer:
         if self.basis is None:
             raise NumericalError("This layer was prepared without a Tucker basis; prepare it with MoTE's editor.")
         return self.basis
+
+    @cached_property
+    def tucker_factors(self) -> TuckerFactors:
+        """What maps cores back to this layer: one value, which all patches of a run share.
+
+        Raises:
+            NumericalError: as `tucker_basis`.
+        """
+        return TuckerFactors.of(self.tucker_basis(), self.metric)
 
 
 @dataclass(frozen=True)

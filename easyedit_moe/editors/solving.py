@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.algebra.coordinates import Coordinates
+from easyedit_moe.algebra.core_update import Update
 from easyedit_moe.algebra.held import HeldSystem, ridge_suffices
 from easyedit_moe.algebra.hypersphere import principal_directions
 from easyedit_moe.algebra.metric import IdentityMetric, Metric, covariance_metric, mean_energy
 from easyedit_moe.algebra.nullspace import NullSpace
-from easyedit_moe.algebra.routed_keys import FactoredUpdate, RoutedKeys
+from easyedit_moe.algebra.routed_keys import RoutedKeys
 from easyedit_moe.algebra.tucker import TuckerBasis
 from easyedit_moe.editors.base import Editor, EditResult, provenance
 from easyedit_moe.editors.lasting import Carried, Lasting
@@ -122,9 +123,9 @@ class SolvingEditor(Editor):
         """What `solve` would give for the held rows and these, by the reduced system of the new ones."""
         raise NotImplementedError
 
-    def place(self, solution: Any, prepared: PreparedLayer) -> FactoredUpdate:
+    def place(self, solution: Any, prepared: PreparedLayer) -> Update:
         """The update of a layer that a solution means; the solution itself unless a method says otherwise."""
-        update: FactoredUpdate = solution
+        update: Update = solution
         return update
 
     def basis(

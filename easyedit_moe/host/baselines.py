@@ -45,9 +45,9 @@ from easyedit_moe.host.wise import State
 from easyedit_moe.interrupts import do_all, uninterrupted
 from easyedit_moe.measure import Stopwatch
 from easyedit_moe.moe.config import model_config
-from easyedit_moe.moe.fingerprint import model_fingerprint
+from easyedit_moe.moe.fingerprint import unedited_fingerprint
 from easyedit_moe.moe.holding import held, intact
-from easyedit_moe.moe.layers import MoELayerView, decoder_stack
+from easyedit_moe.moe.layers import decoder_stack
 from easyedit_moe.moe.model_state import ModelState
 from easyedit_moe.statistics.cache import statistics_folder
 from easyedit_moe.statistics.corpus import corpus_hash
@@ -229,8 +229,7 @@ class BaselineEditor(Editor):
         if self._prepared is not None:
             return self._prepared
         values = self.hparams.values
-        view = MoELayerView(model)
-        fingerprint = model_fingerprint(view)
+        fingerprint = unedited_fingerprint(model)
         folder = statistics_folder(values.get("stats_dir", "./data/stats"), values["model_name"], fingerprint)
         files: dict[str, Any] = {}
         if needs_statistics(self.hparams):

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from easyedit_moe.errors import DenseModelError
 from easyedit_moe.moe.experts import expert_matrix
 from easyedit_moe.moe.layers import MoELayer, MoELayerView
 from easyedit_moe.moe.wrappers import own_parameters, plain_model, plain_name
@@ -26,6 +27,14 @@ def model_fingerprint(
     that is more than down-projections, ``without`` names the other parameters, or ``instead`` has what they held.
     """
     return _fingerprint(view, type(view.model), view.model.named_parameters(), without, instead or {})
+
+
+def unedited_fingerprint(model: nn.Module) -> str:
+    """The `model_fingerprint` of a model, or, of a dense one, the same over every parameter."""
+    try:
+        return model_fingerprint(MoELayerView(model))
+    except DenseModelError:
+        return _told(type(model), model.named_parameters(), set(), {})
 
 
 def _edited(view: MoELayerView) -> set[nn.Parameter]:
@@ -51,6 +60,15 @@ def _fingerprint(
     skip = _edited(view)
     own = own_parameters(view.model)  # under every name that a shared parameter has
     skip |= {own[name] for name in map(plain_name, without) if name in own}
+    return _told(kind, parameters, skip, instead)
+
+
+def _told(
+    kind: type,
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    skip: set[nn.Parameter],
+    instead: Mapping[nn.Parameter, Tensor],
+) -> str:
     told = [(f"{name}{tuple(p.shape)}{p.dtype}".encode(), p, p in skip or p.is_meta) for name, p in parameters]
     samples = _samples([instead.get(p, p) for _, p, left_out in told if not left_out])
     state = hashlib.sha256(kind.__name__.encode())

@@ -151,6 +151,19 @@ class MoELayerView:
         )
 
 
+def has_experts(model: nn.Module) -> bool:
+    """Whether a model is a MoE model; not whether it can be edited.
+
+    Raises:
+        LayoutError: experts that can't be read, or no decoder.
+    """
+    try:
+        MoELayerView(model)
+    except DenseModelError:
+        return False
+    return True
+
+
 def _refuse_unknown_experts(stack_name: str, layers: nn.ModuleList) -> None:
     """LayoutError if modules that were not recognised call themselves experts: the model is hardly dense then."""
     for name, module in layers.named_modules(prefix=stack_name):

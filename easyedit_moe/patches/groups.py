@@ -1,4 +1,7 @@
-"""The arithmetic of a write: a factored update added to experts in groups and tiles, rounded once."""
+"""The arithmetic of a write: an update added to experts in groups and tiles, rounded once.
+
+Of a core (`easyedit_moe.algebra.core_update`) only the factors of one group of experts exist at a time.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from easyedit_moe.algebra.routed_keys import FactoredUpdate
+from easyedit_moe.algebra.core_update import Update
 from easyedit_moe.errors import NumericalError
 from easyedit_moe.moe.layers import MoELayer
 
@@ -134,7 +137,7 @@ def originals_of(moe: MoELayer, experts: list[int]) -> dict[int, Tensor]:
 
 
 def groups_of(
-    moe: MoELayer, update: FactoredUpdate, weights: Callable[[tuple[int, ...]], Tensor] | None = None
+    moe: MoELayer, update: Update, weights: Callable[[tuple[int, ...]], Tensor] | None = None
 ) -> Iterator[Group]:
     """The experts of an update in runs of neighbours, each small enough that its sum fits a tile where one can be.
 
@@ -142,17 +145,17 @@ def groups_of(
     are views on the layer's own.
     """
     layout, experts = moe.experts.layout, update.experts
-    rank = max((len(columns) for columns in update.columns), default=0)
-    largest = max(layout.d_model * layout.d_hidden, rank * (layout.d_model + layout.d_hidden))
-    most = max(1, tile_size(update.left.device) // largest) if layout.storage == "packed" else 1
+    left, every = update.left, update.columns
+    largest = max(layout.d_model * layout.d_hidden, update.rank * (layout.d_model + layout.d_hidden))
+    most = max(1, tile_size(update.device) // largest) if layout.storage == "packed" else 1
     start = 0
     while start < len(experts):
         stop = start + 1
         while stop < len(experts) and stop - start < most and experts[stop] == experts[stop - 1] + 1:
             stop += 1
         run = experts[start:stop]
-        lefts = [update.left[:, columns] for columns in update.columns[start:stop]]
-        rights = list(update.right[start:stop])
+        lefts = [left[:, columns] for columns in every[start:stop]]
+        rights = update.rights(start, stop)
         if layout.transposed:
             lefts, rights = rights, lefts
         stored = _stored(moe, run) if weights is None else weights(run)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from easyedit_moe.algebra.routed_keys import FactoredUpdate
 from easyedit_moe.patches.tensors import TensorPatch
 from easyedit_moe.patches.weights import WeightPatch
 
@@ -84,14 +82,17 @@ def expert_factors(patch: WeightPatch) -> Iterator[tuple[int, int, Tensor, Tenso
 
     By layer and expert; one expert at a time, since together they are many times the patch.
     """
-    writes: dict[tuple[int, int], list[tuple[FactoredUpdate, int]]] = defaultdict(list)
-    for layer, update in patch.steps:
-        for place, expert in enumerate(update.experts):
-            writes[layer, expert].append((update, place))
-    for (layer, expert), parts in sorted(writes.items(), key=lambda item: item[0]):
-        lefts = [update.left[:, update.columns[place]].to("cpu", torch.float64) for update, place in parts]
-        rights = [update.right[place].to("cpu", torch.float64) for update, place in parts]
-        yield layer, expert, torch.cat(lefts, dim=1), torch.cat(rights, dim=1)
+    for layer in patch.layers:
+        steps = [update for number, update in patch.steps if number == layer]
+        lefts = [update.left for update in steps]  # of a core it is computed
+        for expert in sorted({expert for update in steps for expert in update.experts}):
+            left, right = [], []
+            for update, own in zip(steps, lefts, strict=True):
+                if expert in update.experts:
+                    place = update.experts.index(expert)
+                    left.append(own[:, update.columns[place]].to("cpu", torch.float64))
+                    right += [other.to("cpu", torch.float64) for other in update.rights(place, place + 1)]
+            yield layer, expert, torch.cat(left, dim=1), torch.cat(right, dim=1)
 
 
 def _layers(patch: WeightPatch) -> list[dict[str, Any]]:

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from easyedit_moe.algebra.core_update import CoreUpdate, Update, joined_cores
 from easyedit_moe.algebra.low_rank import low_rank
 from easyedit_moe.algebra.routed_keys import FactoredUpdate
 from easyedit_moe.errors import PatchError
 from easyedit_moe.patches.checks import Base
 from easyedit_moe.patches.flips import joined_flips
 from easyedit_moe.patches.record import PatchRecord
+from easyedit_moe.patches.steps import sharing_factors
 from easyedit_moe.patches.tensors import TensorPatch
 from easyedit_moe.patches.weights import WeightPatch
 
@@ -57,8 +59,10 @@ def merge_weights(patches: Sequence[WeightPatch]) -> WeightPatch:
     parts = [_flat(p.before, p.after, p.flips, p.originals) for p in patches]
     before, after, flips, originals = _joined(patches, parts, [p.applied for p in patches])
     written = dict(pair for p in patches for pair in _pairs(p.written))
+    steps = [step for p in patches for step in p.steps]
+    updates = sharing_factors([update for _, update in steps])
     return WeightPatch(
-        steps=[step for p in patches for step in p.steps],
+        steps=[(layer, update) for (layer, _), update in zip(steps, updates, strict=True)],
         fingerprint=patches[0].fingerprint,
         reports=[report for p in patches for report in p.reports],
         originals=_nested(originals),
@@ -84,13 +88,22 @@ def revert_run(patches: Sequence[WeightPatch], model: nn.Module, base: Base | No
 def folded(patch: WeightPatch) -> WeightPatch:
     """A patch with one step per layer: the factors of all its steps side by side, not applied.
 
-    Where these are more columns than the shorter side of a matrix, its own factors of the product's rank take their
-    place (QR and singular values, `easyedit_moe.algebra.low_rank`). What is written is the same up to rounding, once
-    rather than step by step; the checksums stay those of the steps, and so do originals in ``flips``, which apply the
-    steps' very bits.
+    Cores of one layer are added up to one core. Where factors are more columns than the shorter side of a matrix, its
+    own factors of the product's rank take their place (QR and singular values, `easyedit_moe.algebra.low_rank`). What
+    is written is the same up to rounding, once rather than step by step; the checksums stay those of the steps, and so
+    do originals in ``flips``, which apply the steps' very bits.
     """
-    steps = [(layer, _side_by_side([u for n, u in patch.steps if n == layer])) for layer in patch.layers]
+    updates = sharing_factors([update for _, update in patch.steps])
+    pairs = [(layer, update) for (layer, _), update in zip(patch.steps, updates, strict=True)]
+    steps = [(layer, _as_one([update for number, update in pairs if number == layer])) for layer in patch.layers]
     return replace(patch, steps=steps, originals={}, written={}, earlier=None, _model=None)
+
+
+def _as_one(updates: Sequence[Update]) -> Update:
+    cores = [update for update in updates if isinstance(update, CoreUpdate)]
+    if len(cores) == len(updates) and all(core.factors is cores[0].factors for core in cores):
+        return joined_cores(cores)
+    return _side_by_side([u.expanded() if isinstance(u, CoreUpdate) else u for u in updates])
 
 
 def _side_by_side(updates: Sequence[FactoredUpdate]) -> FactoredUpdate:

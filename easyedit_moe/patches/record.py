@@ -16,10 +16,11 @@ from easyedit_moe.storage.schema import content_of, read_record
 from easyedit_moe.storage.strict_json import digest
 from easyedit_moe.storage.tensors import read_safetensors
 
-SCHEMA = 3
-"""Since 3 a step of a patch may name an earlier one whose experts, columns and right factors are its own, too."""
+SCHEMA = 4
+"""Since 3 a step of a patch may name an earlier one whose experts, columns and right factors are its own, too; since 4
+it may be a core, and the file hold what maps it back."""
 
-READ = (2, 3)
+READ = (2, 3, 4)
 """Schemas of files that are read."""
 ADVICE = "save the patch anew"
 _Saved = TypeVar("_Saved", bound="SavedRecord")

@@ -3,6 +3,8 @@
 Of each matrix only the patch that changes it first keeps the original, in main memory. What a later patch overwrote is
 what the steps of those before it make of that original: the arithmetic of a write is the same each time, and checksums
 prove it. So a run holds one copy of what it changed, however many patches it is made of.
+
+A patch of whole tensors holds what it wrote, which is what the next one overwrote (`continues_tensors`).
 """
 
 from __future__ import annotations
@@ -13,13 +15,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from easyedit_moe.algebra.routed_keys import FactoredUpdate
+from easyedit_moe.algebra.core_update import Update
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.patches.checks import check_original
 from easyedit_moe.patches.groups import Scratch, groups_of
 from easyedit_moe.storage.checksums import checksum
 
 if TYPE_CHECKING:
+    from easyedit_moe.patches.tensors import TensorPatch
     from easyedit_moe.patches.weights import WeightPatch
 
 Matrices = dict[int, dict[int, Tensor]]
@@ -52,6 +55,26 @@ def continues(patch: WeightPatch, earlier: WeightPatch | None, keep_originals: b
     }
 
 
+def continues_tensors(patch: TensorPatch, run: Sequence[TensorPatch]) -> None:
+    """Make a patch of whole tensors part of a run: the originals that an earlier patch wrote are that one's values.
+
+    Nothing is copied or computed: where the last patch before it that wrote a parameter left the bits that it found,
+    both hold the same tensor from now on. So of each parameter only the first patch that changes it holds an original
+    of its own, and a patch is taken back as if it were alone.
+
+    Args:
+        patch: applied, and not changed since.
+        run: the patches before it on the same model that are still applied, oldest first.
+    """
+    shared = dict(patch.originals)
+    for name in patch.originals:
+        last = next((other for other in reversed(run) if name in other.values), None)
+        # What something else wrote in between is held apart.
+        if last is not None and last.applied and last.after[name] == patch.before[name]:
+            shared[name] = last.values[name]
+    patch.originals = shared
+
+
 def overwritten(patch: WeightPatch, view: MoELayerView, base: Matrices | None = None) -> Matrices:
     """What lay in every matrix of an applied patch before it, bit for bit; ``base`` has the originals of the run.
 
@@ -77,9 +100,7 @@ def overwritten(patch: WeightPatch, view: MoELayerView, base: Matrices | None = 
     return found
 
 
-def replayed(
-    view: MoELayerView, layer: int, state: dict[int, Tensor], steps: Sequence[FactoredUpdate]
-) -> dict[int, Tensor]:
+def replayed(view: MoELayerView, layer: int, state: dict[int, Tensor], steps: Sequence[Update]) -> dict[int, Tensor]:
     """What updates in a row make of a layer's matrices ``[d, h]``, as `PatchWriter.write` does it; on its device."""
     moe, scratch = view.layers[layer], Scratch()
     device = next(iter(moe.experts.parameters()))[1].device

@@ -1,20 +1,17 @@
-"""What a patch of factored updates says of itself in its file, and how the factors lie there."""
+"""What a patch of updates of down-projections says of itself in its file; its steps: `easyedit_moe.patches.steps`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
-from easyedit_moe.algebra.routed_keys import FactoredUpdate
 from easyedit_moe.hparams.sites import EXPERTS
 from easyedit_moe.moe.layers import MoELayer
 from easyedit_moe.moe.wrappers import plain_name
 from easyedit_moe.patches.flips import check_flips
 from easyedit_moe.patches.record import SavedRecord
-from easyedit_moe.storage.schema import Expected, check_tensors
 
 Checksums = dict[int, dict[int, int]]
 """Layer -> expert -> checksum of its down-projection ``[d, h]``."""
@@ -109,85 +106,6 @@ FLIPS = "flips."
 """What the names of flips begin with in a file; layer and expert follow."""
 
 
-def shared_part(update: FactoredUpdate) -> tuple[int, ...]:
-    """What tells whether two updates differ in their left factor only: the very same other tensors."""
-    return (*update.experts, *(id(tensor) for tensor in (*update.columns, *update.right)))
-
-
-def step_tensors(i: int, update: FactoredUpdate, same: int | None = None) -> dict[str, Tensor]:
-    """The factors of step ``i`` by their names in a file; ``same`` is the first step with all of them but the left."""
-    left = {f"{i}.left": update.left.clone()}  # two steps may share it, which safetensors refuses
-    if same is not None and same != i:
-        return {**left, f"{i}.same": torch.tensor([same])}
-    return {
-        **left,
-        f"{i}.experts": torch.tensor(update.experts),
-        f"{i}.sizes": torch.tensor([len(c) for c in update.columns]),
-        f"{i}.columns": torch.cat(update.columns),
-        f"{i}.right": torch.cat(update.right, dim=1),
-    }
-
-
-def steps_of(tensors: Mapping[str, Tensor], saved: SavedWeights) -> list[tuple[int, FactoredUpdate]]:
-    """Layer and factors of each step of a file.
-
-    Raises:
-        ValueError: factors that are missing, not asked for, of other dtypes or shapes, not finite, or of experts that
-            the metadata do not speak of.
-    """
-    factors = {name: tensor for name, tensor in tensors.items() if not name.startswith(FLIPS)}
-    expected: dict[str, Expected] = {}
-    whole, real = (torch.int64,), (torch.float32,)
-    for i in range(len(saved.layers)):
-        expected[f"{i}.left"] = Expected((f"d{i}", f"C{i}"), real)
-        if f"{i}.same" in factors:
-            expected[f"{i}.same"] = Expected((1,), whole)
-            continue
-        expected[f"{i}.experts"] = expected[f"{i}.sizes"] = Expected((f"n{i}",), whole)
-        expected[f"{i}.columns"] = Expected((f"r{i}",), whole)
-        expected[f"{i}.right"] = Expected((f"h{i}", f"r{i}"), real)
-    check_tensors(factors, expected)
-    steps = [(layer, _update(factors, i)) for i, layer in enumerate(saved.layers)]
-    _check_layers(steps, saved)
-    return steps
-
-
-def _update(tensors: Mapping[str, Tensor], i: int) -> FactoredUpdate:
-    if f"{i}.same" in tensors:
-        first = int(tensors[f"{i}.same"])
-        if not 0 <= first < i or f"{first}.right" not in tensors:
-            raise ValueError(f"step {i} has the factors of step {first}, which holds none before it")
-        other, left = _update(tensors, first), tensors[f"{i}.left"]
-        if left.shape != other.left.shape:
-            raise ValueError(f"the left factor of step {i} is not of the size of step {first}'s")
-        return replace(other, left=left)
-    sizes, experts = tensors[f"{i}.sizes"].tolist(), tensors[f"{i}.experts"].tolist()
-    columns, left = tensors[f"{i}.columns"], tensors[f"{i}.left"]
-    if not experts or experts != sorted(set(experts)) or experts[0] < 0:
-        raise ValueError(f"the experts of step {i} are not increasing numbers")
-    if min(sizes) < 0 or sum(sizes) != len(columns):
-        raise ValueError(f"the sizes of step {i} are not those of its columns")
-    if len(columns) and not (int(columns.min()) >= 0 and int(columns.max()) < left.shape[1]):
-        raise ValueError(f"step {i} names columns that it does not hold")
-    right = torch.split(tensors[f"{i}.right"], sizes, dim=1)
-    return FactoredUpdate(left, tuple(experts), torch.split(columns, sizes), right)
-
-
-def _check_layers(steps: list[tuple[int, FactoredUpdate]], saved: SavedWeights) -> None:
-    written: dict[int, set[int]] = {}
-    for layer, update in steps:
-        written.setdefault(layer, set()).update(update.experts)
-    for layer, experts in written.items():
-        if layer not in saved.stored or not 0 <= max(experts) < saved.stored[layer].experts:
-            raise ValueError(f"it does not say where the experts that it writes in layer {layer} are stored")
-    for table in (saved.before, saved.after):
-        known = {layer: set(experts) for layer, experts in table.items()}
-        if known.keys() - written.keys() or any(known[n] - written[n] for n in known):
-            raise ValueError("it holds checksums of experts that it does not write")
-    if _places(saved.before) != _places(saved.after):
-        raise ValueError("its checksums before and after it are not of the same experts")
-
-
 def flips_of(tensors: Mapping[str, Tensor], saved: SavedWeights) -> dict[int, dict[int, Tensor]]:
     """Layer -> expert -> flips that a file holds.
 
@@ -197,7 +115,7 @@ def flips_of(tensors: Mapping[str, Tensor], saved: SavedWeights) -> dict[int, di
     found: dict[int, dict[int, Tensor]] = {}
     flips = {name: bits for name, bits in tensors.items() if name.startswith(FLIPS)}
     check_flips(flips)
-    wanted = {f"{FLIPS}{layer}.{expert}": (layer, expert) for layer, expert in _places(saved.before)}
+    wanted = {f"{FLIPS}{layer}.{expert}": (layer, expert) for layer, expert in places(saved.before)}
     if bool(flips) != bool(saved.originals) or (flips and flips.keys() != wanted.keys()):
         raise ValueError("it holds originals of other experts than it changes")
     for name, bits in flips.items():
@@ -206,5 +124,6 @@ def flips_of(tensors: Mapping[str, Tensor], saved: SavedWeights) -> dict[int, di
     return found
 
 
-def _places(table: Checksums) -> set[tuple[int, int]]:
+def places(table: Checksums) -> set[tuple[int, int]]:
+    """Layer and expert of every checksum."""
     return {(layer, expert) for layer, experts in table.items() for expert in experts}

@@ -87,7 +87,8 @@ class TensorPatch(PatchRecord):
         fingerprint: of the model without the parameters that ``without`` names.
         metadata: provenance: hparams, requests, versions.
         reports: what each write did.
-        originals: what the parameters held; only where the patch is applied.
+        originals: what the parameters held; only where the patch is applied, and in a run of patches the values of an
+            earlier one where it wrote them (`easyedit_moe.patches.runs.continues_tensors`).
         without: the parameters that the fingerprint leaves out; by default those that the patch holds.
         flips: name -> compressed xor of the bits before and after; empty unless the patch was saved with originals.
     """
@@ -101,6 +102,11 @@ class TensorPatch(PatchRecord):
     after: dict[str, int] = field(default_factory=dict)
     without: tuple[str, ...] | None = None
     flips: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def applied(self) -> bool:
+        """Whether this value knows what it overwrote on a model."""
+        return bool(self.originals)
 
     @property
     def names(self) -> list[str]:
@@ -139,7 +145,7 @@ class TensorPatch(PatchRecord):
             return bool(self.originals)
 
         with writing_tensors(model, applied) as writer, intact(model, applied) as hold:
-            hold.undo.append(self._forget)
+            hold.undo.append(self.forget)
             parameters = self._parameters(model)
             check_model(MoELayerView(model), self.fingerprint, self.left_out, self.parent)
             check_unedited(self._compared(parameters), self.parent)
@@ -168,16 +174,16 @@ class TensorPatch(PatchRecord):
             originals = self.originals or self._found_originals(parameters, base)
             with uninterrupted():
                 restore_tensors(model, originals)
-                self._forget()
+                self.forget()
 
     def restore(self, model: nn.Module) -> None:
         """Put the originals back, whatever happened to the weights since; nothing where the patch is not applied."""
         with held(model), uninterrupted():
             restore_tensors(model, self.originals)
-            self._forget()
+            self.forget()
 
-    def _forget(self) -> None:
-        """The patch is not applied any more."""
+    def forget(self) -> None:
+        """Not be applied any more, as the weights are those from before."""
         self.originals = {}
 
     def weights_copy(self, model: nn.Module) -> dict[str, Tensor]:

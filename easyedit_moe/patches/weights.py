@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from easyedit_moe.algebra.routed_keys import FactoredUpdate
+from easyedit_moe.algebra.core import FactoredCore
+from easyedit_moe.algebra.core_update import CoreUpdate, Update
 from easyedit_moe.errors import EditingWarning, NumericalError, PatchError, offloaded
 from easyedit_moe.hparams.sites import EXPERTS, site_entry
 from easyedit_moe.interrupts import do_all, uninterrupted
@@ -39,6 +40,7 @@ from easyedit_moe.patches.flips import flipped, flips_between
 from easyedit_moe.patches.groups import Scratch, groups_of, originals_of
 from easyedit_moe.patches.record import ADVICE, PatchRecord, check_id, read_patch
 from easyedit_moe.patches.runs import overwritten
+from easyedit_moe.patches.steps import steps_of, tensors_of
 from easyedit_moe.patches.stored import (
     FLIPS,
     Checksums,
@@ -46,9 +48,6 @@ from easyedit_moe.patches.stored import (
     StoredExperts,
     WriteReport,
     flips_of,
-    shared_part,
-    step_tensors,
-    steps_of,
 )
 from easyedit_moe.storage.checksums import checksum, checksums_of
 from easyedit_moe.storage.schema import content_of
@@ -60,7 +59,8 @@ class WeightPatch(PatchRecord):
     """Factored updates in the order in which they were written, and the originals of what they overwrote.
 
     Attributes:
-        steps: layer and float32 factors of each write.
+        steps: layer and update of each write, float32: factors, or a core (`easyedit_moe.algebra.core_update`). The
+            layer's own part of a core is not copied: the cores of a run share it with what was prepared for the model.
         fingerprint: of the model, edits left out.
         metadata: provenance: hparams, requests, versions.
         reports: what each write did; of the last application where there was one.
@@ -77,7 +77,7 @@ class WeightPatch(PatchRecord):
         plain: no matrix that the run writes is that of two layers or experts.
     """
 
-    steps: list[tuple[int, FactoredUpdate]]
+    steps: list[tuple[int, Update]]
     fingerprint: str
     metadata: dict[str, Any] = field(default_factory=dict)
     reports: list[WriteReport] = field(default_factory=list)
@@ -216,8 +216,9 @@ class WeightPatch(PatchRecord):
         return full
 
     def save(self, path: str | Path, keep_originals: bool = False) -> None:
-        """Write factors, checksums and provenance to one safetensors file, atomically.
+        """Write steps, checksums and provenance to one safetensors file, atomically.
 
+        A core is written as it is, or by its factors for every expert, whichever is smaller; both apply the same bits.
         With ``keep_originals`` the file also holds what turns the edited weights into the original ones and back, bit
         for bit: the patch must then be applied, or have been loaded with it.
 
@@ -225,11 +226,7 @@ class WeightPatch(PatchRecord):
             PatchError: the originals are not at hand; no file is written. WriteError: the file can't be written.
         """
         flips = self._flips() if keep_originals else {}
-        tensors: dict[str, Tensor] = {}
-        first: dict[tuple[int, ...], int] = {}
-        for i, (_, update) in enumerate(self.steps):
-            same = first.setdefault(shared_part(update), i)
-            tensors.update(step_tensors(i, update, same))
+        tensors = tensors_of([update for _, update in self.steps])
         for layer, experts in flips.items():
             tensors.update({f"{FLIPS}{layer}.{expert}": bits for expert, bits in experts.items()})
         write_safetensors(Path(path), tensors, self.described("patch", self.reports, self.metadata, bool(flips)))
@@ -360,11 +357,11 @@ class WeightPatch(PatchRecord):
         }
 
     @staticmethod
-    def check_fits(view: MoELayerView, layer: int, update: FactoredUpdate) -> None:
+    def check_fits(view: MoELayerView, layer: int, update: Update) -> None:
         """Refuse an update of other experts than a layer has; PatchError."""
         moe = view.require([layer])[0]
         layout = moe.experts.layout
-        d, h = update.left.shape[0], update.right[0].shape[0]
+        d, h = update.d_model, update.d_hidden
         if (d, h) != (layout.d_model, layout.d_hidden) or max(update.experts) >= layout.num_experts:
             raise PatchError(
                 f"Layer {layer} has {layout.num_experts} experts of {layout.d_model} x {layout.d_hidden}; "
@@ -378,12 +375,12 @@ class PatchWriter:
     def __init__(self, view: MoELayerView) -> None:
         self.view = view
         self.originals: dict[int, dict[int, Tensor]] = {}
-        self.steps: list[tuple[int, FactoredUpdate]] = []
+        self.steps: list[tuple[int, Update]] = []
         self.reports: list[WriteReport] = []
-        self._last: tuple[Any, FactoredUpdate | None] = (None, None)
+        self._last: tuple[Any, Any] = (None, None)
         self._places: dict[tuple[torch.device, int], tuple[int, int]] = {}
 
-    def write(self, layer: int, update: FactoredUpdate) -> WriteReport:
+    def write(self, layer: int, update: Update) -> WriteReport:
         """Add ``update`` to one layer: in float32, rounded once to the parameter's dtype.
 
         One grouped product per run of neighbouring experts, in tiles that stay in a CPU's cache or fill a GPU; beside
@@ -413,14 +410,19 @@ class PatchWriter:
         self.reports.append(WriteReport(layer, loss, total**0.5, len(update.experts), updates, weights))
         return self.reports[-1]
 
-    def _converted(self, update: FactoredUpdate, device: torch.device) -> FactoredUpdate:
-        """In float32 on a device; where a solution is spread over layers, they share one copy of its right factors."""
-        right, last = self._last
-        if last is not None and right is update.right and last.left.device == device:
-            return replace(last, left=update.left.to(device=device, dtype=torch.float32))
-        converted = update.to(device=device, dtype=torch.float32)
-        self._last = (update.right, converted)
-        return converted
+    def _converted(self, update: Update, device: torch.device) -> Update:
+        """In float32 on a device; where a solution is spread over layers, they share one copy of all but its left
+        factor.
+        """
+        part: Any = update.core if isinstance(update, CoreUpdate) else update
+        shared = None if isinstance(part, Tensor) else part.inner if isinstance(part, FactoredCore) else part.right
+        known, last = self._last
+        if last is not None and known is shared and last.left.device == device:
+            part = replace(last, left=part.left.to(device=device, dtype=torch.float32))
+        else:
+            part = part.to(device=device, dtype=torch.float32)
+            self._last = (shared, None if shared is None else part)
+        return replace(update, core=part) if isinstance(update, CoreUpdate) else part
 
     def keep(self, layer: int, experts: Sequence[int]) -> None:
         """Remember experts as they are now, to be called before they change; a matrix that several share, once."""

@@ -63,6 +63,7 @@ def tables(
     seeds: Sequence[int] = (),
     on_row: Callable[[Row], None] | None = None,
     progress: bool = True,
+    skip: int = 0,
 ) -> list[MadeTable]:
     """Make tables of the paper, each in a folder of its own under ``out``; ``tables.md`` has all that are there.
 
@@ -83,6 +84,7 @@ def tables(
         seeds: see `easyedit_moe.comparison.compare.compare`.
         on_row: called with each row when it is made.
         progress: show bars.
+        skip: records of ``data`` to leave out at the start, such as those that settings were chosen on.
 
     Raises:
         DataError: an unknown table, unusable data or model, or a folder that can't be written to or gone on with.
@@ -93,7 +95,7 @@ def tables(
     plans = [_plan(table, model, hparams, given) for table in wanted]
     _tell_of_shipped(wanted, model, hparams)
     folder = check_folder(out)
-    task = _task(plans, model, data, edits, batch_size, given, progress)
+    task = _task(plans, model, data, (edits, skip), batch_size, given, progress)
     tasks = {COUNTERFACT: task}
     if zsre is not None and any(ZSRE in table.data for table in wanted):
         tasks[ZSRE] = with_data(task, zsre, edits)
@@ -150,12 +152,13 @@ def _place(method: str, model: str, folder: str | Path | None) -> str | Path | N
 
 
 def _task(
-    plans: Sequence[_Plan], model: str, data: str, edits: int, batch_size: int, given: Mapping[str, Any], progress: bool
-) -> Task:
+    plans: Sequence[_Plan], model: str, data: str, which: tuple[int, int], batch_size: int, given: Mapping[str, Any],
+    progress: bool,
+) -> Task:  # fmt: skip
     settings = [one for plan in plans for one in plan.settings]
     first = loading_settings(settings, model)
     return load_task(
-        model, data, edits, 0, batch_size, given.get("dtype") or first.dtype, given.get("device", first.device),
+        model, data, *which, batch_size, given.get("dtype") or first.dtype, given.get("device", first.device),
         first.model_parallel, first.trust_remote_code, progress, any(getattr(hp, "chat", False) for hp in settings),
     )  # fmt: skip
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from easyedit_moe.algebra.core import expand_core, solve_core, solve_mote
+from easyedit_moe.algebra.core import solve_core, solve_mote
+from easyedit_moe.algebra.core_update import expand_core
 from easyedit_moe.algebra.gauge import aligned_basis, aligned_factor, orthonormal_factor
 from easyedit_moe.algebra.metric import IdentityMetric
 from easyedit_moe.algebra.nullspace import null_space

@@ -7,10 +7,13 @@ import torch
 from reference import RIDGE, planted_projectors, random_covariances, routed
 from torch import Tensor
 
+from benchmarks.syncs import counted_syncs
 from easyedit_moe.algebra import held as held_module
+from easyedit_moe.algebra import held_bcd
 from easyedit_moe.algebra.bcd import expert_orders, solve_bcd
 from easyedit_moe.algebra.coordinates import CoreCoordinates, ExpertCoordinates
-from easyedit_moe.algebra.core import expand_core, solve_mote, solve_mote_held
+from easyedit_moe.algebra.core import solve_mote, solve_mote_held
+from easyedit_moe.algebra.core_update import expand_core
 from easyedit_moe.algebra.exact import solve_exact, solve_exact_held
 from easyedit_moe.algebra.held import Held, HeldMoment, HeldSystem
 from easyedit_moe.algebra.held_bcd import solve_bcd_held
@@ -160,3 +163,100 @@ def test_experts_and_facts_of_other_sizes(count: int) -> None:
             held.hold(dict(enumerate(parts[:number])))
         new = parts[-1]
         case.check(held, parts[:-1], new, residual_of(new.num_tokens))
+
+
+# ---------------------------------------------------------------- BCD by colours
+
+
+def one_after_the_other(
+    keys: RoutedKeys, residual: Tensor, held: HeldMoment, case: ExpertCoordinates, orders: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Unknowns ``[N, d]`` and objectives of block coordinate descent on the dense normal equations, float64."""
+    phi, wanted = case.features(case.encode(keys)), residual.double()
+    system = phi @ phi.T + held.moment
+    right, solution = phi @ wanted, torch.zeros(case.size, residual.shape[1], dtype=torch.float64)
+
+    def objective() -> float:
+        tied = (solution * (held.moment @ solution)).sum()
+        return float(((wanted - phi.T @ solution) ** 2).sum() + tied + LAMBDA * (solution**2).sum())
+
+    history = [objective()]
+    for order in orders:
+        for expert in order.tolist():
+            own = slice(case.starts[expert], case.starts[expert] + case.sizes[expert])
+            rest = right[own] - system[own] @ solution + system[own, own] @ solution[own]
+            ridge = LAMBDA * torch.eye(case.sizes[expert], dtype=torch.float64)
+            solution[own] = torch.linalg.solve(system[own, own] + ridge, rest)
+        history.append(objective())
+    return solution, torch.tensor(history, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("layout", ["pairs", "any", "one token", "no held row", "held experts only"])
+@pytest.mark.parametrize("kind", METRICS)
+@pytest.mark.parametrize("wide", [0.0, float("inf")], ids=["by colours", "one by one"])
+def test_held_bcd_is_the_sweep_one_after_the_other(
+    wide: float, kind: str, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where held rows tie few experts together, where they tie all, and where new rows reach none of them."""
+    monkeypatch.setattr(held_bcd, "LEAST_WIDTH", wide)
+    experts, draw = 12, torch.Generator().manual_seed(2)
+    metric = IdentityMetric()
+    if kind != "identity":
+        metric = (planted_projectors if kind == "nullspace" else random_covariances)(experts, H, draw)[0]
+    case = ExpertCoordinates(metric, experts, H, torch.device("cpu"))
+    orders = expert_orders(experts, 3, seed=5)
+
+    def rows(count: int, pairs: bool, first: int = 0) -> RoutedKeys:
+        start = torch.randint((experts - first) // 2, (count, 1), generator=draw) * 2 + first
+        anywhere = torch.rand(count, experts, generator=draw).topk(2).indices
+        expert = torch.cat([start, start + 1], dim=1) if pairs else anywhere
+        gate = torch.rand(count, 2, generator=draw) + 0.1
+        return RoutedKeys(expert, gate, torch.randn(count, 2, H, generator=draw))
+
+    held = HeldMoment(case)
+    if layout != "no held row":
+        held.hold({n: rows(3, layout != "any", 6 if "only" in layout else 0) for n in range(9)})
+    else:
+        held.moment = torch.zeros(case.size, case.size, dtype=torch.float64)
+    keys = rows(1 if layout == "one token" else 5, "only" not in layout)
+    residual = residual_of(keys.num_tokens)
+    update, report = solve_bcd_held(keys, residual, LAMBDA, held, case, orders)
+    wanted, history = one_after_the_other(keys, residual, held, case, orders)
+    dense = torch.zeros(experts, D, H, dtype=torch.float64)
+    for expert, columns in case.lifted(wanted).items():
+        dense[expert] = columns.mT
+    torch.testing.assert_close(update.dense(experts), dense, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(torch.tensor(report.objective, dtype=torch.float64), history, rtol=1e-10, atol=1e-11)
+
+
+def test_experts_that_held_rows_do_not_tie_are_solved_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    right = held_bcd._Blocks.visit_together
+
+    def watched(self: object, places: Tensor, state: object) -> None:
+        sizes.append(len(places))
+        right(self, places, state)
+
+    monkeypatch.setattr(held_bcd._Blocks, "visit_together", watched)
+    case = ExpertCoordinates(IdentityMetric(), 12, H, torch.device("cpu"))
+    held, draw = HeldMoment(case), torch.Generator().manual_seed(0)
+    expert = torch.arange(12).view(6, 2)
+    held.hold({0: RoutedKeys(expert, torch.ones(6, 2), torch.randn(6, 2, H, generator=draw))})
+    keys = RoutedKeys(expert[:3], torch.ones(3, 2), torch.randn(3, 2, H, generator=draw))
+    solve_bcd_held(keys, residual_of(3), LAMBDA, held, case, [torch.arange(12)])
+    assert sizes == [6, 6]
+
+
+def test_waits_of_held_bcd_do_not_grow_with_experts_or_passes() -> None:
+    counts = []
+    for experts, passes in ((6, 1), (24, 1), (24, 5)):
+        case = ExpertCoordinates(IdentityMetric(), experts, H, torch.device("cpu"))
+        draw, held = torch.Generator().manual_seed(0), HeldMoment(case)
+        held.hold({0: routed(40, experts, K, H, draw, torch.float64)})
+        keys = routed(3, experts, K, H, draw, torch.float64)
+        orders = expert_orders(experts, passes)
+        with counted_syncs("cpu") as found:
+            solve_bcd_held(keys, residual_of(3), LAMBDA, held, case, orders)
+        # The orders are lists of the CPU's own.
+        counts.append(found.total() - passes)
+    assert counts[0] == counts[1] == counts[2] <= 15, counts

@@ -14,7 +14,8 @@ from torch import Tensor
 from easyedit_moe.algebra import core as cores
 from easyedit_moe.algebra import exact
 from easyedit_moe.algebra.bcd import expert_orders, solve_bcd
-from easyedit_moe.algebra.core import FactoredCore, core_features, expand_core, solve_core, solve_mote
+from easyedit_moe.algebra.core import FactoredCore, core_features, solve_core, solve_mote
+from easyedit_moe.algebra.core_update import expand_core
 from easyedit_moe.algebra.exact import solve_exact
 from easyedit_moe.algebra.metric import IdentityMetric, Metric, covariance_metric, objective
 from easyedit_moe.algebra.nullspace import null_space

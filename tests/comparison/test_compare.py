@@ -18,7 +18,7 @@ from easyedit_moe.comparison.settings import ALL_METHODS, resolve_hparams
 from easyedit_moe.comparison.task import Task, load_task
 from easyedit_moe.editors import method_names, solving
 from easyedit_moe.editors.global_ import GlobalEditor
-from easyedit_moe.errors import DataError, HyperParamsError, MethodError, NumericalError
+from easyedit_moe.errors import DataError, DenseModelError, HyperParamsError, MethodError, NumericalError
 from easyedit_moe.hparams import hyperparams_class
 
 
@@ -64,6 +64,18 @@ def test_sites_are_compared_and_rows_say_what_was_edited(task: Task, tmp_path: P
     assert_same_state(before, state_of(task.model))
     assert [(row.method, row.edits) for row in rows[1:]] == [("routed", "experts"), ("shared", "shared expert")]
     assert rows[2].hparams["site"] == "shared_expert"
+
+
+def test_ours_are_refused_on_a_dense_model_before_it_is_scored(
+    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparing, "evaluate", lambda *a, **k: pytest.fail("scored"))
+    settings = [hyperparams_class(m).from_dict(tiny_hparams(tmp_path, m)) for m in METHODS]
+    dense = replace(task, model=tiny_model("dense"))
+    before = state_of(dense.model)
+    with pytest.raises(DenseModelError, match="no experts, which MoTE, MoEEdit-BCD, Global\\+speedup would edit"):
+        compare(dense, settings)
+    assert_same_state(before, state_of(dense.model))
 
 
 def test_scores_are_those_after_all_batches(task: Task, tmp_path: Path) -> None:

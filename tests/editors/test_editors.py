@@ -29,7 +29,8 @@ from torch import Tensor, nn
 import easyedit_moe
 from easyedit_moe import editors
 from easyedit_moe.algebra.bcd import expert_orders, solve_bcd
-from easyedit_moe.algebra.core import expand_core, solve_core
+from easyedit_moe.algebra.core import solve_core
+from easyedit_moe.algebra.core_update import expand_core
 from easyedit_moe.editors import (
     EditMemory,
     Editor,

@@ -19,7 +19,8 @@ from tiny import CONFIGS, TEXTS, tiny_model, tiny_tokenizer
 from typer.testing import CliRunner
 
 from easyedit_moe.algebra.bcd import expert_orders, solve_bcd
-from easyedit_moe.algebra.core import expand_core, solve_mote
+from easyedit_moe.algebra.core import solve_mote
+from easyedit_moe.algebra.core_update import TuckerFactors, place_core
 from easyedit_moe.algebra.exact import solve_exact
 from easyedit_moe.algebra.metric import IdentityMetric
 from easyedit_moe.algebra.routed_keys import RoutedKeys
@@ -208,7 +209,7 @@ def measure_all() -> dict[str, tuple[int, int]]:
         "exact": (measured(lambda: solve_exact(*many, 1.0, metric)), planner.exact_bytes(SHAPES, 1600, "identity")[0]),
         "bcd": (measured(lambda: solve_bcd(*few, 1.0, metric, orders)), planner.bcd_bytes(SHAPES, 1000, "identity")[0]),
         "mote": (
-            measured(lambda: expand_core(solve_mote(*many, 1.0, metric, basis), basis, metric)),
+            measured(lambda: place_core(solve_mote(*many, 1.0, metric, basis), TuckerFactors.of(basis, metric))),
             planner.mote_bytes(SHAPES, 1600, 32, 384, 256, "identity")[0],
         ),
         "basis": (

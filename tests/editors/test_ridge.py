@@ -14,7 +14,8 @@ from solving_editors import TOK, captured, edit, hparams, plain_ridge, stacked
 from tiny import facts, requests, tiny_model
 
 from easyedit_moe.algebra.bcd import expert_orders, solve_bcd
-from easyedit_moe.algebra.core import core_energy, core_features, expand_core, solve_mote
+from easyedit_moe.algebra.core import core_energy, core_features, solve_mote
+from easyedit_moe.algebra.core_update import expand_core
 from easyedit_moe.algebra.exact import solve_exact
 from easyedit_moe.algebra.metric import IdentityMetric, covariance_metric, mean_energy
 from easyedit_moe.algebra.nullspace import null_space

@@ -18,7 +18,9 @@ from easyedit_methods import settings
 from tiny import TEXTS, assert_same_state, requests, state_of, tiny_model, tiny_tokenizer
 from torch import Tensor, nn
 
+from easyedit_moe.comparison import report
 from easyedit_moe.comparison.compare import compare
+from easyedit_moe.comparison.saved import read_results
 from easyedit_moe.comparison.task import Task
 from easyedit_moe.errors import (
     HostError,
@@ -430,6 +432,21 @@ def test_all_methods_side_by_side(family: str, host: ModuleType, data: Path, tas
     from easyedit_moe.evaluation.metrics import evaluate
 
     assert evaluate(job.model, job.tok, job.records, job.protocol) == rows["AlphaEdit"].scores
+
+
+def test_a_dense_model_is_compared_and_nothing_is_said_of_routing(
+    host: ModuleType, data: Path, task: Any, tmp_path: Path
+) -> None:
+    job = task("dense")
+    before = everything(job.model, job.tok)
+    sites = {"rewrite_module_tmp": "model.layers.{}.mlp.down_proj", "mlp_module_tmp": "model.layers.{}.mlp"}
+    chosen = [settings(data, method, **sites) for method in ("MEMIT", "AlphaEdit")]
+    result = compare(job, chosen)
+    assert_nothing_changed(before, everything(job.model, job.tok))
+    assert [row.routing for row in result.rows] == [{}, {}, {}]
+    (path, *_) = report.write_results(result, tmp_path)
+    assert [row.scores for row in read_results(path).rows] == [row.scores for row in result.rows]
+    assert [report.cells(row)[report.COLUMNS.index("routing (kept)")] for row in result.rows] == ["-"] * 3
 
 
 def test_a_row_that_fails_restores_the_batches_before(

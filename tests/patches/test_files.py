@@ -66,7 +66,7 @@ def test_a_solution_that_is_spread_is_stored_once(method: str, data: Path) -> No
         loaded.apply(fresh)
         assert_same_state(state_of(model), state_of(fresh))
     assert sizes[1] == 3 * sizes[0]
-    assert metadata["schema"] == 3
+    assert metadata["schema"] == 4
     metadata["schema"] = 2
     write_safetensors(data / "old.safetensors", tensors, metadata)
     assert WeightPatch.load(data / "old.safetensors").id == patch.id

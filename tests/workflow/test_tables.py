@@ -23,7 +23,9 @@ from easyedit_moe.comparison import compare as comparing
 from easyedit_moe.comparison.paper_report import markdown
 from easyedit_moe.comparison.papers import TABLES
 from easyedit_moe.comparison.saved import read_results
+from easyedit_moe.facts.records import load_records
 from easyedit_moe.hparams import models, presets
+from easyedit_moe.statistics.corpus import corpus_hash
 from easyedit_moe.workflow.tables import _plan, _tell_of_shipped
 
 PAGE = Path(__file__).parents[2] / "docs" / "tables.md"
@@ -176,6 +178,21 @@ def test_rows_are_kept_for_the_next_run(folder: Path, no_host: None, monkeypatch
     at = labels.index("MoTE (paper), without")
     assert made == [*labels[:at], "stopped", *labels[at:]]
     assert rows_of(folder, "6") == ["pre-edit", *labels]
+
+
+def test_records_are_left_out_at_the_start(folder: Path, no_host: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_checkpoint(folder, "Qwen3-30B-A3B", monkeypatch)
+    line = lines_of_the_page()["Qwen3-30B-A3B"].replace("1 2 4 5 6", "6")
+    (folder / "data.json").write_text(json.dumps(tiny_records(3)), encoding="utf-8")
+    done = run(line, folder, "--skip", "1")
+    assert done.exit_code == 0, done.output
+    about = saved(folder, "6")["provenance"]
+    assert (about["skip"], about["edits"]) == (1, 2)
+    later = load_records(str(folder / "data.json")).records[1:]
+    assert about["data_hash"] == corpus_hash([repr(record) for record in later])
+    done = run(line, folder, "--skip", "2")
+    assert done.exit_code == 2
+    assert "were asked for" in " ".join(done.stderr.split())
 
 
 def test_methods_that_a_folder_lacks_have_what_ships(
