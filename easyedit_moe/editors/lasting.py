@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from easyedit_moe.algebra.core_update import CoreUpdate, Update
 from easyedit_moe.algebra.cumulative import less, output_change
 from easyedit_moe.algebra.hypersphere import projected
 from easyedit_moe.algebra.norm_anchor import anchored
@@ -93,10 +94,14 @@ class Lasting:
         self._keep(layer, replace(state, keys=known, residuals=aims))
         return aimed.to(residual)
 
-    def limited(self, layer: int, update: FactoredUpdate) -> FactoredUpdate:
-        """The update that is written, before it is."""
+    def limited(self, layer: int, update: Update) -> Update:
+        """The update that is written, before it is; a core is expanded where an option changes or keeps it."""
         hp, prepared = self.hparams, self.prepared.layers[layer]
-        drift = self._state(layer).drift
+        drift, bounds = self._state(layer).drift, (hp.sphere_energy, hp.norm_anchor, hp.preservation_bound)
+        if not hp.cumulative_ridge and all(bound is None for bound in bounds):
+            return update
+        if isinstance(update, CoreUpdate):
+            update = update.expanded()
         if hp.cumulative_ridge and drift is not None:
             update = less(update, drift)
         if prepared.directions is not None:
