@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -49,12 +49,14 @@ class Carried:
     Attributes:
         layers: by index.
         joined: the newest fact of each prompt, by the place where it lies (``join_facts``).
+        first: ``[d]`` float32, the state at each place before it was first edited (``anchor_targets``).
         prepared: what was prepared anew on the edited model, and after how many edits (``refresh_every``).
         refreshed: see there.
     """
 
     layers: Mapping[int, LayerState] = field(default_factory=dict)
     joined: Mapping[Place, Mapping[str, EditRequest]] = field(default_factory=dict)
+    first: Mapping[Place, Tensor] = field(default_factory=dict)
     prepared: Prepared | None = None
     refreshed: int = 0
 
@@ -65,6 +67,11 @@ class Carried:
             place = places[fact.prompt]
             joined[place] = {**joined.get(place, {}), fact.prompt: fact}
         return replace(self, joined=joined)
+
+    def with_states(self, places: Sequence[Place], states: Tensor) -> Carried:
+        """With the states ``[T, d]`` of places that were not edited before."""
+        new = {place: state.cpu().clone() for place, state in zip(places, states, strict=True)}
+        return replace(self, first={**new, **self.first})
 
 
 class Lasting:

@@ -314,8 +314,8 @@ class BatchSolve:
             fact_contexts(tok, fact, self.hparams.context_prefixes, self.hparams.fact_token, self.hparams.chat)
             for fact in facts
         ]
-        joins = self.hparams.join_facts
-        self.places = tuple(found[0].ids[: found[0].fact + 1] for found in self.contexts) if joins else ()
+        self.where = tuple(found[0].ids[: found[0].fact + 1] for found in self.contexts)
+        self.places = self.where if self.hparams.join_facts else ()
         self.writer, self.watch = writer, watch
         self.reports: list[Any] = []
         self.keys: dict[int, RoutedKeys] = {}
@@ -329,17 +329,23 @@ class BatchSolve:
         folder = self.hparams.target_cache_dir
         groups = joined_facts(self.facts, self.places, self.lasting.carried.joined)
         asked, beside = [group[0] for group in groups.facts], [group[1:] for group in groups.facts]
+        more: dict[str, Any] = {"beside": beside} if self.places else {}
+        if self.hparams.anchor_targets:
+            places = dict(zip(groups.numbers, self.where, strict=True))
+            more["first"] = [self.lasting.carried.first.get(places[number]) for number in range(len(asked))]
         with self.watch.stage("targets"):
             search = TargetSearch(self.view, self.tok, *settings, progress, warn=False)
             if folder is None:
-                found = search.find(asked, beside=beside) if self.places else search.find(asked)
-                return found.taken(groups.numbers)
+                return search.find(asked, **more).taken(groups.numbers)
             name, fingerprint = self.hparams.model_name, self.prepared.fingerprint
-            return cached_targets(folder, name, fingerprint, search, asked, beside).taken(groups.numbers)
+            return cached_targets(folder, name, fingerprint, search, asked, **more).taken(groups.numbers)
 
     def closed(self) -> Carried:
         """What is carried on from this solve."""
         self.lasting.close()
+        if self.hparams.anchor_targets:
+            states = self.before[:: self.per_fact].float()
+            self.lasting.carried = self.lasting.carried.with_states(self.where, states)
         if not self.places:
             return self.lasting.carried
         places = {fact.prompt: place for fact, place in zip(self.facts, self.places, strict=True)}

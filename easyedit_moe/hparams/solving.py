@@ -115,6 +115,9 @@ class SolverHyperParams(MoEHyperParams):
     """Facts that lie at one token, as several relations of a person whose prompts begin with the name, get one target
     vector that serves them all; those of earlier batches, too, whose keys are released as if they were edited again.
     ``final_nll`` and ``reached`` are then of all of them together. Ours."""
+    anchor_targets: bool = False
+    """Weight decay and clamp of a target vector are of the way from the state before the first edit at its token, so
+    that edits of the same facts do not walk further and further. Ours, after arXiv 2602.02543."""
     norm_anchor: float | None = None
     """Bound on each expert's ``||W_j||_F`` in units of its norm before the first edit, >= 1: updates are shortened to
     keep it (`easyedit_moe.algebra.norm_anchor`). Ours, after arXiv 2602.02543."""
@@ -155,7 +158,7 @@ class SolverHyperParams(MoEHyperParams):
             self.sequence_rate,
             self.refresh_every,
         )
-        return self.remember_edits or self.join_facts or any(one is not None for one in options)
+        return self.remember_edits or self.join_facts or self.anchor_targets or any(one is not None for one in options)
 
     @property
     def edited_layers(self) -> list[int]:

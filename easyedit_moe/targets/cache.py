@@ -55,10 +55,11 @@ def cached_targets(
     search: TargetSearch,
     requests: Sequence[EditRequest],
     beside: Sequence[Sequence[EditRequest]] = (),
+    first: Sequence[Tensor | None] = (),
 ) -> TargetVectors:
     """As `TargetSearch.targets`, but what lies in ``folder`` is read, not found anew.
 
-    ``beside`` is that of `TargetSearch.find`.
+    ``beside`` and ``first`` are those of `TargetSearch.find`.
 
     What is found is written as soon as its chunk is done, so that an interrupted search goes on. A target that was
     found in other company is not bit-equal to one that is found now (see `TargetVectors.batch`, which is kept with it).
@@ -69,8 +70,10 @@ def cached_targets(
     """
     place = statistics_folder(folder, model_name, fingerprint) / weights_hash(search.view)[:16]
     others = beside or [()] * len(requests)
+    origins = first or [None] * len(requests)
     keys = [
-        _key(fingerprint, place.name, search, request, more) for request, more in zip(requests, others, strict=True)
+        _key(fingerprint, place.name, search, request, more) | _start(one)
+        for request, more, one in zip(requests, others, origins, strict=True)
     ]
     paths = [place / f"target-{digest(key)[:24]}.safetensors" for key in keys]
     width: int | str = getattr(text_config(search.view.model), "hidden_size", None) or "d"
@@ -89,7 +92,7 @@ def cached_targets(
 
     if missing:
         check_writable(paths[missing[0]])
-        search.find([requests[i] for i in missing], keep, [others[i] for i in missing])
+        search.find([requests[i] for i in missing], keep, [others[i] for i in missing], [origins[i] for i in missing])
     targets = TargetVectors(*(torch.stack([rows[i][name] for i in range(len(requests))]) for name in _FIELDS))
     if search.warn:
         warn_of_targets(requests, targets)
@@ -115,6 +118,10 @@ def _key(
         **({"beside": [[one.prompt, one.target_new] for one in beside]} if beside else {}),
         **site_entry(search.view.site),
     }
+
+
+def _start(first: Tensor | None) -> dict[str, Any]:
+    return {} if first is None else {"first": checksum(first)}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from solving_editors import TOK, hparams, plain_ridge, stacked
+from solving_editors import TOK, captured, hparams, plain_ridge, stacked
 from tiny import tiny_model
 from torch import Tensor
 
@@ -168,6 +168,25 @@ def test_editing_the_same_facts_again_and_again_does_not_make_weights_grow(metho
         sizes[cumulative] = [float((one[2] - weights[0][2]).norm()) for one in weights[1:]]
     assert sizes[True][0] == pytest.approx(sizes[False][0], rel=1e-3)
     assert sizes[True][-1] < 0.9 * sizes[False][-1]
+
+
+@pytest.mark.parametrize("method", SOLVERS)
+def test_targets_do_not_walk_away_from_the_first_state(method: str, data: Path) -> None:
+    """The state that is kept is that of the unedited model, however often the fact is edited."""
+    batches = [facts(one) for one in ("Rome", "Paris", "Oslo", "Rome", "Paris", "Oslo")]
+    short = {"clamp_norm_factor": 0.5, "v_lr": 1.0, "lambda_reg": 1e-4, "layers": [1], "remember_edits": True}
+    ways = {}
+    for anchored in (False, True):
+        hp = hparams(data, method, anchor_targets=anchored, **short)
+        model, memories, _ = run(hp, *batches)
+        _, first = captured(tiny_model(), hp, 1, batches[0])
+        _, last = captured(model, hp, 1, batches[0])
+        ways[anchored] = float((last - first).norm() / first.norm())
+        if anchored:
+            assert [len(memory.carried.first) for memory in memories] == [1] * 6
+            (kept,) = memories[-1].carried.first.values()
+            torch.testing.assert_close(kept, first[0].float())
+    assert ways[True] < 0.55 < ways[False]
 
 
 # ---------------------------------------------------------------- facts at one token

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from solving_editors import TOK
 from tiny import tiny_model
 
 from easyedit_moe.facts.requests import EditRequest
+from easyedit_moe.moe.capture import capture_facts
 from easyedit_moe.moe.fingerprint import model_fingerprint
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.targets.cache import cached_targets
 from easyedit_moe.targets.joining import joined_facts
-from easyedit_moe.targets.search import TargetSearch, TargetSettings
+from easyedit_moe.targets.search import TargetSearch, TargetSettings, fact_contexts
 
 SETTINGS = TargetSettings(30, 0.5, 0.0, 0.0, 8.0, 0.0, 256, "subject_last")
 
@@ -51,3 +54,24 @@ def test_one_shift_serves_all_facts_beside_each_other(tmp_path: Path) -> None:
     assert torch.equal(first.delta, joined.delta)
     assert torch.equal(cached_targets(tmp_path, name, print_, search, [lives], [[speaks]]).delta, first.delta)
     assert torch.equal(cached_targets(tmp_path, name, print_, search, [lives]).delta, alone.delta), "another key"
+
+
+@pytest.mark.parametrize("clamp", [0.3, 1.0])
+def test_the_clamp_is_of_the_way_from_the_first_state(clamp: float, tmp_path: Path) -> None:
+    view, settings = MoELayerView(tiny_model()), replace(SETTINGS, clamp_norm_factor=clamp)
+    search = TargetSearch(view, TOK, 1, (), settings, progress=False, warn=False)
+    one = fact("Alice lives in", "Rome")
+    (context,) = fact_contexts(TOK, one, (), "subject_last")
+    state = capture_facts(view, [context.ids], [context.fact], [], [1], 0).outputs[1][0]
+    plain, same = search.find([one]), search.find([one], first=[state])
+    torch.testing.assert_close(plain.delta, same.delta, rtol=1e-2, atol=1e-3)
+    assert float(plain.delta.norm()) == pytest.approx(clamp * float(state.norm()), rel=1e-3), "it reaches the clamp"
+    first = state + 3 * state.norm() * torch.nn.functional.normalize(torch.randn_like(state), dim=0)
+    found = search.find([one], first=[first])
+    way = state + found.delta[0] - first
+    assert float(way.norm()) <= clamp * float(first.norm()) * (1 + 1e-4)
+    assert float((state - first).norm()) > float(way.norm()), "it came back from where it was"
+    name, print_ = "tiny", model_fingerprint(view)
+    kept = cached_targets(tmp_path, name, print_, search, [one], first=[first])
+    assert torch.equal(kept.delta, found.delta)
+    assert torch.equal(cached_targets(tmp_path, name, print_, search, [one]).delta, plain.delta), "another key"
