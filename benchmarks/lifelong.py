@@ -28,7 +28,8 @@ def updated(text: str, content: Mapping[str, Any]) -> str:
     """The page with each table made anew, between the comments that name it."""
     runs: Mapping[str, Run] = content["runs"]
     tables = {
-        "goal": goal_table(runs), "last": last_table(runs), "course": course_table(*longest(runs)),
+        "goal": goal_table(runs), "verdict": verdict_text(*longest(runs)), "last": last_table(runs),
+        "course": course_table(*longest(runs)),
         "shared": shared_line(content["first batch"]), "capacity": capacity_table(runs),
         "tuning": tuning_table(content["tuning"]), "settings": settings_table(runs),
     }  # fmt: skip
@@ -57,7 +58,7 @@ def goal_table(runs: Mapping[str, Run]) -> str:
     for label, run in runs.items():
         first, last = point_at(run, FIRST), run["points"][-1]
         change = last["utility"] - first["utility"]
-        slower = last["seconds per edit"] / first["seconds per edit"] if timed(first, last) else None
+        slower = slowing(run)
         larger = last["resident bytes"] / first["resident bytes"]
         rows.append(
             [
@@ -83,9 +84,28 @@ def verdict(met: bool) -> str:
     return "yes" if met else "no"
 
 
-def timed(*points: Point) -> bool:
-    """Whether all of these points know their seconds."""
-    return all(point["seconds per edit"] is not None for point in points)
+def slowing(run: Run) -> float | None:
+    """Seconds per edit at the last point that knows them, by those at the first; None where fewer than two do."""
+    known = [one["seconds per edit"] for one in run["points"] if one["seconds per edit"] is not None]
+    return known[-1] / known[0] if len(known) > 1 else None
+
+
+def verdict_text(label: str, run: Run) -> str:
+    """What the longest run says of the goal."""
+    first, last = point_at(run, FIRST), run["points"][-1]
+    lost, edits = first["utility"] - last["utility"], last["edits"]
+    parts = [f"{label}, the longest run, made {edits} edits" + (", not 10 000." if edits < 10000 else ".")]
+    if lost > NEAR:
+        last_near = max(p["edits"] for p in run["points"] if p["edits"] and first["utility"] - p["utility"] <= NEAR)
+        parts.append(
+            f"The goal is not met: utility falls by {lost:.1f} points, {lost - NEAR:.1f} more than it may, and is "
+            f"within {NEAR:.0f} points up to {last_near} edits only."
+        )
+    else:
+        parts.append(f"Its utility changed by {-lost:+.1f} points, within the {NEAR:.0f} of the goal.")
+    sizes = [point["resident bytes"] / 2**20 for point in run["points"] if point["edits"] >= FIRST]
+    parts.append(f"Resident memory lies between {min(sizes):.0f} and {max(sizes):.0f} MiB.")
+    return " ".join(parts)
 
 
 def point_at(run: Run, edits: int) -> Point:

@@ -39,7 +39,7 @@ from easyedit_moe.moe.fingerprint import weights_fingerprint
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.moe.loading import load_model
 from easyedit_moe.statistics.corpus import load_texts
-from easyedit_moe.storage.strict_json import write_json
+from easyedit_moe.storage.strict_json import digest, write_json
 
 SCHEMA = 2
 APART = 100
@@ -104,8 +104,11 @@ def stream(count: int, asked: int, seed: int = 0) -> Stream:
 class Life:
     """One method on one model along the stream."""
 
-    def __init__(self, method: str, changes: dict[str, Any], edits: Stream, asked: int, folder: Path) -> None:
-        kept = {"target_cache_dir": str(folder / "targets"), "stats_dir": str(folder / "stats")}
+    def __init__(
+        self, method: str, changes: dict[str, Any], edits: Stream, asked: int, folder: Path, label: str
+    ) -> None:
+        # Targets of other runs are not taken, so that seconds are those of a run that finds its own.
+        kept = {"target_cache_dir": str(folder / "targets" / digest(label)[:12]), "stats_dir": str(folder / "stats")}
         known = {one.name for one in fields(hyperparams_class(method))}
         kept = {name: value for name, value in kept.items() if name in known}
         self.hparams = load_hyperparams(f"{method}/factworld", **(kept | changes))
@@ -269,7 +272,7 @@ def main() -> None:
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", EditingWarning)  # what is not reached shows in the points
-            Life(method, changes, edits, args.asked, args.out).run(args.batch_size, args.every, known, save)
+            Life(method, changes, edits, args.asked, args.out, label).run(args.batch_size, args.every, known, save)
     if args.plot:
         plot(runs, args.out / "lifelong.png")
 

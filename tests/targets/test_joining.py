@@ -70,7 +70,7 @@ def test_the_clamp_is_of_the_way_from_the_first_state(clamp: float, tmp_path: Pa
     found = search.find([one], first=[first])
     way = state + found.delta[0] - first
     assert float(way.norm()) <= clamp * float(first.norm()) * (1 + 1e-4)
-    assert float((state - first).norm()) > float(way.norm()), "it came back from where it was"
+    assert (found.delta - plain.delta).norm() > 0.1
     name, print_ = "tiny", model_fingerprint(view)
     kept = cached_targets(tmp_path, name, print_, search, [one], first=[first])
     assert torch.equal(kept.delta, found.delta)
