@@ -42,4 +42,5 @@ SUITES = {
     "cores": Suite("benchmarks.cores"),
     "checkpoints": Suite("benchmarks.checkpoints"),
     "endurance": Suite("benchmarks.endurance"),
+    "plan": Suite("benchmarks.plan"),
 }

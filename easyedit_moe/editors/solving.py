@@ -29,8 +29,9 @@ from easyedit_moe.editors.base import Editor, EditResult, provenance
 from easyedit_moe.editors.lasting import Carried, Lasting
 from easyedit_moe.editors.measuring import Fit, residual_shares
 from easyedit_moe.editors.memory import EditMemory, Holding, Remembered, Row
-from easyedit_moe.editors.planner import MemoryPlan, Workload, plan, shapes_of
+from easyedit_moe.editors.planner import MemoryPlan, Workload, plan
 from easyedit_moe.editors.prepared import Prepared, PreparedLayer
+from easyedit_moe.editors.shapes import shapes_of
 from easyedit_moe.editors.solving_diagnosis import Solved, diagnose_solved
 from easyedit_moe.editors.spreading import spread
 from easyedit_moe.errors import LayerError, LayoutError
@@ -143,7 +144,7 @@ class SolvingEditor(Editor):
         """See `Editor.plan_for` and `easyedit_moe.editors.planner.plan`."""
         shapes = shapes_of(model, hparams.layers, hparams.site)
         edits, earlier, device = workload.edits, workload.earlier_edits, workload.device_of(hparams)
-        return plan(shapes, hparams, edits, earlier, budget=workload.budget, device=device)
+        return plan(shapes, hparams, edits, earlier, workload.lengths, workload.budget, device)
 
     def prepare(self, model: nn.Module, tok: PreTrainedTokenizerBase) -> Prepared:
         """Check the layers, collect or read statistics, build metrics and bases; kept for later batches.

@@ -98,6 +98,7 @@ class Sums:
         self._trust: bool | None = None
         self._rows: list[Tensor] = []
         self._routing: Routing | None = None
+        self._sum: Any = None
 
     def tensors(self) -> dict[str, Tensor]:
         """All that a later run needs to go on."""
@@ -126,9 +127,11 @@ class Sums:
         self._sum = output
 
     def _add(self, output: Any, real: Tensor) -> None:
-        hidden = layer_output(output)
+        hidden, total = layer_output(output), self._sum
+        self._sum = None  # it would stay in memory until the next batch
         if hidden.shape[-1] != len(self.output):  # the experts work in a latent space, and the block leaves it again
-            hidden = self.moe.experts.sum_of(self._sum)
+            hidden = self.moe.experts.sum_of(total)
+        del total
         hidden = hidden.reshape(-1, hidden.shape[-1])
         real = real.to(hidden.device)
         y = hidden if len(real) == len(hidden) else hidden[real]
