@@ -43,4 +43,6 @@ SUITES = {
     "checkpoints": Suite("benchmarks.checkpoints"),
     "endurance": Suite("benchmarks.endurance"),
     "plan": Suite("benchmarks.plan"),
+    "dense-bcd": Suite("benchmarks.dense_bcd"),
+    "prepare": Suite("benchmarks.prepare"),
 }

@@ -80,8 +80,6 @@ def basis_stage(shapes: Shapes, hparams: MoTEHyperParams) -> Stage:
     summed = (2 if e * d * h <= numbers else 3) * chunk + (4 + 8 + 8) * max(d, h, e) ** 2
     eigh = (8 * 5) * max(d, h, e) ** 2
     working = max(summed, eigh)
-    if hparams.whitening in ("in", "both"):
-        working = max(working, 8 * (e + 2) * h**2)  # the moments of all experts are pooled in float64
     if hparams.whitening in ("out", "both"):
         working += 2 * 4 * e * d * h
     return Stage("basis", kept * len(hparams.edited_layers), working, f"{chunk // 2**20} MB of weights at a time")
