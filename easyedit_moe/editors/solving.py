@@ -51,7 +51,14 @@ from easyedit_moe.statistics.moments import LayerMoments
 from easyedit_moe.statistics.null_spaces import layer_null_space, null_space_of
 from easyedit_moe.targets.cache import cached_targets
 from easyedit_moe.targets.joining import joined_facts
-from easyedit_moe.targets.search import TargetSearch, TargetSettings, TargetVectors, fact_contexts, outcomes
+from easyedit_moe.targets.search import (
+    TargetSearch,
+    TargetSettings,
+    TargetVectors,
+    compute_targets,
+    fact_contexts,
+    outcomes,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -335,9 +342,10 @@ class BatchSolve:
             places = dict(zip(groups.numbers, self.where, strict=True))
             more["first"] = [self.lasting.carried.first.get(places[number]) for number in range(len(asked))]
         with self.watch.stage("targets"):
-            search = TargetSearch(self.view, self.tok, *settings, progress, warn=False)
             if folder is None:
-                return search.find(asked, **more).taken(groups.numbers)
+                found = compute_targets(self.view, self.tok, asked, *settings, progress, warn=False, **more)
+                return found.taken(groups.numbers)
+            search = TargetSearch(self.view, self.tok, *settings, progress, warn=False)
             name, fingerprint = self.hparams.model_name, self.prepared.fingerprint
             return cached_targets(folder, name, fingerprint, search, asked, **more).taken(groups.numbers)
 

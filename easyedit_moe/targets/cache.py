@@ -92,7 +92,9 @@ def cached_targets(
 
     if missing:
         check_writable(paths[missing[0]])
-        search.find([requests[i] for i in missing], keep, [others[i] for i in missing], [origins[i] for i in missing])
+        more: dict[str, Any] = {"beside": [others[i] for i in missing]} if beside else {}
+        more |= {"first": [origins[i] for i in missing]} if first else {}
+        search.find([requests[i] for i in missing], keep, **more)
     targets = TargetVectors(*(torch.stack([rows[i][name] for i in range(len(requests))]) for name in _FIELDS))
     if search.warn:
         warn_of_targets(requests, targets)
