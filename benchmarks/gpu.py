@@ -26,7 +26,9 @@ from benchmarks.harness import machine, peak_of
 from benchmarks.syncs import counted_syncs
 from easyedit_moe import factworld
 from easyedit_moe.editors import make_editor
-from easyedit_moe.editors.planner import MemoryPlan, Stage, plan, shapes_of
+from easyedit_moe.editors.planner import MemoryPlan, plan
+from easyedit_moe.editors.shapes import shapes_of
+from easyedit_moe.editors.stages import Stage
 from easyedit_moe.errors import EditingWarning
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.hparams import load_hyperparams

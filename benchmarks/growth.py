@@ -25,7 +25,7 @@ from easyedit_moe.algebra.metric import IdentityMetric
 from easyedit_moe.algebra.routed_keys import FactoredUpdate
 from easyedit_moe.algebra.tucker import TuckerBasis
 from easyedit_moe.editors import make_editor
-from easyedit_moe.editors.planner import bcd_bytes, exact_bytes, mote_bytes
+from easyedit_moe.editors.stages import bcd_bytes, exact_bytes, mote_bytes
 from easyedit_moe.errors import EditingWarning
 from easyedit_moe.hparams import load_hyperparams
 from easyedit_moe.moe.layers import MoELayerView

@@ -42,4 +42,7 @@ SUITES = {
     "cores": Suite("benchmarks.cores"),
     "checkpoints": Suite("benchmarks.checkpoints"),
     "endurance": Suite("benchmarks.endurance"),
+    "plan": Suite("benchmarks.plan"),
+    "dense-bcd": Suite("benchmarks.dense_bcd"),
+    "prepare": Suite("benchmarks.prepare"),
 }

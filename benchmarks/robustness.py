@@ -37,8 +37,13 @@ def page(counts: Mapping[str, Any]) -> str:
             parts.append("Not counted yet.")
             continue
         parts.append(artefact_tables(found["counts"]) if name == "artefacts" else counts_table(found))
-        parts.append(f"Made by `{found['made by']}`.")
+        parts.append(f"Made by {commands(found['made by'])}.")
     return "\n\n".join(parts) + "\n"
+
+
+def commands(made_by: str | Sequence[str]) -> str:
+    """One command, or several whose counts were added."""
+    return ", and ".join(f"`{one}`" for one in ([made_by] if isinstance(made_by, str) else made_by))
 
 
 HEAD = """# Robustness
@@ -71,7 +76,7 @@ CHANGED_BITS = "One bit of a file changed, at places that are drawn over the who
 
 def counts_table(found: Mapping[str, Any]) -> str:
     """Outcomes of a section that has nothing but counts."""
-    counts = {kind: count for kind, count in found.items() if isinstance(count, int) and kind != "series"}
+    counts = {kind: count for kind, count in found.items() if isinstance(count, int)}
     return _table(("tried", *counts), [[str(sum(counts.values())), *map(str, counts.values())]])
 
 

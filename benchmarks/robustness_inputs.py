@@ -388,6 +388,9 @@ def drawn(section: Section, examples: int, number: int | None = None) -> Iterato
 def main(
     minutes: Annotated[float, typer.Option(help="How long, all sections together.")] = 20.0,
     first: Annotated[int, typer.Option(help="Number of the first series of inputs.")] = 0,
+    series: Annotated[int, typer.Option(help="How many series at most; 0: as many as there is time for.")] = 0,
+    only: Annotated[list[str] | None, typer.Option(help="A section; repeatable. Default: all.")] = None,
+    add: Annotated[bool, typer.Option(help="Add to the counts of the file instead of replacing them.")] = False,
     out: Annotated[Path, typer.Option(help="JSON file that gets the counts, beside those of other sections.")] = COUNTS,
 ) -> None:
     """Draw bad inputs by turns of the sections, and merge the counts into a file."""
@@ -402,29 +405,37 @@ def main(
             "artefact bytes": inputs.artefact_bytes(),
             "command line": inputs.command_line(),
         }
-        counts = {name: Counts() for name in sections}
+        if unknown := sorted(set(only or []) - set(sections)):
+            raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(sections)}.", param_hint="--only")
+        counts = {name: Counts() for name in only or sections}
+        earlier = read_json(out) if out.is_file() else {}
         end, number = time.monotonic() + 60 * minutes, first
-        while time.monotonic() < end:
-            for name, section in sections.items():
-                for found in drawn(section, 100, number):
+        while time.monotonic() < end and not (series and number == first + series):
+            for name in counts:
+                for found in drawn(sections[name], 100, number):
                     counts[name].add(found)
             number += 1
-            merge_counts(out, counts, minutes, number)
+            write_json(out, merged(earlier, counts, made_by(minutes, first, number), add))
     for name, found in counts.items():
         typer.echo(f"{name}: {dict(found.of)}" + "".join(f"\n  {text}" for text in found.bad[:20]))
 
 
-def merge_counts(path: Path, counts: Mapping[str, Counts], minutes: float, series: int) -> None:
-    """Put counts beside those of other sections that the file has."""
-    kept = read_json(path) if path.is_file() else {}
+def made_by(minutes: float, first: int, end: int) -> str:
+    """The command, and which series it drew in its time."""
+    return f"python -m benchmarks.robustness_inputs --minutes {minutes:g} --first {first} --series {end - first}"
+
+
+def merged(earlier: Mapping[str, Any], counts: Mapping[str, Counts], command: str, add: bool = False) -> dict[str, Any]:
+    """Content of a file with these counts beside, or with ``add`` on top of, those that it had."""
+    kept = dict(earlier)
     for name, found in counts.items():
+        before = kept.get(name, {}) if add else {}
         kept[name] = {
-            **{kind: found.of[kind] for kind in KINDS},
-            "bad": found.bad[:20],
-            "made by": f"python -m benchmarks.robustness_inputs --minutes {minutes:g}",
-            "series": series,
+            **{kind: before.get(kind, 0) + found.of[kind] for kind in KINDS},
+            "bad": [*before.get("bad", []), *found.bad][:20],
+            "made by": [*before.get("made by", []), command],
         }
-    write_json(path, kept)
+    return kept
 
 
 if __name__ == "__main__":

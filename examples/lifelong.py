@@ -2,9 +2,10 @@
 
 python examples/lifelong.py --edits 1000 --batch-size 100 --out results/lifelong
 
-Each method starts from the same model and gets the same stream of edits. An interrupted run goes on when it is called
-again: target vectors are kept under --out, so that the edits that were made are made again quickly, and the points that
-were measured are not measured again.
+Each run starts from the same model and gets the same stream of edits. One that was interrupted goes on when it is
+called again: target vectors are kept under --out, so that the edits that were made are made again quickly, and the
+points that were measured are not measured again. Runs with other settings, under labels of their own, go into the same
+file, and ``--plot`` draws what is in it.
 """
 
 from __future__ import annotations
@@ -16,30 +17,37 @@ import random
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from easyedit_moe import factworld, load_hyperparams
+from easyedit_moe.algebra.metric import expert_blocks
+from easyedit_moe.algebra.routed_keys import RoutedKeys
 from easyedit_moe.editors import make_editor
+from easyedit_moe.editors.memory import EditMemory
 from easyedit_moe.errors import EditingWarning, PatchError
 from easyedit_moe.evaluation.scoring import score_targets
 from easyedit_moe.facts.requests import EditRequest, parse_requests
 from easyedit_moe.factworld.world import RELATIONS, build_world
+from easyedit_moe.hparams import hyperparams_class
 from easyedit_moe.measure import resident_bytes
 from easyedit_moe.moe.fingerprint import weights_fingerprint
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.moe.loading import load_model
 from easyedit_moe.statistics.corpus import load_texts
-from easyedit_moe.storage.strict_json import write_json
+from easyedit_moe.storage.strict_json import digest, write_json
 
-SCHEMA = 1
+SCHEMA = 2
 APART = 100
 """Edits between two of one fact at least, so that no batch holds both."""
 FIRST = 100
-"""Edits whose retention is watched, where they are never superseded."""
+"""Edits of which every second fact is never edited again; their retention is watched."""
+UTILITY = ("efficacy, all so far", "retention, first, never superseded", "specificity, never edited")
+"""Shares of which the utility of a point is the mean."""
 Pair = tuple[str, str]
 
 
@@ -74,7 +82,7 @@ def stream(count: int, asked: int, seed: int = 0) -> Stream:
     while len(made) < count:
         person, relation = rng.choice(facts)
         fact = (person, relation.name)
-        if fact in recent[-APART:]:
+        if fact in recent[-APART:] or (len(made) >= FIRST and fact in recent[:FIRST:2]):
             continue
         value[fact] = rng.choice([one for one in relation.objects if one != value[fact]])
         recent.append(fact)
@@ -87,15 +95,22 @@ def stream(count: int, asked: int, seed: int = 0) -> Stream:
     untouched = [(r.templates[0].format(p), world.facts[p][r.name]) for p in world.bystanders for r in RELATIONS]
     lines = [line.partition(". ") for line in load_texts(factworld.MODEL_NAME)]
     texts = [(f"{head}.", rest) for head, _, rest in lines if rest]
-    some = [tuple(rng.sample(part, min(asked, len(part)))) for part in (retained, untouched, texts)]
+    draw = random.Random(seed)  # the same sample however many edits there are
+    some = [tuple(draw.sample(part, min(asked, len(part)))) for part in (untouched, texts, retained)]
+    some = [some[2], *some[:2]]
     return Stream(edits, *some)
 
 
 class Life:
     """One method on one model along the stream."""
 
-    def __init__(self, method: str, changes: dict[str, Any], edits: Stream, asked: int, folder: Path) -> None:
-        kept = {"target_cache_dir": str(folder / "targets"), "stats_dir": str(folder / "stats")}
+    def __init__(
+        self, method: str, changes: dict[str, Any], edits: Stream, asked: int, folder: Path, label: str
+    ) -> None:
+        # Targets of other runs are not taken, so that seconds are those of a run that finds its own.
+        kept = {"target_cache_dir": str(folder / "targets" / digest(label)[:12]), "stats_dir": str(folder / "stats")}
+        known = {one.name for one in fields(hyperparams_class(method))}
+        kept = {name: value for name, value in kept.items() if name in known}
         self.hparams = load_hyperparams(f"{method}/factworld", **(kept | changes))
         self.model, self.tok = load_model(self.hparams.model_name, self.hparams.dtype, self.hparams.device)
         self.stream, self.asked = edits, asked
@@ -119,6 +134,7 @@ class Life:
                         raise PatchError(f"The run in --out had other weights after {start} edits; take another --out.")
                 else:
                     point = {"edits": start, "weights": weights, **self._measured(start, since)}
+                    point |= {"capacity": self._capacity(editor, memory)}
                     # After an interruption some of these edits found their targets in the cache.
                     timed = start > 0 and not (known and len(points) == len(known))
                     point |= {"seconds per edit": seconds / (start - since) if timed else None}
@@ -138,7 +154,7 @@ class Life:
         """Shares of facts that greedy decoding writes, in percent, and what a model is otherwise."""
         so_far = self.stream.latest(0, made)
         some = random.Random(made).sample(so_far, min(self.asked, len(so_far)))
-        return {
+        found = {
             "efficacy, all so far": self._written(some),
             "efficacy, since the last point": self._written(self.stream.latest(since, made)[-self.asked :]),
             "retention, first, never superseded": self._written(self.stream.retained) if made >= FIRST else None,
@@ -147,6 +163,29 @@ class Life:
             "norm growth per layer": {n: size / self.norms[n] for n, size in self._norms().items()},
             "resident bytes": resident_bytes(),
         }
+        shares = [found[name] for name in UTILITY if found[name] is not None]
+        return {"utility": sum(shares) / len(UTILITY) if len(shares) == len(UTILITY) else None, **found}
+
+    def _capacity(self, editor: Any, memory: Any) -> dict[int, dict[str, float]]:
+        """Per layer, means over experts: directions that edits may use, keys of current facts, and how many directions
+        these take up, which are those in which they weigh more than the ridge.
+        """
+        if not isinstance(memory, EditMemory):
+            return {}
+        found, prepared = {}, (memory.carried.prepared or editor.prepared).layers
+        for layer in self.hparams.edited_layers:
+            rows = list(memory.rows(layer).values())
+            blocks = expert_blocks(RoutedKeys.cat(rows), prepared[layer].metric) if rows else []
+            ridge = self.hparams.lambda_reg or 0.0
+            taken = [int((torch.linalg.svdvals(block.root) ** 2 > ridge).sum()) for block in blocks]
+            free = prepared[layer].null_space or [self.view.layers[layer].experts.layout.d_hidden]
+            count = prepared[layer].num_experts
+            found[layer] = {
+                "directions": sum(free) / len(free),
+                "keys": sum(len(block.rows) for block in blocks) / count,
+                "taken": sum(taken) / count,
+            }
+        return found
 
     def _written(self, pairs: Sequence[Pair]) -> float | None:
         if not pairs:
@@ -168,22 +207,27 @@ class Life:
         return found
 
 
-def plot(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """One panel per quantity, one line per method."""
+def plot(runs: dict[str, dict[str, Any]], path: Path) -> None:
+    """One panel per quantity, one line per run."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    kinds = [name for name in next(iter(runs.values()))[0] if name not in ("edits", "weights")]
-    figure, axes = plt.subplots(2, math.ceil(len(kinds) / 2), figsize=(18, 7), layout="constrained")
+    kinds = [name for name in next(iter(runs.values()))["points"][0] if name not in ("edits", "weights", "capacity")]
+    figure, axes = plt.subplots(3, math.ceil(len(kinds) / 3), figsize=(17, 12), layout="constrained")
+    colours = plt.get_cmap("tab20").colors
     for axis, kind in zip(axes.flat, kinds, strict=False):
-        for label, points in runs.items():
+        for number, run in enumerate(runs.values()):
+            points = run["points"]
             values = [max(p[kind].values()) if isinstance(p[kind], dict) else p[kind] for p in points]
-            axis.plot([p["edits"] for p in points], [math.nan if v is None else v for v in values], label=label)
+            numbers = [math.nan if value is None else value for value in values]
+            axis.plot([p["edits"] for p in points], numbers, color=colours[number % 20], marker=".")
         axis.set(title=kind.replace("per layer", "(largest layer)"), xlabel="edits")
-    axes.flat[0].legend()
-    figure.savefig(path, dpi=90)
+        if kind in ("perplexity", "norm growth per layer"):
+            axis.set_yscale("log")
+    figure.legend(runs, loc="outside lower center", ncols=4)
+    figure.savefig(path, dpi=80)
     plt.close(figure)
 
 
@@ -194,34 +238,41 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=100, help=f"at most {APART}")
     parser.add_argument("--every", type=int, default=100, help="edits between two points")
     parser.add_argument("--asked", type=int, default=300, help="prompts of each kind at a point")
+    parser.add_argument("--seed", type=int, default=0, help="of the stream of edits")
     parser.add_argument("--methods", nargs="+", default=["Global"])
+    parser.add_argument("--label", help="what a single method is called in the file; default: the method")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="hyper-parameters, values as JSON")
     parser.add_argument("--plot", action="store_true", help="draw lifelong.png; needs matplotlib")
     args = parser.parse_args()
     if not 1 <= args.batch_size <= APART or args.every % args.batch_size:
         parser.error(f"--batch-size must be 1 to {APART}, and --every a multiple of it")
+    if args.label and len(args.methods) > 1:
+        parser.error("--label is for a single method")
     changes = {name: json.loads(value) for name, _, value in (one.partition("=") for one in args.set)}
     path = args.out / "lifelong.json"
-    settings = {name: getattr(args, name) for name in ("edits", "batch_size", "every", "asked")} | {"set": changes}
-    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"settings": settings, "runs": {}}
-    if earlier["settings"] != settings:
-        parser.error(f"{path} is of other settings: {earlier['settings']}")
-    runs: dict[str, list[dict[str, Any]]] = earlier["runs"]
-    edits = stream(args.edits, args.asked)
+    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"schema": SCHEMA, "runs": {}}
+    names = ("edits", "batch_size", "every", "asked", "seed")
+    runs: dict[str, dict[str, Any]] = content["runs"]
+    edits = stream(args.edits, args.asked, args.seed)
     for method in args.methods:
-        known = runs.get(method, [])
+        label = args.label or method
+        settings = {"method": method, **{name: getattr(args, name) for name in names}, "set": changes}
+        run = runs.setdefault(label, {"settings": settings, "points": []})
+        if run["settings"] != settings:
+            parser.error(f"{label} in {path} is of other settings: {run['settings']}. Give this run a --label.")
+        known = run["points"]
         if known and known[-1]["edits"] == args.edits:
             continue
 
-        def save(points: list[dict[str, Any]], method: str = method) -> None:
-            if len(points) >= len(runs.get(method, [])):
-                runs[method] = points
-                write_json(path, {"schema": SCHEMA, "settings": settings, "runs": runs})
-                Console().print(f"{method}: {points[-1]}", highlight=False)
+        def save(points: list[dict[str, Any]], run: dict[str, Any] = run, label: str = label) -> None:
+            if len(points) >= len(run["points"]):
+                run["points"] = points
+                write_json(path, content)
+                Console().print(f"{label}: {points[-1]}", highlight=False)
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", EditingWarning)  # what is not reached shows in the points
-            Life(method, changes, edits, args.asked, args.out).run(args.batch_size, args.every, known, save)
+            Life(method, changes, edits, args.asked, args.out, label).run(args.batch_size, args.every, known, save)
     if args.plot:
         plot(runs, args.out / "lifelong.png")
 

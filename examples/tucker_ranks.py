@@ -2,6 +2,8 @@
 
 python examples/tucker_ranks.py --out results/tucker
 python examples/tucker_ranks.py --model Qwen/Qwen3-30B-A3B --layers 3 4 5 6 7 --ranks-only --out results/tucker-qwen
+python examples/tucker_ranks.py --model smollm2-moe --hparams examples/smollm2-moe/MoTE/smollm2-moe.yaml \\
+    --data counterfact.json --edits 40 --ranks 8,256,96 8,448,112 4,384,112 --out results/tucker-smollm2
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ def _at(*shares: float) -> dict[str, object]:
 
 VARIANTS: list[tuple[str, dict[str, object]]] = [
     ("all ranks full", {"rank_expert": 1.0, "rank_out": 1.0, "rank_in": 1.0}),
-    ("as shipped", {}),
+    ("as given", {}),
     *((f"energy {share:g} in each mode", _at(share, share, share)) for share in reversed(ENERGIES)),
     ("energy 0.8 in the expert mode", _at(0.8, 1.0, 1.0)),
     ("energy 0.8 in the output mode", _at(1.0, 0.8, 1.0)),
@@ -73,6 +75,18 @@ def bases_of(task: Task, hparams: MoTEHyperParams) -> dict[str, Any]:
     }
 
 
+def ranks_of(text: str) -> dict[str, object]:
+    """Ranks from "re,ro,ri"."""
+    re, ro, ri = map(int, text.split(","))
+    return {"rank_expert": re, "rank_out": ro, "rank_in": ri}
+
+
+def setting_of(text: str) -> tuple[str, str]:
+    """Name and value from "NAME=VALUE"."""
+    name, _, value = text.partition("=")
+    return name, value
+
+
 def table(rows: list[dict[str, Any]]) -> Table:
     out = Table("layer", "energy", "re", "ro", "ri", "relative error", title="Ranks by retained energy")
     for row in rows:
@@ -84,7 +98,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="results/tucker")
     parser.add_argument("--model", default="factworld")
-    parser.add_argument("--layers", type=int, nargs="+", default=[0, 1, 2, 3])
+    parser.add_argument("--hparams", default="MoTE/factworld", help="settings of MoTE that the rows have besides")
+    parser.add_argument("--data", default="factworld", help="records to edit")
+    parser.add_argument("--ranks", type=ranks_of, nargs="*", default=[], help="further rows: re,ro,ri")
+    parser.add_argument("--set", type=setting_of, nargs="*", default=[], help="NAME=VALUE of every row")
+    parser.add_argument("--layers", type=int, nargs="+", default=[0, 1, 2, 3], help="with --ranks-only")
     parser.add_argument("--ranks-only", action="store_true", help="edit nothing; for any model")
     parser.add_argument("--edits", type=int, default=50)
     parser.add_argument("--skip", type=int, default=0)
@@ -97,10 +115,16 @@ def main() -> None:
         write_json(folder / "ranks.json", {"schema": 1, "ranks": rows, "provenance": about})
         console.print(table(rows))
         return
-    settings = {name: load_hyperparams("MoTE/factworld", **changes) for name, changes in VARIANTS}
-    task, result = compared(settings, console, args.edits, args.skip, args.edits)
+    rows = [
+        *VARIANTS,
+        *((f"ranks {ranks['rank_expert']}, {ranks['rank_out']}, {ranks['rank_in']}", ranks) for ranks in args.ranks),
+    ]
+    common = {"model_name": args.model, **dict(args.set)}
+    settings = {name: load_hyperparams(args.hparams, **{**common, **changes}) for name, changes in rows}
+    task, result = compared(settings, console, args.edits, args.skip, args.edits, args.model, args.data)
     content = result.to_dict()
-    content["ranks"] = ranks_by_energy(MoELayerView(task.model), args.layers)
+    layers = list(settings["as given"].layers)
+    content["ranks"] = ranks_by_energy(MoELayerView(task.model), layers)
     content["bases"] = {name: bases_of(task, hp) for name, hp in settings.items()}
     report.write_results(result, folder)
     write_json(folder / "results.json", content)

@@ -12,9 +12,16 @@ from easyedit_moe.hparams import MoEHyperParams
 
 
 def compared(
-    variants: Mapping[str, MoEHyperParams], console: Console, edits: int, skip: int, batch_size: int
+    variants: Mapping[str, MoEHyperParams],
+    console: Console,
+    edits: int,
+    skip: int,
+    batch_size: int,
+    model: str = "factworld",
+    data: str = "factworld",
 ) -> tuple[Task, Comparison]:
-    """A row per variant, under its name, on records of the bundled model; and the task, restored."""
-    task = load_task("factworld", "factworld", edits, skip, batch_size, "float32", "cpu")
+    """A row per variant, under its name, on records of a file, by default the bundled one; and the task, restored."""
+    first = next(iter(variants.values()))
+    task = load_task(model, data, edits, skip, batch_size, first.dtype, first.device)
     settings, names = list(variants.values()), list(variants)
     return task, compare(task, settings, on_row=lambda row: console.print("done:", row.method), labels=names)

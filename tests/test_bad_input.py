@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import typer
 
 from benchmarks.record_layouts import LAYOUTS, tables
-from benchmarks.robustness_inputs import COUNTS, KINDS, Counts, Inputs, Outcome, Section, drawn, merge_counts, outcome
+from benchmarks.robustness import commands
+from benchmarks.robustness_inputs import COUNTS, KINDS, Counts, Inputs, Outcome, Section, drawn, main, merged, outcome
 from easyedit_moe.errors import DataError, RequestError
 from easyedit_moe.facts.records.reading import parse_records
 
@@ -67,17 +69,30 @@ def test_outcomes_are_told_apart() -> None:
     assert "test_bad_input.py" in raw.detail
 
 
-def test_counts_are_merged(tmp_path: Path) -> None:
+def test_counts_are_merged() -> None:
     counts = Counts()
     for found in (Outcome("typed"), Outcome("raw", "x"), Outcome("raw", "x")):
         counts.add(found)
+    first = merged({"artefacts": {"raw": 0}}, {"files": counts}, "one")
+    assert first["artefacts"] == {"raw": 0}
+    assert [first["files"][kind] for kind in KINDS] == [0, 1, 2, 0]
+    assert (first["files"]["bad"], first["files"]["made by"]) == (["x"], ["one"])
+    assert merged(first, {"files": counts}, "one") == first
+    both = merged(first, {"files": counts}, "two", add=True)["files"]
+    assert [both[kind] for kind in KINDS] == [0, 2, 4, 0]
+    assert both["made by"] == ["one", "two"]
+    assert commands(both["made by"]) == "`one`, and `two`"
+
+
+def test_so_many_series_of_one_section_are_drawn(tmp_path: Path) -> None:
     path = tmp_path / "counts.json"
-    path.write_text('{"artefacts": {"raw": 0}}', encoding="utf-8")
-    merge_counts(path, {"files": counts}, 2, 3)
+    main(minutes=5, first=7, series=1, only=["hparams"], out=path)
     found = json.loads(path.read_text(encoding="utf-8"))
-    assert found["artefacts"] == {"raw": 0}
-    assert [found["files"][kind] for kind in KINDS] == [0, 1, 2, 0]
-    assert found["files"]["bad"] == ["x"]
+    assert list(found) == ["hparams"]
+    assert sum(found["hparams"][kind] for kind in KINDS) == 100
+    assert found["hparams"]["made by"] == ["python -m benchmarks.robustness_inputs --minutes 5 --first 7 --series 1"]
+    with pytest.raises(typer.BadParameter, match="'hparam' is none of requests"):
+        main(only=["hparam"], out=path)
 
 
 def test_the_committed_counts_are_without_fault() -> None:

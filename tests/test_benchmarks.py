@@ -12,8 +12,9 @@ import torch
 from typer import Typer
 from typer.testing import CliRunner
 
-from benchmarks import cores, end_to_end, endurance, growth, harness, registry, shapes, solvers
+from benchmarks import cores, dense_bcd, end_to_end, endurance, growth, harness, prepare, registry, shapes, solvers
 from benchmarks.__main__ import main
+from benchmarks.allocations import stage, tracked
 from easyedit_moe.algebra.bcd import expert_orders, solve_bcd
 from easyedit_moe.algebra.metric import IdentityMetric
 
@@ -103,6 +104,7 @@ def test_end_to_end_in_reduced_mode() -> None:
         assert row["write"] > 0
         assert (row["targets"] > 0) == (row["z"] == "included")
         assert row["planned"] > 0
+        assert row["peak bytes beyond before"] > 0
     assert rows[1]["published, real shape, H200"] == 477.0
 
 
@@ -127,6 +129,44 @@ def test_cores_hold_less_than_the_factors_of_every_expert() -> None:
         assert (own["what"], others["what"]) == ("cores", "every expert's factors")
         assert own["held bytes"] < others["held bytes"] / 5
         assert own["file bytes"] <= others["file bytes"] + 200
+
+
+def test_every_peak_is_of_what_was_allocated() -> None:
+    rows = growth.run(growth.Options(quick=True))
+    assert all(row["peak bytes"] > 0 for row in rows if "peak bytes" in row)
+
+
+def test_blocks_are_counted_by_the_stage_that_made_them() -> None:
+    def run() -> list[torch.Tensor]:
+        with stage("first"):
+            kept = torch.zeros(1000)
+            kept.clone().add_(1)
+        with stage("second"):
+            weight = torch.nn.Parameter(kept + 1)
+            (weight * weight).sum().backward()
+        return [kept, weight]
+
+    found, _ = tracked(run)
+    assert 8000 <= found.peaks["first"] < 8100
+    assert 12000 <= found.left < 12100
+    assert 12000 <= found.peaks["second"] < 24000
+    assert found.peak == pytest.approx(4000 + found.peaks["second"], rel=0.01)
+
+
+def test_dense_updates_with_a_running_residual_are_ours_to_rounding() -> None:
+    rows = {row["way"]: row for row in dense_bcd.run(dense_bcd.Options(quick=True))}
+    assert list(rows) == [dense_bcd.OURS, dense_bcd.WRITTEN, dense_bcd.RUNNING, dense_bcd.ANEW]
+    assert all(row["difference to ours"] < 1e-5 for row in list(rows.values())[1:])
+
+
+def test_what_is_cached_is_read_whole() -> None:
+    rows = {row["what"]: row for row in prepare.run(prepare.Options(quick=True))}
+    shape = shapes.QUICK
+    moments = 4 * (shape.experts * shape.d_hidden**2 + shape.d_model**2)
+    spaces = 8 * shape.experts * shape.d_hidden * (shape.d_hidden // 2)
+    assert rows["moments"]["bytes"] >= len(shape.layers) * moments
+    assert rows["null spaces"]["bytes"] >= len(shape.layers) * spaces
+    assert all(row["seconds"] > 0 for row in rows.values())
 
 
 def test_unknown_suites_are_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from easyedit_moe.storage.strict_json import read_json
 
 ARTEFACTS = {
     "moments of a layer", "Tucker basis", "null spaces", "tokens of a corpus", "target vector", "sums of a run",
-    "generated texts",
+    "generated texts", "patch of Tucker cores", "patch of Tucker cores with originals",
     "patch of factored update", "patch of factored update with originals", "patch of whole tensors",
     "patch of whole tensors with originals", "MEMoE adapter", "rows of compare", "rows of locate",
     "edits of a checkpoint", "records of tune",

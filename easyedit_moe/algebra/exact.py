@@ -90,6 +90,7 @@ def _exact_primal(
             offset += size
         gram.addmm_(phi.T, phi)
         moved.addmm_(phi.T, wanted[start:stop])
+        del phi  # else it is there while the next one is made
     left = solve_factored(factor_ridge_(gram, lambda_reg), moved).T.contiguous()
     columns = torch.arange(total, device=wanted.device).split(sizes)
     right = tuple(transposed_root(metric, b.expert, b.root, keys.d_hidden) for b in blocks)

@@ -31,9 +31,11 @@ class AdaLoRAEditor(PeftEditor):
 
     @classmethod
     def trained(cls, hparams: LoRAHyperParams, view: MoELayerView) -> Trained:
-        """Adapters at their initial rank, 1.5 ``rank``."""
+        """Adapters at their initial rank, 1.5 ``rank``; of each number its importance, its mean and its deviation."""
         weights = [module.get_parameter("weight") for module in _adapted_modules(view, hparams).values()]
-        return adapters_of([tuple(w.shape) for w in weights], _initial_rank(hparams), Trained.of(weights), full=False)
+        return adapters_of(
+            [tuple(w.shape) for w in weights], _initial_rank(hparams), Trained.of(weights), full=False, state=4 * 4
+        )
 
     def config(self, peft: Any, view: MoELayerView, job: TrainingJob) -> Any:
         """AdaLoRA on the linear layers beside the MoE blocks, with its schedule of ranks."""

@@ -302,7 +302,7 @@ class Editor(ABC):
         check_keywords("apply_to_model", kwargs, (), APPLY_KEYWORDS)
         facts = parse_requests(requests)
         original = model
-        keeps = getattr(hparams, "remember_edits", False) or getattr(hparams, "variant", "paper") == "code"
+        keeps = getattr(hparams, "carries", False) or getattr(hparams, "variant", "paper") == "code"
         if copy:
             model = copying.deepcopy(model)
             remember_copy(original, model)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,10 +14,12 @@ from transformers import PreTrainedTokenizerBase
 from easyedit_moe.adapters.attachment import add_subjects, attach, detach, find_adapter, find_ffn
 from easyedit_moe.adapters.moe_adapter import AdapterConfig, Fact, MoEAdapter, base_fingerprint
 from easyedit_moe.adapters.training import check_facts, train_adapter
+from easyedit_moe.editors.activations import kept_for_gradient
 from easyedit_moe.editors.base import Editor, EditResult, provenance
 from easyedit_moe.editors.diagnosis import EditDiagnosis, FactDiagnosis, settings_of
-from easyedit_moe.editors.planner import MemoryPlan, Stage, Workload, activations, outline_of
-from easyedit_moe.editors.training_planner import PROMPT_TOKENS, TARGET_TOKENS, Trained, train_stage
+from easyedit_moe.editors.planner import MemoryPlan, Workload
+from easyedit_moe.editors.shapes import outline_of
+from easyedit_moe.editors.stages import Stage
 from easyedit_moe.errors import AdapterError, EditingWarning, HyperParamsError
 from easyedit_moe.facts.anchors import SubjectMatcher
 from easyedit_moe.facts.requests import EditRequest
@@ -143,16 +144,17 @@ class MEMoEEditor(Editor):
         edits = workload.edits_of(hp)
         e, d, width = hp.num_experts, shapes.d_model, hp.expert_width
         numbers = e * (2 * d + width * (2 * d + 1)) + d
-        sequences = min(hp.train_batch_size, edits)
-        learnt = train_stage(
-            shapes, Trained(numbers, 4, 0), sequences, PROMPT_TOKENS + TARGET_TOKENS, hp.layers[0], copies=1
-        )
+        sequences, lengths = min(hp.train_batch_size, edits), workload.lengths
         tokens = hp.locality_batch_size * hp.locality_max_tokens if hp.locality_weight else 0
-        kept = activations(shapes, tokens) * (shapes.num_layers - hp.layers[0])
-        logits = tokens * shapes.vocabulary * (4 * 4 + shapes.itemsize)
+        kept = sum(kept_for_gradient(shapes, n, n, n) for n in (sequences * lengths.whole, tokens))
+        kept *= shapes.num_layers - 1 - hp.layers[0]
+        # Of the facts the log-softmax stays; of the texts those of both models, and what makes their divergence.
+        own = shapes.itemsize if shapes.itemsize < 4 else 0
+        logits = shapes.vocabulary * (4 * sequences * lengths.target + (5 * 4 + own) * tokens)
+        note = f"{numbers:,} trainable numbers, {16 * numbers / 1e9:.3f} GB with optimiser state"
         stages = (
             Stage("attach", 4 * numbers + 4 * edits * d, 0, "the adapter, and an anchor per subject"),
-            replace(learnt, working=learnt.working + kept + logits),
+            Stage("train", 0, 3 * 4 * numbers + kept + logits, note),
         )
         settings = {"train_batch_size": sequences, "locality_batch_size": hp.locality_batch_size}
         return MemoryPlan(shapes, tuple(hp.layers), edits, stages, settings, workload.checked_budget())

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
+
+import torch
+from torch import Tensor
 
 from easyedit_moe.algebra.coordinates import Coordinates
 from easyedit_moe.algebra.held import Held, HeldMoment, HeldSystem
 from easyedit_moe.algebra.routed_keys import RoutedKeys
+from easyedit_moe.editors.lasting import Carried
 from easyedit_moe.editors.prepared import PreparedLayer
+from easyedit_moe.targets.joining import Place
+
+Name = str | Place
+"""What a later fact has in common with the one that it supersedes."""
+
+COMPACT = 16
+"""Solves after which a memory lets go of keys of superseded facts, and again after as many."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,16 +30,40 @@ class Remembered:
     Attributes:
         prompts: of the facts.
         keys: layer that was solved for -> their keys, the contexts of each fact side by side.
+        places: where the facts lie, for ``join_facts``; then a later fact at the same place supersedes one, too.
+        wanted: layer -> ``[T, d]``, what all edits together should change at these keys, for ``cumulative_ridge``.
     """
 
     prompts: tuple[str, ...]
     keys: Mapping[int, RoutedKeys]
+    places: tuple[Place, ...] = ()
+    wanted: Mapping[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def names(self) -> tuple[Name, ...]:
+        """By what a later fact supersedes each: its place, or its prompt."""
+        return self.places or self.prompts
 
     def of(self, layer: int, fact: int) -> RoutedKeys:
         """Keys of one fact."""
         keys = self.keys[layer]
-        size = keys.num_tokens // len(self.prompts)
-        return keys.rows(slice(fact * size, (fact + 1) * size))
+        return keys.rows(self._rows(keys.num_tokens, fact))
+
+    def wanted_of(self, layer: int, fact: int) -> Tensor:
+        """What is wanted of one fact."""
+        wanted = self.wanted[layer]
+        return wanted[self._rows(len(wanted), fact)]
+
+    def _rows(self, count: int, fact: int) -> slice:
+        size = count // len(self.prompts)
+        return slice(fact * size, (fact + 1) * size)
+
+    def only(self, facts: Sequence[int]) -> Remembered:
+        """Some of the facts, with keys of their own."""
+        keys = {layer: RoutedKeys.cat([self.of(layer, fact) for fact in facts]) for layer in self.keys}
+        places = tuple(self.places[fact] for fact in facts) if self.places else ()
+        wanted = {layer: torch.cat([self.wanted_of(layer, fact) for fact in facts]) for layer in self.wanted}
+        return Remembered(tuple(self.prompts[fact] for fact in facts), keys, places, wanted)
 
 
 _H = TypeVar("_H", bound=Held)
@@ -44,25 +79,43 @@ class EditMemory:
 
     Attributes:
         edits: how many edits the earlier batches made.
+        carried: what options for long runs carry on.
     """
 
-    def __init__(self, log: list[Remembered] | None = None, edits: int = 0, length: int | None = None) -> None:
+    def __init__(
+        self,
+        log: list[Remembered] | None = None,
+        edits: int = 0,
+        length: int | None = None,
+        carried: Carried | None = None,
+    ) -> None:
         # Values that extend each other share one list, of which each knows how much is its own: to keep the memory of
         # every batch of a long run then takes no more than to keep the last.
         self._log = [] if log is None else log
         self._length = len(self._log) if length is None else length
         self.edits = edits
+        self.carried = carried or Carried()
 
-    def extended(self, solves: Sequence[Remembered], edits: int) -> EditMemory:
-        """A memory that also holds what these solves wrote, of ``edits`` more edits."""
+    def extended(self, solves: Sequence[Remembered], edits: int, carried: Carried | None = None) -> EditMemory:
+        """A memory that also holds what these solves wrote, of ``edits`` more edits; ``carried`` where it changed."""
+        carried = carried or self.carried
         if not solves:
-            return EditMemory(self._log, self.edits + edits, self._length)
+            return EditMemory(self._log, self.edits + edits, self._length, carried)
         log = self._log if len(self._log) == self._length else self._log[: self._length]
         log.extend(solves)
-        return EditMemory(log, self.edits + edits)
+        grown = EditMemory(log, self.edits + edits, carried=carried)
+        return grown._compact() if len(log) >= COMPACT and len(log) % COMPACT == 0 else grown
 
-    def rows(self, layer: int, superseded: Sequence[str] = ()) -> dict[Row, RoutedKeys]:
-        """Keys of each fact that was solved for at a layer, without facts of these prompts; oldest first."""
+    def _compact(self) -> EditMemory:
+        """The same facts without those that were superseded, whose keys would take memory on."""
+        kept: dict[Remembered, list[int]] = {}
+        for solve, fact in reversed(list(self._current())):
+            kept.setdefault(solve, []).append(fact)
+        log = [solve if len(facts) == len(solve.prompts) else solve.only(facts) for solve, facts in kept.items()]
+        return EditMemory(log, self.edits, carried=self.carried)
+
+    def rows(self, layer: int, superseded: Sequence[Name] = ()) -> dict[Row, RoutedKeys]:
+        """Keys of each fact that was solved for at a layer, without facts of these names; oldest first."""
         found = [(row, row[0].of(layer, row[1])) for row in self._current(superseded) if layer in row[0].keys]
         return dict(reversed(found))
 
@@ -78,14 +131,15 @@ class EditMemory:
             for layer, solves in found.items()
         }
 
-    def _current(self, superseded: Sequence[str] = ()) -> Iterator[Row]:
-        """The newest edit of each prompt, newest first."""
+    def _current(self, superseded: Sequence[Name] = ()) -> Iterator[Row]:
+        """The newest edit of each prompt or place, newest first."""
         seen = set(superseded)
         for number in range(self._length - 1, -1, -1):
             solve = self._log[number]
-            new = [fact for fact, prompt in enumerate(solve.prompts) if prompt not in seen]
-            seen.update(solve.prompts)
-            yield from ((solve, fact) for fact in reversed(new))
+            for fact in range(len(solve.prompts) - 1, -1, -1):
+                if solve.names[fact] not in seen:
+                    seen.add(solve.names[fact])
+                    yield solve, fact
 
 
 class Holding:

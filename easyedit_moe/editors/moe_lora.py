@@ -102,17 +102,19 @@ def _expert_matrices(view: MoELayerView, hparams: LoRAHyperParams) -> dict[str, 
     return found
 
 
-def adapters_of(shapes: Sequence[tuple[int, ...]], rank: int, written: Trained, full: bool) -> Trained:
+def adapters_of(shapes: Sequence[tuple[int, ...]], rank: int, written: Trained, full: bool, state: int = 4) -> Trained:
     """Adapters of a rank beside matrices ``[.., a, b]``: ``rank (a + b)`` float32 numbers per matrix.
 
     Args:
         shapes: of the adapted parameters; packed experts have one matrix per expert.
         rank: of each adapter.
         written: the adapted parameters themselves, which get the product in the end.
+        state: bytes of an adapter's number, and of what its method notes of it.
         full: whether each forward multiplies adapters out, as peft does for parameters that belong to no module.
     """
     numbers = sum(rank * (s[-2] + s[-1]) * (s[0] if len(s) == 3 else 1) for s in shapes)
-    return Trained(numbers, 4, written.written, 2 * written.written if full else 0)
+    on_the_fly = written.numbers if full else 0
+    return Trained(numbers, 4, written.written, written.largest, on_the_fly, written.numbers, state)
 
 
 def _peft() -> Any:

@@ -16,7 +16,7 @@ from easyedit_moe.moe.tails import Tail
 
 @dataclass(frozen=True)
 class PreparedLayer:
-    """One layer's part of `Prepared`; its second moments are not kept.
+    """One layer's part of `Prepared`; its second moments are kept for `preservation_bound` alone.
 
     Attributes:
         num_experts: E.
@@ -25,6 +25,8 @@ class PreparedLayer:
         basis: Tucker basis (MoTE only).
         coverage: ``[E]`` int64, tokens of the corpus that reached each expert; None without statistics.
         null_space: ``[E]``, dimension of each expert's null space; None for another metric.
+        directions: per expert, principal directions of its weights ``[h, r_j]`` (``sphere_energy`` only).
+        moments: ``[E, h, h]``, second moments of the keys (``preservation_bound`` only).
     """
 
     num_experts: int
@@ -33,6 +35,18 @@ class PreparedLayer:
     basis: TuckerBasis | None = None
     coverage: Tensor | None = None
     null_space: tuple[int, ...] | None = None
+    directions: tuple[Tensor, ...] | None = None
+    moments: Tensor | None = None
+
+    def needed_moments(self) -> tuple[Tensor, Tensor]:
+        """Second moments, and how many tokens of the corpus reached each expert.
+
+        Raises:
+            NumericalError: it was prepared without them.
+        """
+        if self.moments is None or self.coverage is None:
+            raise NumericalError("This layer was prepared without second moments; prepare it with these settings.")
+        return self.moments, self.coverage
 
     def tucker_basis(self) -> TuckerBasis:
         """The basis.

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from easyedit_moe.editors.planner import MemoryPlan, Shapes, Workload, shapes_of
+from easyedit_moe.editors.planner import MemoryPlan, Workload
 from easyedit_moe.editors.proposal import Chosen, Proposal
 from easyedit_moe.editors.registry import editor_class
+from easyedit_moe.editors.shapes import Shapes, shapes_of
 from easyedit_moe.errors import HyperParamsError
 from easyedit_moe.facts.records import FactSet
 from easyedit_moe.factworld import MODEL_NAME

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import sqrt
 from typing import Any
 
@@ -19,15 +20,18 @@ from transformers import PreTrainedTokenizerBase
 from easyedit_moe.algebra.coordinates import Coordinates
 from easyedit_moe.algebra.core_update import Update
 from easyedit_moe.algebra.held import HeldSystem, ridge_suffices
+from easyedit_moe.algebra.hypersphere import principal_directions
 from easyedit_moe.algebra.metric import IdentityMetric, Metric, covariance_metric, mean_energy
 from easyedit_moe.algebra.nullspace import NullSpace
 from easyedit_moe.algebra.routed_keys import RoutedKeys
 from easyedit_moe.algebra.tucker import TuckerBasis
 from easyedit_moe.editors.base import Editor, EditResult, provenance
+from easyedit_moe.editors.lasting import Carried, Lasting
 from easyedit_moe.editors.measuring import Fit, residual_shares
 from easyedit_moe.editors.memory import EditMemory, Holding, Remembered, Row
-from easyedit_moe.editors.planner import MemoryPlan, Workload, plan, shapes_of
+from easyedit_moe.editors.planner import MemoryPlan, Workload, plan
 from easyedit_moe.editors.prepared import Prepared, PreparedLayer
+from easyedit_moe.editors.shapes import shapes_of
 from easyedit_moe.editors.solving_diagnosis import Solved, diagnose_solved
 from easyedit_moe.editors.spreading import spread
 from easyedit_moe.errors import LayerError, LayoutError
@@ -42,18 +46,12 @@ from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.moe.probe import check_keys, measured_tail, starts_anywhere
 from easyedit_moe.moe.tails import FactPlaces, Tail
 from easyedit_moe.patches.weights import PatchWriter, writing
-from easyedit_moe.statistics.gather import layer_statistics
+from easyedit_moe.statistics.gather import fresh_statistics, layer_statistics
 from easyedit_moe.statistics.moments import LayerMoments
-from easyedit_moe.statistics.null_spaces import layer_null_space
+from easyedit_moe.statistics.null_spaces import layer_null_space, null_space_of
 from easyedit_moe.targets.cache import cached_targets
-from easyedit_moe.targets.search import (
-    TargetSearch,
-    TargetSettings,
-    TargetVectors,
-    compute_targets,
-    fact_contexts,
-    outcomes,
-)
+from easyedit_moe.targets.joining import joined_facts
+from easyedit_moe.targets.search import TargetSearch, TargetSettings, TargetVectors, fact_contexts, outcomes
 
 logger = logging.getLogger(__name__)
 
@@ -115,9 +113,7 @@ class SolvingEditor(Editor):
             system = self.holding.system(layer, prepared, held, coordinates, lambda_reg)
             return self.solve_reduced(keys, residual, system, coordinates), None
         if held:
-            everything = RoutedKeys.cat([*held.values(), keys])
-            kept = residual.new_zeros(everything.num_tokens - keys.num_tokens, residual.shape[1])
-            keys, residual = everything, torch.cat([kept, residual])
+            keys, residual = _with_kept(list(held.values()), keys, residual)
         return self.solve(keys, residual, prepared, lambda_reg)
 
     def coordinates(self, keys: RoutedKeys, prepared: PreparedLayer) -> Coordinates | None:
@@ -148,7 +144,7 @@ class SolvingEditor(Editor):
         """See `Editor.plan_for` and `easyedit_moe.editors.planner.plan`."""
         shapes = shapes_of(model, hparams.layers, hparams.site)
         edits, earlier, device = workload.edits, workload.earlier_edits, workload.device_of(hparams)
-        return plan(shapes, hparams, edits, earlier, budget=workload.budget, device=device)
+        return plan(shapes, hparams, edits, earlier, workload.lengths, workload.budget, device)
 
     def prepare(self, model: nn.Module, tok: PreTrainedTokenizerBase) -> Prepared:
         """Check the layers, collect or read statistics, build metrics and bases; kept for later batches.
@@ -186,34 +182,55 @@ class SolvingEditor(Editor):
         self._check_model(view)
         with watch.stage("statistics"):
             prepared = self._prepared_for(view, model, tok)
+            memory = memory or EditMemory()
+            carried = self._refreshed(view, tok, prepared, memory)
+            if carried.prepared is not None and carried.prepared.fingerprint == prepared.fingerprint:
+                prepared = carried.prepared
         group = getattr(self.hparams, "edits_per_solve", None) or len(facts)
         used: list[TargetVectors] = []
         reports: list[Any] = []
         solved: list[Solved] = []
         seen: list[Remembered] = []
-        memory = memory or EditMemory()
         with writing(view) as writer:
             for start in range(0, len(facts), group):
                 chunk = facts[start : start + group]
-                batch = BatchSolve(self, view, tok, chunk, prepared, memory.extended(seen, start), writer, watch)
+                known = memory.extended(seen, start, carried)
+                batch = BatchSolve(self, view, tok, chunk, prepared, known, writer, watch)
                 used.append(batch.find_targets() if targets is None else targets.rows(start, start + group))
                 batch.aim(used[-1])
                 spread(batch)
                 reports += batch.reports
-                seen.append(Remembered(tuple(fact.prompt for fact in chunk), batch.keys))
+                prompts = tuple(fact.prompt for fact in chunk)
+                seen.append(Remembered(prompts, batch.keys, batch.places, batch.wanted))
+                carried = batch.closed()
                 solved.append(batch.solved(used[-1]))
             with watch.stage("write"):
                 patch = writer.finish(provenance(self.hparams, facts, used), prepared.fingerprint)
             with watch.stage("diagnose"):
                 earlier = memory if self.hparams.remember_edits else EditMemory()
                 diagnosis = diagnose_solved(self.hparams, view, prepared, patch, EditMemory(seen).keys, earlier, solved)
-            kept = memory.extended(seen if self.hparams.remember_edits else [], len(facts))
+            kept = memory.extended(seen if self.hparams.remember_edits else [], len(facts), carried)
             return EditResult(patch, watch.seconds, kept, used, reports, diagnosis)
 
     def _prepared_for(self, view: MoELayerView, model: nn.Module, tok: PreTrainedTokenizerBase) -> Prepared:
         if self.prepared is None or self.prepared.fingerprint != model_fingerprint(view):
             return self.prepare(model, tok)
         return self.prepared
+
+    def _refreshed(
+        self, view: MoELayerView, tok: PreTrainedTokenizerBase, prepared: Prepared, memory: EditMemory
+    ) -> Carried:
+        """What is carried on, with metrics of the edited model where ``refresh_every`` asks for them now."""
+        every, carried = self.hparams.refresh_every, memory.carried
+        if every is None or memory.edits - carried.refreshed < every:
+            return carried
+        layers = dict(prepared.layers)
+        moments = fresh_statistics(view, tok, self.hparams, list(layers), prepared.fingerprint, self.progress)
+        for layer, one in moments.items():
+            metric = self._metric(layer, one, None)
+            ranks = tuple(metric.ranks) if isinstance(metric, NullSpace) else None
+            layers[layer] = replace(layers[layer], metric=metric, coverage=one.counts, null_space=ranks)
+        return replace(carried, prepared=replace(prepared, layers=layers), refreshed=memory.edits)
 
     def _prepared_layer(
         self, view: MoELayerView, layer: int, tail: Tail, moments: LayerMoments | None, fingerprint: str
@@ -223,7 +240,12 @@ class SolvingEditor(Editor):
         basis = self.basis(view, layer, moments, fingerprint)
         experts = view.layers[layer].experts.layout.num_experts
         coverage = None if moments is None else moments.counts
-        return PreparedLayer(experts, tail, metric, basis, coverage, ranks)
+        directions, share = None, self.hparams.sphere_energy
+        if share is not None:
+            read = view.layers[layer].experts.read
+            directions = tuple(principal_directions(read(expert), share) for expert in range(experts))
+        kept = moments.keys if moments is not None and self.hparams.preservation_bound is not None else None
+        return PreparedLayer(experts, tail, metric, basis, coverage, ranks, directions, kept)
 
     def target_settings(self) -> tuple[int, tuple[str, ...], TargetSettings]:
         """All that target vectors depend on besides model and requests: layer, context prefixes, optimisation."""
@@ -240,7 +262,8 @@ class SolvingEditor(Editor):
         else:
             logger.info("%s", found.summary())
 
-    def _metric(self, layer: int, moments: LayerMoments | None, fingerprint: str) -> Metric:
+    def _metric(self, layer: int, moments: LayerMoments | None, fingerprint: str | None) -> Metric:
+        """``fingerprint`` is None for moments of an edited model, which no cache holds."""
         hp = self.hparams
         if hp.metric == "identity" or moments is None:
             return IdentityMetric()
@@ -248,6 +271,8 @@ class SolvingEditor(Editor):
             return covariance_metric(
                 moments.keys, moments.counts, hp.covariance_ridge, hp.min_coverage, hp.low_coverage
             )
+        if fingerprint is None:
+            return null_space_of(moments, hp)
         return layer_null_space(layer, moments, hp, fingerprint)
 
     def _check_model(self, view: MoELayerView) -> None:
@@ -258,6 +283,13 @@ class SolvingEditor(Editor):
                 f"v_loss_layer must be the last layer ({view.num_layers - 1}) or None, since targets are read from the "
                 f"model's own logits; found {wanted}."
             )
+
+
+def _with_kept(kept: Sequence[RoutedKeys], keys: RoutedKeys, residual: Tensor) -> tuple[RoutedKeys, Tensor]:
+    """With rows before the others whose residual is 0: what they yield is kept."""
+    everything = RoutedKeys.cat([*kept, keys])
+    zeros = residual.new_zeros(everything.num_tokens - keys.num_tokens, residual.shape[1])
+    return everything, torch.cat([zeros, residual])
 
 
 class BatchSolve:
@@ -278,30 +310,52 @@ class BatchSolve:
         self.hparams, self.prepared = editor.hparams, prepared
         self.memory = memory if editor.hparams.remember_edits else EditMemory()
         self.edits_before = memory.edits
+        self.lasting = Lasting(self.hparams, view, prepared, memory.carried)
+        self.contexts = [
+            fact_contexts(tok, fact, self.hparams.context_prefixes, self.hparams.fact_token, self.hparams.chat)
+            for fact in facts
+        ]
+        self.where = tuple(found[0].ids[: found[0].fact + 1] for found in self.contexts)
+        self.places = self.where if self.hparams.join_facts else ()
         self.writer, self.watch = writer, watch
         self.reports: list[Any] = []
         self.keys: dict[int, RoutedKeys] = {}
         self.residuals: dict[int, Tensor] = {}
+        self.wanted: dict[int, Tensor] = {}
         self.fits: dict[int, Fit] = {}
 
     def find_targets(self) -> TargetVectors:
         """Target vectors of these requests, found or read."""
         settings, progress = self.editor.target_settings(), self.editor.progress
         folder = self.hparams.target_cache_dir
+        groups = joined_facts(self.facts, self.places, self.lasting.carried.joined)
+        asked, beside = [group[0] for group in groups.facts], [group[1:] for group in groups.facts]
+        more: dict[str, Any] = {"beside": beside} if self.places else {}
+        if self.hparams.anchor_targets:
+            places = dict(zip(groups.numbers, self.where, strict=True))
+            more["first"] = [self.lasting.carried.first.get(places[number]) for number in range(len(asked))]
         with self.watch.stage("targets"):
-            if folder is None:
-                return compute_targets(self.view, self.tok, self.facts, *settings, progress, warn=False)
             search = TargetSearch(self.view, self.tok, *settings, progress, warn=False)
-            return cached_targets(folder, self.hparams.model_name, self.prepared.fingerprint, search, self.facts)
+            if folder is None:
+                return search.find(asked, **more).taken(groups.numbers)
+            name, fingerprint = self.hparams.model_name, self.prepared.fingerprint
+            return cached_targets(folder, name, fingerprint, search, asked, **more).taken(groups.numbers)
+
+    def closed(self) -> Carried:
+        """What is carried on from this solve."""
+        self.lasting.close()
+        if self.hparams.anchor_targets:
+            states = self.before[:: self.per_fact].float()
+            self.lasting.carried = self.lasting.carried.with_states(self.where, states)
+        if not self.places:
+            return self.lasting.carried
+        places = {fact.prompt: place for fact, place in zip(self.facts, self.places, strict=True)}
+        return self.lasting.carried.with_facts(places, list(self.facts))
 
     def aim(self, targets: TargetVectors) -> None:
         """Take the shifts to reach, and lay out every context in which each fact is captured."""
         hp = self.hparams
-        contexts = [
-            context
-            for fact in self.facts
-            for context in fact_contexts(self.tok, fact, hp.context_prefixes, hp.fact_token, hp.chat)
-        ]
+        contexts = [context for found in self.contexts for context in found]
         self.sequences = [context.ids for context in contexts]
         self.positions = [context.fact for context in contexts]
         self.per_fact = len(hp.context_prefixes) + 1
@@ -341,7 +395,7 @@ class BatchSolve:
     def solve(self, layer: int, keys: RoutedKeys, residual: Tensor) -> Any:
         """A solution for wanted changes ``[T, D]`` of the layer's output, as the editor's `SolvingEditor.solve`."""
         prepared = self.prepared.layers[layer]
-        ridge = self.editor.ridge(keys, prepared, self.edits_before)
+        ridge = self.lasting.ridge(layer, self.editor.ridge(keys, prepared, self.edits_before))
         # Each fact counts once however many contexts it has: the objective is a mean over its contexts.
         weight = 1 / sqrt(self.per_fact)
         keys = RoutedKeys(keys.expert, keys.gate * weight, keys.key)
@@ -351,13 +405,19 @@ class BatchSolve:
         tail = prepared.tail
         residual = tail.pull_back(layer, residual.to(keys.key.device), weight, places)
         self.keys[layer], self.residuals[layer] = keys, residual
+        residual = self.lasting.aimed(layer, keys, residual)
         before = self._keys_before(layer, tail.reach, weight)
         if before:
-            everything = RoutedKeys.cat([*before, keys])
-            kept = residual.new_zeros(everything.num_tokens - keys.num_tokens, residual.shape[1])
-            keys, residual = everything, torch.cat([kept, residual])
-        held_rows = self.memory.rows(layer, [fact.prompt for fact in self.facts])
-        solution, report = self.editor.solve_beside(layer, held_rows, keys, residual, prepared, ridge)
+            keys, residual = _with_kept(before, keys, residual)
+        held_rows = self.memory.rows(layer, self.places or [fact.prompt for fact in self.facts])
+        if self.hparams.cumulative_ridge:
+            wanted = self.lasting.cumulated(layer, keys, residual)
+            self.wanted[layer] = wanted[-self.keys[layer].num_tokens :]
+            earlier = [solve.wanted_of(layer, fact) for solve, fact in held_rows]
+            keys, wanted = RoutedKeys.cat([*held_rows.values(), keys]), torch.cat([*earlier, wanted])
+            solution, report = self.editor.solve(keys, wanted, prepared, ridge)
+        else:
+            solution, report = self.editor.solve_beside(layer, held_rows, keys, residual, prepared, ridge)
         if report is not None:
             self.reports.append(report)
         return solution
@@ -380,9 +440,12 @@ class BatchSolve:
         """Place ``share`` of a solution in a layer."""
         with self.watch.stage("write"):
             update = self.editor.place(solution, self.prepared.layers[layer])
+            part = update.scale(share) if share != 1.0 else update
+            limited = self.lasting.limited(layer, part)
         if layer in self.keys:
             with self.watch.stage("diagnose"):
-                fit = Fit.of(update, self.keys[layer], self.residuals.pop(layer))
+                whole = update if limited is part else limited.scale(1 / share)
+                fit = Fit.of(whole, self.keys[layer], self.residuals.pop(layer))
                 self.fits[layer] = self.fits.get(layer, Fit()) + fit
         with self.watch.stage("write"):
-            self.writer.write(layer, update.scale(share) if share != 1.0 else update)
+            self.writer.write(layer, limited)

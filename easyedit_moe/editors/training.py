@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.editors.base import Editor, EditResult, provenance
 from easyedit_moe.editors.diagnosis import FactDiagnosis
-from easyedit_moe.editors.planner import MemoryPlan, Workload, shapes_of
+from easyedit_moe.editors.planner import MemoryPlan, Workload
+from easyedit_moe.editors.shapes import shapes_of
 from easyedit_moe.editors.training_diagnosis import diagnose_tensors
 from easyedit_moe.editors.training_planner import Trained, plan_training
 from easyedit_moe.errors import NumericalError, not_finite
@@ -67,7 +68,7 @@ class TrainingEditor(Editor):
 
     @classmethod
     def plan_for(cls, hparams: Any, model: nn.Module, workload: Workload) -> MemoryPlan:
-        """See `Editor.plan_for`; earlier edits need nothing, and no size depends on the device."""
+        """See `Editor.plan_for`; earlier edits need nothing."""
         shapes = shapes_of(model, hparams.layers)
         trained = cls.trained(hparams, MoELayerView(model, without_weights=True))
         return plan_training(shapes, hparams, trained, workload)

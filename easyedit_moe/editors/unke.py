@@ -10,26 +10,22 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from easyedit_moe.editors.activations import inference, kept_for_gradient, passing
 from easyedit_moe.editors.base import Editor, EditResult, provenance
 from easyedit_moe.editors.diagnosis import FactDiagnosis
 from easyedit_moe.editors.measuring import residual_shares
-from easyedit_moe.editors.planner import (
-    MemoryPlan,
-    Stage,
-    Workload,
-    activations,
-    shapes_of,
-    targets_stage,
-)
+from easyedit_moe.editors.planner import MemoryPlan, Workload
+from easyedit_moe.editors.shapes import Shapes, shapes_of
+from easyedit_moe.editors.stages import Stage, targets_stage
 from easyedit_moe.editors.trainable import check_writable, expert_parameters, trainable
 from easyedit_moe.editors.training import Masters, finite_loss
 from easyedit_moe.editors.training_diagnosis import diagnose_tensors
 from easyedit_moe.editors.training_planner import (
-    PROMPT_TOKENS,
-    TARGET_TOKENS,
     Trained,
-    optimiser_bytes,
+    held_between_steps,
     originals_stage,
+    step_bytes,
+    values_stage,
 )
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.facts.subjects import mentions
@@ -85,18 +81,15 @@ class UnKEEditor(Editor):
         edits = workload.edits_of(hp)
         (moe,) = MoELayerView(model, without_weights=True).require(hp.layers)
         trained = Trained.of(trained_parameters(moe, hp.train).values())
-        sequences, length = edits * (len(hp.context_prefixes) + 1), PROMPT_TOKENS + TARGET_TOKENS
-        searched = min(hp.target_batch_size, 2 * sequences)
-        preserved = hp.preserve_n_samples * hp.max_length
-        held = (sequences * PROMPT_TOKENS + preserved) * shapes.d_model * (shapes.itemsize + 4)
-        step = min(hp.train_batch_size, sequences + hp.preserve_n_samples) * max(PROMPT_TOKENS, hp.max_length)
-        fit = optimiser_bytes(trained) + held + activations(shapes, step) + 12 * step * shapes.d_model
+        contexts, most = len(hp.context_prefixes) + 1, hp.target_batch_size
+        fit = _fit_stage(shapes, hp, trained, edits * contexts, workload)
         stages = (
-            targets_stage(shapes, hp.layers[0], sequences, length, searched),
-            Stage("train", 0, fit, f"{trained.numbers:,} trainable numbers; layer inputs and outputs of all texts"),
-            originals_stage(trained, shapes.itemsize),
+            targets_stage(shapes, hp.layers[0], edits, contexts, workload.lengths, most),
+            originals_stage(trained),
+            fit,
+            values_stage(trained, shapes.itemsize),
         )
-        settings = {"target_batch_size": searched, "train_batch_size": hp.train_batch_size}
+        settings = {"target_batch_size": most, "train_batch_size": hp.train_batch_size}
         return MemoryPlan(shapes, tuple(hp.layers), edits, stages, settings, workload.checked_budget())
 
     def edit_batch(
@@ -215,6 +208,23 @@ class UnKEEditor(Editor):
                 masters.clear()
                 bar.update()
         return masters.whole()
+
+
+def _fit_stage(shapes: Shapes, hp: UnKEHyperParams, trained: Trained, prompts: int, workload: Workload) -> Stage:
+    """Steps of Adam on one layer, whose inputs and wanted outputs of all texts are held; texts of full length."""
+    texts = hp.preserve_n_samples if hp.preserve_weight else 0
+    padded = max(workload.lengths.prompt, min(hp.max_length, SAMPLED_TOKENS) if texts else 0)
+    tokens = (prompts + texts) * padded
+    together = min(hp.train_batch_size, prompts + texts) * padded
+    item, d, h, k = shapes.itemsize, shapes.d_model, shapes.d_hidden, shapes.active
+    held = tokens * (d * (item + 4) + 4)
+    kept = kept_for_gradient(shapes, together, together, together) + together * k * item * (d + h)
+    running = kept + passing(shapes, together) + 4 * together * (5 * d + shapes.queries)
+    update = held_between_steps(trained) + max(running, step_bytes(trained, workload.device_of(hp)))
+    values = 0 if trained.itemsize == 4 else 4 * trained.numbers
+    working = held + max(inference(shapes, together), update)
+    note = f"{trained.numbers:,} trainable numbers; layer inputs and outputs of all texts"
+    return Stage("train", values + held, working - values - held, note)
 
 
 def trained_parameters(moe: MoELayer, train: str) -> dict[str, nn.Parameter]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from easyedit_moe.errors import EditingWarning, RequestError, shown
+from easyedit_moe.facts.iterating import is_iterable
 from easyedit_moe.facts.subjects import mentions
 from easyedit_moe.facts.texts import check_encodable, checked_text, same_text
 from easyedit_moe.facts.tokens import subject_span
@@ -87,7 +88,7 @@ def listed_requests(records: Any) -> list[Any]:
     Raises:
         RequestError: a single request, a text, or nothing that can be iterated over.
     """
-    if isinstance(records, (Mapping, EditRequest, str, bytes)) or not isinstance(records, Iterable):
+    if isinstance(records, (Mapping, EditRequest, str, bytes)) or not is_iterable(records):
         raise RequestError(f"Requests must be a list; found {type(records).__name__}. Wrap a single request in [ ].")
     return list(records)
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from easyedit_moe.editors.planner import MemoryPlan, Shapes, Stage, Workload, activations, outline_of
-from easyedit_moe.editors.training_planner import PROMPT_TOKENS, TARGET_TOKENS
+from easyedit_moe.editors.activations import inference, kept_for_gradient, passing, scored
+from easyedit_moe.editors.planner import MemoryPlan, Workload
+from easyedit_moe.editors.shapes import Lengths, Shapes, outline_of
+from easyedit_moe.editors.stages import Stage
 from easyedit_moe.errors import LayerError
 from easyedit_moe.host.baseline_hparams import BaselineHyperParams
 from easyedit_moe.host.dense_statistics import module_of
@@ -72,13 +74,13 @@ def plan_baseline(hparams: BaselineHyperParams, model: nn.Module, workload: Work
     asked = int(hparams.values.get("batch_size", 1)) if workload.edits is None else workload.edits
     name = hparams.values["alg_name"]
     if name == "LoRA":
-        stages, settings = _lora_stages(hparams, model, shapes, asked)
+        stages, settings = _lora_stages(hparams, model, shapes, asked, workload.lengths)
     elif name == "FT":
-        stages, settings = _ft_stages(hparams, model, shapes, asked)
+        stages, settings = _ft_stages(hparams, model, shapes, asked, workload.lengths)
     elif name == "WISE":
-        stages, settings = _wise_stages(hparams, model, shapes, asked), {"templates": WISE_TEMPLATES}
+        stages, settings = _wise_stages(hparams, model, shapes, asked, workload.lengths), {"templates": WISE_TEMPLATES}
     else:
-        stages, settings = _solving_stages(hparams, model, shapes, asked), {"templates": TEMPLATES}
+        stages, settings = _solving_stages(hparams, model, shapes, asked, workload.lengths), {"templates": TEMPLATES}
     return MemoryPlan(shapes, layers, asked, tuple(stages), settings, workload.checked_budget())
 
 
@@ -86,23 +88,25 @@ def _held(parameters: dict[str, nn.Parameter]) -> int:
     return sum(p.numel() * p.element_size() for p in parameters.values())
 
 
-def _with_gradient(shapes: Shapes, sequences: int, lowest: int) -> int:
-    """Activations of all layers from ``lowest`` up, and the logits, of which log_softmax makes two in float32."""
-    tokens = sequences * (PROMPT_TOKENS + TARGET_TOKENS)
-    kept = activations(shapes, tokens) * (shapes.num_layers - lowest)
-    return kept + tokens * shapes.vocabulary * (8 + shapes.itemsize)
+def _with_gradient(shapes: Shapes, sequences: int, lowest: int, lengths: Lengths) -> int:
+    """Activations of all layers from ``lowest`` up, and the logits, which its code makes of every token."""
+    tokens = sequences * lengths.whole
+    kept = kept_for_gradient(shapes, tokens, tokens, tokens) * (shapes.num_layers - lowest)
+    return kept + max(passing(shapes, tokens), scored(shapes, tokens))
 
 
-def _solving_stages(hparams: BaselineHyperParams, model: nn.Module, shapes: Shapes, edits: int) -> list[Stage]:
+def _solving_stages(
+    hparams: BaselineHyperParams, model: nn.Module, shapes: Shapes, edits: int, lengths: Lengths
+) -> list[Stage]:
     edited, values = edited_parameters(model, hparams), hparams.values
     widths = [p.shape[1] for p in edited.values()]
     squares, largest = sum(w**2 for w in widths), max(widths) ** 2
     stages = []
     if needs_statistics(hparams):
-        read = activations(shapes, CORPUS_TOKENS)
+        read = inference(shapes, CORPUS_TOKENS)
         kept = 4 * squares * (3 if values["alg_name"] == "AlphaEdit" else 1)  # moments, projectors, cache_c
         stages.append(Stage("statistics", kept, 8 * squares + read, "second moments of the sites' inputs"))
-    search = _with_gradient(shapes, TEMPLATES, max(values["layers"]))
+    search = _with_gradient(shapes, TEMPLATES, max(values["layers"]), lengths)
     stages.append(Stage("targets", 4 * edits * shapes.d_model, search, f"one request in {TEMPLATES} contexts"))
     keys = 8 * edits * (max(widths) + shapes.d_model)
     stages.append(Stage("solve", 0, 3 * 8 * largest + 2 * keys, f"side {max(widths)}, float64"))
@@ -111,31 +115,35 @@ def _solving_stages(hparams: BaselineHyperParams, model: nn.Module, shapes: Shap
 
 
 def _ft_stages(
-    hparams: BaselineHyperParams, model: nn.Module, shapes: Shapes, edits: int
+    hparams: BaselineHyperParams, model: nn.Module, shapes: Shapes, edits: int, lengths: Lengths
 ) -> tuple[list[Stage], dict[str, int]]:
     edited = edited_parameters(model, hparams)
     numbers, held = sum(p.numel() for p in edited.values()), _held(edited)
     batch = min(edits, int(hparams.values.get("batch_size", 1)))
     # Its Adam keeps two moments and a gradient in the weights' own dtype; copies are EasyEdit's, ours and its deltas.
-    working = 3 * held + _with_gradient(shapes, batch, min(hparams.values["layers"]))
+    working = 3 * held + _with_gradient(shapes, batch, min(hparams.values["layers"]), lengths)
     note = f"{numbers:,} trainable numbers, {3 * held / 1e9:.3f} GB with optimiser state"
     stages = [Stage("train", 2 * held, working, note), Stage("write", held, 0, "EasyEdit's deltas")]
     return stages, {"batch_size": batch}
 
 
-def _wise_stages(hparams: BaselineHyperParams, model: nn.Module, shapes: Shapes, edits: int) -> list[Stage]:
+def _wise_stages(
+    hparams: BaselineHyperParams, model: nn.Module, shapes: Shapes, edits: int, lengths: Lengths
+) -> list[Stage]:
     site = check_site(model, hparams).weight
     held = site.numel() * site.element_size()
     kept = 2 + edits // int(hparams.values["save_freq"])  # a copy of the site, new weights, and those put away
     sequences = WISE_TEMPLATES + 1
     # A gradient, its mask in int64, and the copy by which a batch is taken back.
-    working = held + 8 * site.numel() + (kept + 1) * held + _with_gradient(shapes, sequences, min(hparams.layers))
+    working = (
+        held + 8 * site.numel() + (kept + 1) * held + _with_gradient(shapes, sequences, min(hparams.layers), lengths)
+    )
     note = f"{site.numel():,} trainable numbers, one request in {WISE_TEMPLATES} contexts"
     return [Stage("train", kept * held, working, note)]
 
 
 def _lora_stages(
-    hparams: BaselineHyperParams, model: nn.Module, shapes: Shapes, edits: int
+    hparams: BaselineHyperParams, model: nn.Module, shapes: Shapes, edits: int, lengths: Lengths
 ) -> tuple[list[Stage], dict[str, int]]:
     values, numbers = hparams.values, 0
     names = tuple(values.get("target_modules", ()))
@@ -148,6 +156,6 @@ def _lora_stages(
     if not numbers:
         raise LayerError(f"The model has none of {', '.join(names) or 'no target_modules'} in layers {sorted(chosen)}.")
     batch = min(edits, int(values.get("batch_size", 1)))
-    working = 12 * numbers + _with_gradient(shapes, batch, min(chosen))
+    working = 12 * numbers + _with_gradient(shapes, batch, min(chosen), lengths)
     note = f"{numbers:,} trainable numbers, {16 * numbers / 1e9:.3f} GB with optimiser state"
     return [Stage("train", 4 * numbers, working, note)], {"batch_size": batch}

@@ -67,9 +67,12 @@ def model_file(folder: Path, model_name: str) -> tuple[Path | None, str]:
 
 
 def short_name(model_name: str) -> str:
-    """A model's name as hparams files have it: the last part of a hub name or path, in lower case."""
+    """A model's name as hparams files have it: the last part of a hub name or path, in lower case.
+
+    A link counts by its own name, since what it leads to is often called by a hash.
+    """
     path = Path(model_name)
-    last = path.resolve().name if path.is_dir() else path.name
+    last = path.name if path.name not in ("", "..") else path.resolve().name
     return last.lower().replace("_", "-").replace(" ", "-")
 
 

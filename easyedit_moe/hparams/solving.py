@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import isfinite
+from math import inf, isfinite
 
 from easyedit_moe.algebra.nullspace import LOW_COVERAGE
 from easyedit_moe.algebra.ranks import resolve_rank
@@ -111,6 +111,34 @@ class SolverHyperParams(MoEHyperParams):
     """Keep what the keys of earlier sequential batches yield, as rows with zero residual; a prompt that is edited again
     counts once. The cost of a batch is bounded (`easyedit_moe.algebra.held`). As in AlphaEdit; off by default,
     which is ours."""
+    join_facts: bool = False
+    """Facts that lie at one token, as several relations of a person whose prompts begin with the name, get one target
+    vector that serves them all; those of earlier batches, too, whose keys are released as if they were edited again.
+    ``final_nll`` and ``reached`` are then of all of them together. Ours."""
+    anchor_targets: bool = False
+    """Weight decay and clamp of a target vector are of the way from the state before the first edit at its token, so
+    that edits of the same facts do not walk further and further. Ours, after arXiv 2602.02543."""
+    norm_anchor: float | None = None
+    """Bound on each expert's ``||W_j||_F`` in units of its norm before the first edit, >= 1: updates are shortened to
+    keep it (`easyedit_moe.algebra.norm_anchor`). Ours, after arXiv 2602.02543."""
+    cumulative_ridge: bool = False
+    """The penalty is on what all edits together changed, not on each batch's part of it: every batch is the minimiser
+    for all current facts at once (``remember_edits``), so that weights grow with the number of facts and not of edits.
+    It takes a copy of the edited weights in float32. Ours, after LyapLock, arXiv 2505.15702."""
+    preservation_bound: float | None = None
+    """Bound on the mean preservation loss over all batches, a share > 0 of the preserved outputs' energy: while it is
+    exceeded a queue makes lambda grow (`easyedit_moe.algebra.preservation`). Ours, after LyapLock, arXiv 2505.15702."""
+    sequence_rate: float | None = None
+    """Residuals are normalised by running statistics of all edits and scaled by this times the energy of normalised
+    keys, > 0 (`easyedit_moe.algebra.sequence_norm`). Ours, after UltraEdit, arXiv 2505.14679."""
+    sphere_energy: float | None = None
+    """Updates leave out the leading directions that hold this share of each expert's squared weights, in (0, 1]
+    (`easyedit_moe.algebra.hypersphere`). Paper (SPHERE, arXiv 2510.01172): its cumulative ratio."""
+    sphere_strength: float = 1.0
+    """How much of these directions is left out, in (0, 1]. Paper (SPHERE): its alpha."""
+    refresh_every: int | None = None
+    """Edits after which the statistics are read again on the edited model, and the metric is made anew, >= 1; None:
+    never. Ours."""
     keep_originals: bool = True
     """Whether a `MoEEditor` keeps what sequential edits overwrote, once, in main memory; without, they are undone with
     the unedited model as ``base``. Ours."""
@@ -119,6 +147,18 @@ class SolverHyperParams(MoEHyperParams):
     def needs_statistics(self) -> bool:
         """Whether second moments of keys are needed: by the metric, or to whiten a Tucker basis."""
         return self.metric != "identity"
+
+    @property
+    def carries(self) -> bool:
+        """Whether a batch depends on what the batches before it carried on."""
+        options = (
+            self.cumulative_ridge or None,
+            self.norm_anchor,
+            self.preservation_bound,
+            self.sequence_rate,
+            self.refresh_every,
+        )
+        return self.remember_edits or self.join_facts or self.anchor_targets or any(one is not None for one in options)
 
     @property
     def edited_layers(self) -> list[int]:
@@ -169,6 +209,23 @@ class SolverHyperParams(MoEHyperParams):
         )  # fmt: skip
         self._check_null_space()
         self._check_shares()
+        self._check_lasting()
+
+    def _check_lasting(self) -> None:
+        anchor, refresh = self.norm_anchor, self.refresh_every
+        self._require("norm_anchor", anchor is None or 1 <= anchor < inf, "None or at least 1")
+        self._require("refresh_every", refresh is None or refresh >= 1, "None or at least 1")
+        for name in ("preservation_bound", "sequence_rate"):
+            value = getattr(self, name)
+            self._require(name, value is None or 0 < value < inf, "None or greater than 0")
+        energy = self.sphere_energy
+        self._require("sphere_energy", energy is None or 0 < energy <= 1, "None or in (0, 1]")
+        self._require("sphere_strength", 0 < self.sphere_strength <= 1, "in (0, 1]")
+        fine = not self.cumulative_ridge or (self.remember_edits and self.spread != "update")
+        self._require("cumulative_ridge", fine, "false without remember_edits, and with spread update")
+        for name in ("preservation_bound", "refresh_every"):
+            unset = getattr(self, name) is None or self.metric != "identity"
+            self._require(name, unset, "None where metric is identity, which has no statistics")
 
     def _has(self, name: str) -> bool:
         return getattr(self, name) is not None

@@ -13,6 +13,7 @@ from typing import Any
 
 from easyedit_moe import factworld
 from easyedit_moe.errors import DataError, shown
+from easyedit_moe.facts.iterating import is_iterable
 from easyedit_moe.facts.texts import check_encodable
 from easyedit_moe.storage.files import is_file, is_folder
 from easyedit_moe.storage.strict_json import parse_json
@@ -54,7 +55,7 @@ def iterate_texts(source: str | Path | Iterable[Any]) -> Generator[str]:
     name = _called(source)
     if isinstance(source, (str, Path)):
         return _opened(_named(name), name)
-    if isinstance(source, Mapping) or not isinstance(source, Iterable):
+    if isinstance(source, Mapping) or not is_iterable(source):
         raise DataError(f"{name}: expected a list of texts or records; found {type(source).__name__}.")
     return _texts(source, name)
 

@@ -105,6 +105,29 @@ def layer_statistics(
     return {layer: moments[layer] for layer in layers}
 
 
+def fresh_statistics(
+    view: MoELayerView,
+    tok: PreTrainedTokenizerBase,
+    hparams: SolverHyperParams,
+    layers: Sequence[int],
+    fingerprint: str,
+    progress: bool = True,
+) -> dict[int, LayerMoments]:
+    """Moments of ``layers`` of the model as it is, edits included: neither read from a cache nor kept.
+
+    The texts are those of `layer_statistics` (generated ones: of the unedited model, whose fingerprint this is), and so
+    are the errors.
+    """
+    folder = statistics_folder(hparams.stats_dir, hparams.model_name, fingerprint)
+    parts = _corpus(view, tok, hparams, fingerprint, folder).parts()
+    moments = collect_moments(
+        view, tok, parts, list(layers), hparams.max_length, getattr(torch, hparams.mom2_dtype),
+        progress=progress and rank_and_size()[0] == 0, coverage_target=hparams.coverage_target,
+    )  # fmt: skip
+    _report_coverage(moments, hparams)
+    return moments
+
+
 def _cached(path: Path, key: StatisticsKey, moe: MoELayer) -> LayerMoments | None:
     return read_or_warn(path, partial(load_moments, key=key, layout=moe.experts.layout))
 

@@ -40,6 +40,9 @@ ROUND_SHARDS = 8
 BATCH_TOKENS = 8192
 """Tokens in one forward, padding included."""
 
+POOLED = 2**23
+"""Numbers of the moments that are pooled at once (64 MB in float64)."""
+
 Text = str | Sequence[int]
 """A text, or its token ids."""
 
@@ -65,7 +68,10 @@ class LayerMoments:
     def pooled(self) -> Tensor:
         """``[h, h]`` float64, second moment of all keys of the layer whatever their expert (for whitening)."""
         weights = self.counts.to(torch.float64) / self.counts.sum().clamp_min(1)
-        return torch.einsum("e,eij->ij", weights, self.keys.to(torch.float64))
+        # A few rows of all experts at a time: a copy of the whole in float64 would be twice as large as the moments.
+        step = max(1, POOLED // self.keys[:, 0].numel())
+        parts = self.keys.split(step, dim=1)
+        return torch.cat([torch.einsum("e,eij->ij", weights, part.to(torch.float64)) for part in parts])
 
     def coverage(self) -> Coverage:
         """How many tokens reached each expert, against the h that a full-rank moment needs."""
@@ -98,6 +104,7 @@ class Sums:
         self._trust: bool | None = None
         self._rows: list[Tensor] = []
         self._routing: Routing | None = None
+        self._sum: Any = None
 
     def tensors(self) -> dict[str, Tensor]:
         """All that a later run needs to go on."""
@@ -126,9 +133,11 @@ class Sums:
         self._sum = output
 
     def _add(self, output: Any, real: Tensor) -> None:
-        hidden = layer_output(output)
+        hidden, total = layer_output(output), self._sum
+        self._sum = None  # it would stay in memory until the next batch
         if hidden.shape[-1] != len(self.output):  # the experts work in a latent space, and the block leaves it again
-            hidden = self.moe.experts.sum_of(self._sum)
+            hidden = self.moe.experts.sum_of(total)
+        del total
         hidden = hidden.reshape(-1, hidden.shape[-1])
         real = real.to(hidden.device)
         y = hidden if len(real) == len(hidden) else hidden[real]

@@ -75,12 +75,18 @@ def layer_null_space(layer: int, moments: LayerMoments, hparams: SolverHyperPara
     if found is not None:
         return found
     check_writable(path)
-    made = null_space(
+    made = null_space_of(moments, hp)
+    save_null_space(path, key, made)
+    return made
+
+
+def null_space_of(moments: LayerMoments, hparams: SolverHyperParams) -> NullSpace:
+    """The projectors by these hparams, from no cache; raises as `easyedit_moe.algebra.nullspace.null_space`."""
+    hp = hparams
+    return null_space(
         moments.keys, moments.counts, hp.nullspace_threshold, hp.nullspace_relative, hp.min_coverage,
         hp.low_coverage, hp.nullspace_energy, hp.nullspace_rank,
     )  # fmt: skip
-    save_null_space(path, key, made)
-    return made
 
 
 def save_null_space(path: Path, key: NullSpaceKey, space: NullSpace) -> None:

@@ -49,9 +49,17 @@ def weights_hash(view: MoELayerView) -> str:
 
 
 def cached_targets(
-    folder: str | Path, model_name: str, fingerprint: str, search: TargetSearch, requests: Sequence[EditRequest]
+    folder: str | Path,
+    model_name: str,
+    fingerprint: str,
+    search: TargetSearch,
+    requests: Sequence[EditRequest],
+    beside: Sequence[Sequence[EditRequest]] = (),
+    first: Sequence[Tensor | None] = (),
 ) -> TargetVectors:
     """As `TargetSearch.targets`, but what lies in ``folder`` is read, not found anew.
+
+    ``beside`` and ``first`` are those of `TargetSearch.find`.
 
     What is found is written as soon as its chunk is done, so that an interrupted search goes on. A target that was
     found in other company is not bit-equal to one that is found now (see `TargetVectors.batch`, which is kept with it).
@@ -61,7 +69,12 @@ def cached_targets(
             `TargetSearch.targets` raises. WriteError: nothing can be written to ``folder``.
     """
     place = statistics_folder(folder, model_name, fingerprint) / weights_hash(search.view)[:16]
-    keys = [_key(fingerprint, place.name, search, request) for request in requests]
+    others = beside or [()] * len(requests)
+    origins = first or [None] * len(requests)
+    keys = [
+        _key(fingerprint, place.name, search, request, more) | _start(one)
+        for request, more, one in zip(requests, others, origins, strict=True)
+    ]
     paths = [place / f"target-{digest(key)[:24]}.safetensors" for key in keys]
     width: int | str = getattr(text_config(search.view.model), "hidden_size", None) or "d"
     rows: dict[int, dict[str, Tensor]] = {}
@@ -79,14 +92,16 @@ def cached_targets(
 
     if missing:
         check_writable(paths[missing[0]])
-        search.find([requests[i] for i in missing], keep)
+        search.find([requests[i] for i in missing], keep, [others[i] for i in missing], [origins[i] for i in missing])
     targets = TargetVectors(*(torch.stack([rows[i][name] for i in range(len(requests))]) for name in _FIELDS))
     if search.warn:
         warn_of_targets(requests, targets)
     return targets
 
 
-def _key(fingerprint: str, weights: str, search: TargetSearch, request: EditRequest) -> dict[str, Any]:
+def _key(
+    fingerprint: str, weights: str, search: TargetSearch, request: EditRequest, beside: Sequence[EditRequest]
+) -> dict[str, Any]:
     settings = search.settings
     # Without a chat the key is what it was before there were chats, so that what is cached stays.
     left_out = {"batch_size"} if settings.chat else {"batch_size", "chat"}
@@ -100,8 +115,13 @@ def _key(fingerprint: str, weights: str, search: TargetSearch, request: EditRequ
         "subject": request.subject,
         "contexts": [[*context.ids, context.fact] for context in found],
         "target": list(found[0].answer),
+        **({"beside": [[one.prompt, one.target_new] for one in beside]} if beside else {}),
         **site_entry(search.view.site),
     }
+
+
+def _start(first: Tensor | None) -> dict[str, Any]:
+    return {} if first is None else {"first": checksum(first)}
 
 
 @dataclass(frozen=True)

@@ -119,6 +119,13 @@ class TargetVectors:
         there = {name: value[start:stop] for name, value in vars(self).items() if value is not None}
         return TargetVectors(**there)
 
+    def taken(self, numbers: Sequence[int]) -> TargetVectors:
+        """The targets of these numbers, in this order; one may come several times."""
+        if list(numbers) == list(range(len(self.delta))):
+            return self
+        there = {name: value[list(numbers)] for name, value in vars(self).items() if value is not None}
+        return TargetVectors(**there)
+
 
 def fact_contexts(
     tok: PreTrainedTokenizerBase, request: EditRequest, prefixes: Sequence[str], fact_token: str, chat: bool = False
@@ -210,13 +217,22 @@ class TargetSearch:
         self,
         requests: Sequence[EditRequest],
         receive: Callable[[Sequence[int], TargetVectors], None] | None = None,
+        beside: Sequence[Sequence[EditRequest]] = (),
+        first: Sequence[Tensor | None] = (),
     ) -> TargetVectors:
         """As `targets`, without warnings; hands each chunk to ``receive`` when it is done.
 
-        ``receive`` gets the numbers of the chunk's requests and their targets.
+        ``receive`` gets the numbers of the chunk's requests and their targets. ``beside`` has, per request, facts that
+        lie at the same token and that its shift must serve, too: the objective, ``final_nll`` and ``reached`` are then
+        of all of them together. ``first`` has, per request, the state ``[d]`` that was at its token before the first
+        edit there: weight decay and clamp are then of the way from that state, not from the one that is there now.
         """
         view, tok, settings = self.view, self.tok, self.settings
-        groups = [_rows_of(tok, t, request, self.prefixes, settings) for t, request in enumerate(requests)]
+        others = beside or [()] * len(requests)
+        groups = [
+            _rows_of(tok, t, [request, *more], self.prefixes, settings)
+            for t, (request, more) in enumerate(zip(requests, others, strict=True))
+        ]
         check_lengths(view, [len(row.ids) for rows in groups for row in rows])
         results: dict[int, tuple[Tensor, ...]] = {}
         bar = progress_bar(len(groups), "targets", "request", self.progress)
@@ -226,7 +242,9 @@ class TargetSearch:
             while waiting:
                 size = _next_chunk([groups[t] for t in waiting], limit)
                 chosen = waiting[:size]
-                solved = _solve_or_none(view, pad_id(tok), self.layer, [groups[t] for t in chosen], settings, bar)
+                origins = [first[t] if first else None for t in chosen]
+                rows = [groups[t] for t in chosen]
+                solved = _solve_or_none(view, pad_id(tok), self.layer, rows, settings, bar, origins)
                 if solved is None:
                     limit = sum(len(groups[t]) for t in chosen) // 2
                     logger.warning("Memory ran out; going on with at most %d token sequences in one forward.", limit)
@@ -269,12 +287,18 @@ def _next_chunk(groups: Sequence[list[_Row]], limit: int) -> int:
 
 
 def _solve_or_none(
-    view: MoELayerView, pad: int, layer: int, groups: Sequence[list[_Row]], settings: TargetSettings, bar: tqdm
+    view: MoELayerView,
+    pad: int,
+    layer: int,
+    groups: Sequence[list[_Row]],
+    settings: TargetSettings,
+    bar: tqdm,
+    origins: Sequence[Tensor | None],
 ) -> tuple[Tensor, ...] | None:
     """The solution of one chunk; None where memory does not suffice and the chunk can be halved."""
     start = bar.n
     try:
-        solved = _Problem(view, pad, layer, groups, settings).solve(
+        solved = _Problem(view, pad, layer, groups, settings, origins).solve(
             lambda going: bar.update(start + len(groups) - going - bar.n)
         )
     except torch.OutOfMemoryError:
@@ -291,13 +315,19 @@ def _solve_or_none(
 
 
 def _rows_of(
-    tok: PreTrainedTokenizerBase, owner: int, request: EditRequest, prefixes: Sequence[str], settings: TargetSettings
+    tok: PreTrainedTokenizerBase,
+    owner: int,
+    requests: Sequence[EditRequest],
+    prefixes: Sequence[str],
+    settings: TargetSettings,
 ) -> list[_Row]:
     rows: list[_Row] = []
-    for context in fact_contexts(tok, request, prefixes, settings.fact_token, settings.chat):
-        end, target = len(context.ids), context.answer
-        predict = tuple(range(end - 1, end - 1 + len(target)))
-        rows.append(_Row(owner, context.ids + target[:-1], context.fact, predict, target, bare=not rows))
+    for fact in requests:
+        for number, context in enumerate(fact_contexts(tok, fact, prefixes, settings.fact_token, settings.chat)):
+            end, target = len(context.ids), context.answer
+            predict = tuple(range(end - 1, end - 1 + len(target)))
+            rows.append(_Row(owner, context.ids + target[:-1], context.fact, predict, target, bare=number == 0))
+    request = requests[0]
     asked = settings.kl_factor > 0 or request.subject is not None
     text = KL_PROMPT.format(request.named_subject) if asked else request.prompt  # then it weighs nothing
     kl = encode_prompt(tok, text, request.subject, settings.fact_token, chat=settings.chat)
@@ -325,9 +355,15 @@ class _Problem:
     """The optimisation of one chunk of requests."""
 
     def __init__(
-        self, view: MoELayerView, pad: int, layer: int, groups: Sequence[list[_Row]], settings: TargetSettings
+        self,
+        view: MoELayerView,
+        pad: int,
+        layer: int,
+        groups: Sequence[list[_Row]],
+        settings: TargetSettings,
+        origins: Sequence[Tensor | None],
     ) -> None:
-        self.settings, self.count = settings, len(groups)
+        self.settings, self.count, self.origins = settings, len(groups), origins
         self.rows = [row for group in groups for row in group]
         self.owner = torch.tensor([i for i, group in enumerate(groups) for _ in group])
         sequences = [ShiftedSequence(row.ids, row.fact, row.predict) for row in self.rows]
@@ -336,9 +372,12 @@ class _Problem:
 
     def solve(self, on_step: Callable[[int], object]) -> tuple[Tensor, ...]:
         """delta, initial NLL, final NLL, reached, steps, already known: one row per request."""
-        bare = torch.tensor([i for i, row in enumerate(self.rows) if row.bare])
+        bare = torch.tensor(self._first_rows())
         device = self.upper.states.device
-        norms = self.upper.states[bare.to(device)].norm(dim=1)
+        states = self.upper.states[bare.to(device)]
+        starts = [state if one is None else one.to(state) for state, one in zip(states, self.origins, strict=True)]
+        start = torch.stack(starts)
+        norms, self.moved = start.norm(dim=1), states - start
         delta = torch.zeros(self.count, self.upper.states.shape[1], device=device)
         first, second = torch.zeros_like(delta), torch.zeros_like(delta)
         nll, reached = torch.zeros(self.count), torch.zeros(self.count, dtype=torch.bool)
@@ -350,7 +389,8 @@ class _Problem:
             at = active.to(device)
             shift = delta[at].detach().requires_grad_(True)
             with torch.enable_grad():
-                loss, nll[active], reached[active] = self._loss(scoring, shift, norms[at])
+                way = shift + self.moved[at]
+                loss, nll[active], reached[active] = self._loss(scoring, shift, way, norms[at])
                 if step == 0:
                     nll0, reached0 = nll.clone(), reached.clone()
                 if not torch.isfinite(loss).all():
@@ -382,10 +422,18 @@ class _Problem:
         moe = view.layers.get(layer)
         if moe is None or moe.experts.layout.d_model >= self.upper.states.shape[1]:
             return None
-        bare = [row for row in self.rows if row.bare]
+        bare = [self.rows[i] for i in self._first_rows()]
         places = FactPlaces(view, [row.ids for row in bare], [row.fact for row in bare], pad)
         with recorded_tail(view, layer, places) as tail:
             return tail
+
+    def _first_rows(self) -> list[int]:
+        """Of each request, its bare prompt's place among the rows."""
+        first: dict[int, int] = {}
+        for i, (row, owner) in enumerate(zip(self.rows, self.owner.tolist(), strict=True)):
+            if row.bare:
+                first.setdefault(owner, i)
+        return [first[owner] for owner in range(self.count)]
 
     def _scoring(self, kept: Tensor, active: Tensor) -> _Scoring:
         return _Scoring([self.rows[i] for i in kept.tolist()], self.owner[kept], active)
@@ -409,18 +457,20 @@ class _Problem:
     def _clamp(self, delta: Tensor, active: Tensor, norms: Tensor) -> None:
         rows = active.to(delta.device)
         limit = self.settings.clamp_norm_factor * norms[rows]
-        length = delta[rows].norm(dim=1)
-        delta[rows] *= torch.minimum(limit / length.clamp_min(1e-30), torch.ones_like(length))[:, None]
+        moved = self.moved[rows]
+        length = (delta[rows] + moved).norm(dim=1)
+        scale = torch.minimum(limit / length.clamp_min(1e-30), torch.ones_like(length))[:, None]
+        delta[rows] = delta[rows] * scale - moved * (1 - scale)
 
-    def _loss(self, scoring: _Scoring, shift: Tensor, norms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss per active request, and its NLL and whether the target is reached."""
+    def _loss(self, scoring: _Scoring, shift: Tensor, way: Tensor, norms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss per active request, and its NLL and whether the target is reached; ``way`` is what decay is of."""
         logits = self.upper.logits(shift[scoring.slot.to(shift.device)])
         nll, reached = scoring.nll(logits)
         logp = logits[scoring.kl.to(logits.device)].log_softmax(-1)
         if self.reference is None:
             self.reference = logp.detach()  # nothing is shifted yet
         kl = (logp.exp() * (logp - self.reference)).sum(-1)
-        decay = shift.norm(dim=1) / norms**2
+        decay = way.norm(dim=1) / norms**2
         settings = self.settings
         loss = nll + settings.kl_factor * kl + settings.weight_decay * decay.to(kl.device)
         return loss, nll.detach().cpu(), reached

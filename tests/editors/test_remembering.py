@@ -121,7 +121,7 @@ def test_a_fact_edited_again_reaches_every_new_target(method: str, data: Path) -
     fact, other = FACTS[0], FACTS[1]
     model, editor = tiny_model(), make_editor(hparams(data, method, **LIFELONG | {"lambda_reg": 1e-6}), progress=False)
     memory = editor.edit(model, TOK, parse_requests([fact, other])).memory
-    for target in ("Paris", "Rome", "Leiden"):
+    for target in ("Paris", "Rome", "Leiden", "Oslo", "Paris"):
         result = editor.edit(model, TOK, parse_requests([{**fact, "target_new": target}]), memory)
         memory = result.memory
         assert sum(keys.num_tokens for keys in memory.keys[2]) == 2

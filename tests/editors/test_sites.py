@@ -11,7 +11,7 @@ from solving_editors import METHODS, TOK, changed_parameters, edit, hparams, pla
 from tiny import TEXTS, assert_same_state, requests, shared_model, state_of, tiny_model
 
 from easyedit_moe.editors import make_editor
-from easyedit_moe.editors.planner import shapes_of
+from easyedit_moe.editors.shapes import shapes_of
 from easyedit_moe.editors.statistics_plan import plan_statistics
 from easyedit_moe.errors import CacheError, EditingWarning, HyperParamsError, LayerError, PatchError
 from easyedit_moe.facts.requests import parse_requests

@@ -33,7 +33,9 @@ def lifelong() -> ModuleType:
 def run(lifelong: ModuleType, out: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> list[dict[str, Any]]:
     monkeypatch.setattr(sys, "argv", ["lifelong.py", "--out", str(out), *SMALL, *more])
     lifelong.main()
-    found: list[dict[str, Any]] = json.loads((out / "lifelong.json").read_text(encoding="utf-8"))["runs"]["Global"]
+    found: list[dict[str, Any]] = json.loads((out / "lifelong.json").read_text(encoding="utf-8"))["runs"]["Global"][
+        "points"
+    ]
     return found
 
 
@@ -49,6 +51,7 @@ def test_the_stream_supersedes_and_says_what_it_does_not(lifelong: ModuleType, s
     later = {one.prompt for one in found.edits[100:]}
     assert found.retained
     assert not {prompt for prompt, _ in found.retained} & later
+    assert len(found.retained) >= 45, "every second one of the first hundred is left alone"
     edited = {one.subject for one in found.edits}
     assert not any(person in prompt for prompt, _ in found.untouched for person in edited)
     assert len(found.untouched) == len(found.texts) == 50
@@ -65,9 +68,13 @@ def test_an_interrupted_run_goes_on_to_the_same_points(
     assert whole[0]["seconds per edit"] is None
     assert all(point["seconds per edit"] > 0 for point in whole[1:])
     assert max(whole[-1]["norm growth per layer"].values()) > 1
+    assert all(layer["keys"] == 5 * 3 * 4 / 16 for layer in whole[-1]["capacity"].values()), (
+        "3 contexts, 4 of 16 experts"
+    )
+    assert all(0 < layer["taken"] <= layer["keys"] < layer["directions"] for layer in whole[-1]["capacity"].values())
     file = tmp_path / "whole" / "lifelong.json"
     content = json.loads(file.read_text(encoding="utf-8"))
-    content["runs"]["Global"] = content["runs"]["Global"][:2]
+    content["runs"]["Global"]["points"] = content["runs"]["Global"]["points"][:2]
     file.write_text(json.dumps(content), encoding="utf-8")
     again = run(lifelong, tmp_path / "whole", monkeypatch)
     assert [point["weights"] for point in again] == [point["weights"] for point in whole]
@@ -75,7 +82,7 @@ def test_an_interrupted_run_goes_on_to_the_same_points(
     assert [point["seconds per edit"] is None for point in again] == [True, False, True, False]
     for kind in ("efficacy, all so far", "specificity, never edited", "perplexity"):
         assert [point[kind] for point in again] == [point[kind] for point in whole]
-    content["runs"]["Global"][1]["weights"] = "0" * 64
+    content["runs"]["Global"]["points"][1]["weights"] = "0" * 64
     file.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(PatchError, match="after 2 edits"):
         run(lifelong, tmp_path / "whole", monkeypatch)
@@ -84,8 +91,9 @@ def test_an_interrupted_run_goes_on_to_the_same_points(
 def test_other_settings_are_not_mixed(
     lifelong: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = {"edits": 9, "batch_size": 2, "every": 2, "asked": 8, "set": {}}
-    (tmp_path / "lifelong.json").write_text(json.dumps({"settings": settings, "runs": {}}), encoding="utf-8")
+    settings = {"method": "Global", "edits": 9, "batch_size": 2, "every": 2, "asked": 8, "seed": 0, "set": {}}
+    content = {"schema": 2, "runs": {"Global": {"settings": settings, "points": []}}}
+    (tmp_path / "lifelong.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(SystemExit):
         run(lifelong, tmp_path, monkeypatch)
     assert "is of other settings" in capsys.readouterr().err

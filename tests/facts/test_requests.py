@@ -8,8 +8,10 @@ import pytest
 import torch
 from tiny import requests
 
-from easyedit_moe.errors import EditingWarning, RequestError
+from easyedit_moe.errors import DataError, EditingWarning, RequestError
+from easyedit_moe.facts.records import parse_records
 from easyedit_moe.facts.requests import EditRequest, parse_request, parse_requests
+from easyedit_moe.statistics.corpus import load_texts
 
 EDIT = {"prompt": "Angola is in", "subject": "Angola", "target_new": "Russia", "ground_truth": "Africa"}
 PARSED = EditRequest("Angola is in", "Angola", "Russia", "Africa")
@@ -143,6 +145,16 @@ def test_half_a_character_is_no_text(name: str) -> None:
 def test_an_iterator_is_a_list() -> None:
     assert parse_requests(iter(requests(3))) == parse_requests(requests(3))
     assert parse_requests(record for record in requests(3)) == parse_requests(requests(3))
+
+
+@pytest.mark.parametrize("value", [np.array(1), np.array("Angola"), torch.tensor(1.0)], ids=repr)
+def test_what_only_seems_to_be_a_list_is_refused(value: Any) -> None:
+    with pytest.raises(RequestError, match=f"must be a list; found {type(value).__name__}"):
+        parse_requests(value)
+    with pytest.raises(DataError, match=f"expected a list of texts or records; found {type(value).__name__}"):
+        load_texts(value)
+    with pytest.raises(DataError):
+        parse_records(value)
 
 
 @pytest.mark.parametrize(

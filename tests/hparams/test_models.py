@@ -156,3 +156,17 @@ def test_rows_of_locate_are_no_hparams(tmp_path: Path) -> None:
     assert model_file(tmp_path, "my-model-8b") == (None, "")
     (tmp_path / "my-model.yaml").write_text("{}", encoding="utf-8")
     assert model_file(tmp_path, "my-model")[0] == tmp_path / "my-model.yaml"
+
+
+def test_a_link_has_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "hparams" / "my-model.yaml"
+    file.parent.mkdir()
+    file.write_text("alg_name: Global\n", encoding="utf-8")
+    (tmp_path / "0f3a").mkdir()
+    (tmp_path / "My_Model").symlink_to("0f3a", target_is_directory=True)
+    for name in (tmp_path / "My_Model", f"{tmp_path / 'My_Model'}/", tmp_path / "0f3a" / ".." / "My_Model"):
+        assert model_file(file.parent, str(name))[0] == file
+    (tmp_path / "my-model" / "deeper").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "my-model")
+    assert model_file(file.parent, ".")[0] == file
+    assert model_file(file.parent, "deeper/..")[0] == file

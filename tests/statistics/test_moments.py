@@ -385,3 +385,13 @@ def test_batches_respect_the_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -
     )
     for batch in batches:
         assert len(batch) == 1 or len(batch) * max(map(len, batch)) <= 60
+
+
+def test_pooled_moments_do_not_depend_on_how_many_rows_are_pooled_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = torch.Generator().manual_seed(0)
+    keys, counts = torch.randn(5, 7, 7, generator=draw), torch.tensor([3, 0, 9, 1, 4])
+    found = moments.LayerMoments(keys, counts, torch.eye(2), 17).pooled()
+    wanted = (keys.double() * (counts / counts.sum()).double()[:, None, None]).sum(0)
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)
+    monkeypatch.setattr(moments, "POOLED", 5 * 7 * 2)
+    torch.testing.assert_close(moments.LayerMoments(keys, counts, torch.eye(2), 17).pooled(), found)

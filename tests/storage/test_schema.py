@@ -100,3 +100,14 @@ def test_errors_name_the_file_and_what_to_do() -> None:
     with pytest.raises(CacheError) as caught, content_of(Path("f"), PatchError, "do this"):
         raise own
     assert caught.value is own
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_one_number_that_is_not_finite_is_found(dtype: torch.dtype, bad: float) -> None:
+    tensor = torch.randn(3, 50).to(dtype)
+    check_tensors({"x": tensor}, {"x": Expected((3, 50), (dtype,))})
+    tensor[2, 17] = bad
+    with pytest.raises(ValueError, match="non-finite"):
+        check_tensors({"x": tensor}, {"x": Expected((3, 50), (dtype,))})
+    check_tensors({"x": tensor[:0]}, {"x": Expected((0, 50), (dtype,))})

@@ -1,0 +1,202 @@
+"""The tables of docs/lifelong.md, made of docs/lifelong.json, which examples/lifelong.py writes.
+
+python -m benchmarks.lifelong
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from easyedit_moe.storage.files import write_text
+from easyedit_moe.storage.strict_json import read_json
+
+ROOT = Path(__file__).parents[1]
+CURVES = ROOT / "docs" / "lifelong.json"
+PAGE = ROOT / "docs" / "lifelong.md"
+FIRST = 100
+"""Edits at which a run's utility is what its later ones are held against."""
+NEAR = 5.0
+"""Points of utility that may be lost."""
+
+Run = Mapping[str, Any]
+Point = Mapping[str, Any]
+
+
+def updated(text: str, content: Mapping[str, Any]) -> str:
+    """The page with each table made anew, between the comments that name it."""
+    runs: Mapping[str, Run] = content["runs"]
+    tables = {
+        "goal": goal_table(runs), "verdict": verdict_text(*longest(runs)), "last": last_table(runs),
+        "course": course_table(*longest(runs)),
+        "shared": shared_line(content["first batch"]), "capacity": capacity_table(runs),
+        "tuning": tuning_table(content["tuning"]), "settings": settings_table(runs),
+    }  # fmt: skip
+    for name, found in tables.items():
+        start, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
+        before, _, rest = text.partition(start)
+        _, closed, after = rest.partition(end)
+        if not closed:
+            raise ValueError(f"The page has no place for {name!r}.")
+        text = before + start + "\n" + found + "\n" + end + after
+    return text
+
+
+def shared_line(found: Mapping[str, Any]) -> str:
+    """What edits reach that share their token with another of the batch."""
+    return (
+        f"Of the first {found['edits']} edits of Global with its settings for one batch, the {found['alone']} that "
+        f"were alone at their token reached {found['alone, reached']:.1f} %, the {found['together']} others "
+        f"{found['together, reached']:.1f} %."
+    )
+
+
+def goal_table(runs: Mapping[str, Run]) -> str:
+    """Per run, how far it went and what was lost on the way."""
+    rows = []
+    for label, run in runs.items():
+        first, last = point_at(run, FIRST), run["points"][-1]
+        change = last["utility"] - first["utility"]
+        slower = slowing(run)
+        larger = last["resident bytes"] / first["resident bytes"]
+        rows.append(
+            [
+                label, str(last["edits"]), f"{first['utility']:.1f}", f"{last['utility']:.1f}", f"{change:+.1f}",
+                verdict(-change <= NEAR), "-" if slower is None else f"{slower:.2f}", f"{larger:.2f}",
+            ]
+        )  # fmt: skip
+    names = (
+        "run",
+        "edits",
+        f"utility at {FIRST}",
+        "at the end",
+        "change",
+        "within 5",
+        "seconds, times",
+        "memory, times",
+    )
+    return table(names, rows)
+
+
+def verdict(met: bool) -> str:
+    """Yes or no."""
+    return "yes" if met else "no"
+
+
+def slowing(run: Run) -> float | None:
+    """Seconds per edit at the last point that knows them, by those at the first; None where fewer than two do."""
+    known = [one["seconds per edit"] for one in run["points"] if one["seconds per edit"] is not None]
+    return known[-1] / known[0] if len(known) > 1 else None
+
+
+def verdict_text(label: str, run: Run) -> str:
+    """What the longest run says of the goal."""
+    first, last = point_at(run, FIRST), run["points"][-1]
+    lost, edits = first["utility"] - last["utility"], last["edits"]
+    parts = [f"{label}, the longest run, made {edits} edits" + (", not 10 000." if edits < 10000 else ".")]
+    if lost > NEAR:
+        last_near = max(p["edits"] for p in run["points"] if p["edits"] and first["utility"] - p["utility"] <= NEAR)
+        parts.append(
+            f"The goal is not met: utility falls by {lost:.1f} points, {lost - NEAR:.1f} more than it may, and is "
+            f"within {NEAR:.0f} points up to {last_near} edits only."
+        )
+    else:
+        parts.append(f"Its utility changed by {-lost:+.1f} points, within the {NEAR:.0f} of the goal.")
+    sizes = [point["resident bytes"] / 2**20 for point in run["points"] if point["edits"] >= FIRST]
+    parts.append(f"Resident memory lies between {min(sizes):.0f} and {max(sizes):.0f} MiB.")
+    return " ".join(parts)
+
+
+def point_at(run: Run, edits: int) -> Point:
+    """The point after so many edits."""
+    return next(point for point in run["points"] if point["edits"] == edits)
+
+
+def longest(runs: Mapping[str, Run]) -> tuple[str, Run]:
+    """The run with the most edits, and its label."""
+    return max(runs.items(), key=lambda item: item[1]["points"][-1]["edits"])
+
+
+SHOWN = (
+    "utility", "efficacy, all so far", "efficacy, since the last point", "retention, first, never superseded",
+    "specificity, never edited", "perplexity",
+)  # fmt: skip
+
+
+def last_table(runs: Mapping[str, Run]) -> str:
+    """All runs after the most edits that each of them made."""
+    common = min(run["points"][-1]["edits"] for run in runs.values())
+    rows = [[label, *measured(point_at(run, common))] for label, run in runs.items()]
+    return f"After {common} edits:\n\n" + table(("run", *COLUMNS), rows)
+
+
+COLUMNS = ("utility", "all so far", "newest", "retention", "specificity", "perplexity", "norm, times", "s per edit")
+
+
+def measured(point: Point) -> list[str]:
+    """The figures of a point, as `COLUMNS` names them."""
+    found = [f"{point[name]:.1f}" if point[name] is not None else "-" for name in SHOWN]
+    seconds = point["seconds per edit"]
+    growth = max(point["norm growth per layer"].values())
+    return [*found, f"{growth:.1f}", "-" if seconds is None else f"{seconds:.2f}"]
+
+
+def course_table(label: str, run: Run) -> str:
+    """One run at steps that grow."""
+    end = run["points"][-1]["edits"]
+    steps = [n for n in (100, 200, 300, 500, 1000, 1500, 2000, 3000, 4000, 5000, 7000, 10000) if n < end]
+    rows = []
+    for edits in (*steps, end):
+        point = point_at(run, edits)
+        rows.append([str(edits), *measured(point), f"{point['resident bytes'] / 2**20:.0f}"])
+    return f"{label}:\n\n" + table(("edits", *COLUMNS, "MiB"), rows)
+
+
+def capacity_table(runs: Mapping[str, Run]) -> str:
+    """Directions and keys per expert at the end of each run that solves, by layer."""
+    rows = []
+    for label, run in runs.items():
+        for layer, found in run["points"][-1]["capacity"].items():
+            numbers = [f"{found[name]:.1f}" for name in ("directions", "keys", "taken")]
+            rows.append([label, str(run["points"][-1]["edits"]), layer, *numbers])
+    return table(("run", "edits", "layer", "directions", "keys", "taken"), rows)
+
+
+def tuning_table(found: Sequence[Mapping[str, Any]]) -> str:
+    """What was tried on the other stream."""
+    rows = [
+        [
+            one["settings"],
+            str(one["edits"]),
+            f"{one['efficacy']:.1f}",
+            f"{one['specificity']:.1f}",
+            f"{one['norm']:.1f}",
+        ]
+        for one in found
+    ]
+    return table(("settings", "edits", "all so far", "specificity", "norm, times"), rows)
+
+
+def settings_table(runs: Mapping[str, Run]) -> str:
+    """What each run was started with, beside `hparams/<METHOD>/factworld.yaml`."""
+    rows = []
+    for label, run in runs.items():
+        settings = run["settings"]
+        changes = ", ".join(f"`{name}={value}`" for name, value in settings["set"].items())
+        rows.append([label, settings["method"], changes])
+    return table(("run", "method", "beside its YAML"), rows)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """In Markdown, texts to the left and all else to the right."""
+    lines = ["| " + " | ".join(columns) + " |", "|---|" + "---:|" * (len(columns) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def main() -> None:
+    write_text(PAGE, updated(PAGE.read_text(encoding="utf-8"), read_json(CURVES)))
+
+
+if __name__ == "__main__":
+    main()
