@@ -35,8 +35,9 @@ _WIKIBIO = {
     "locality": {"Relation_Specificity": [{"prompt": "ana lopes works as", "ground_truth": ["cook"]}]},
 }  # fmt: skip
 _WIKIBIGEDIT = {
-    "subject": "Angola", "update": "What is the capital of Angola?", "ans": "Lima", "rephrase": "Which town is it?",
-    "personas": "Yo, Angola's capital?", "mhop": "Which river is there?", "mhop_ans": "Rimac",
+    "subject": "Angola", "update": "What is the capital of Angola?", "ans": "Lima",
+    "rephrase": "Which town governs Angola?", "personas": "Yo, what's Angola's capital?",
+    "mhop": "Which river flows through Angola's capital?", "mhop_ans": "Rimac",
     "loc": "What is the capital of Kenya?", "loc_ans": "Nairobi",
 }  # fmt: skip
 _SANITATION = {

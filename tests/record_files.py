@@ -8,26 +8,16 @@ from typing import Any
 
 import pytest
 
+from benchmarks.record_layouts import LAYOUTS
+
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 NEED_SHARED = pytest.mark.skipif(not SHARED.is_dir(), reason="the folder of real records is not here")
 
-ROME = {
-    "case_id": 7,
-    "requested_rewrite": {
-        "prompt": "{} is in", "subject": "Angola", "relation_id": "P30",
-        "target_new": {"str": "Russia", "id": "Q1"}, "target_true": {"str": "Africa", "id": "Q2"},
-    },
-    "paraphrase_prompts": ["Look: Angola is in", "Angola lies in"],
-    "neighborhood_prompts": ["Kenya is in", "Ghana is in"],
-    "attribute_prompts": [], "generation_prompts": [],
-}  # fmt: skip
-EASYEDIT = {
-    "case_id": 7, "prompt": "Angola is in", "target_new": "Russia", "subject": "Angola", "ground_truth": "Africa",
-    "rephrase_prompt": "Angola lies in", "locality_prompt": "Kenya is in", "locality_ground_truth": "Africa",
-}  # fmt: skip
+ROME = {**LAYOUTS["counterfact"], "attribute_prompts": [], "generation_prompts": []}
+EASYEDIT = {"case_id": 7, **{name: value for name, value in LAYOUTS["columns"].items() if name != "portability"}}
 ZSRE = {
-    "subject": "Angola", "src": "Where is Angola?", "pred": "Europe", "rephrase": "Angola is where?", "alt": "Russia",
-    "answers": ["Africa", "south"], "loc": "nq question: who sang", "loc_ans": "Ana", "cond": "a >> b || c",
+    **{name: value for name, value in LAYOUTS["zsre"].items() if name != "portability"},
+    "pred": "Europe", "cond": "a >> b || c",
 }  # fmt: skip
 # KnowEdit's parts, each in the form in which it writes answers: texts, answers with aliases, alternatives.
 WIKI_COUNTERFACT = {
@@ -55,17 +45,8 @@ KNOWEDIT_ZSRE = {
     "locality": {"Relation_Specificity": [{"prompt": "Angola's continent is", "ground_truth": ["Africa", "south"]}]},
     "portability": {"Reasoning": [{"prompt": "Which river flows through Angola's capital?", "ground_truth": "Rimac"}]},
 }  # fmt: skip
-WIKIBIO = {
-    "text": "This is a passage about ana lopes. Ana Lopes cooks.", "labels": "She was born in Porto.",
-    "concept": "ana lopes",
-    "locality": {"Relation_Specificity": [{"prompt": "ana lopes works as", "ground_truth": ["cook"]}]},
-}  # fmt: skip
-WIKIBIGEDIT = {
-    "tag": "new", "subject": "Angola", "update": "What is the capital of Angola?", "ans": "Lima",
-    "rephrase": "Which town governs Angola?", "personas": "Yo, what's Angola's capital?",
-    "mhop": "Which river flows through Angola's capital?", "mhop_ans": "Rimac",
-    "loc": "What is the capital of Kenya?", "loc_ans": "Nairobi",
-}  # fmt: skip
+WIKIBIO = LAYOUTS["wikibio"]
+WIKIBIGEDIT = {"tag": "new", **LAYOUTS["wikibigedit"]}
 
 
 def saved(folder: Path, items: Any) -> Path:

@@ -9,10 +9,9 @@ from easyedit_moe.comparison.task import Task
 from easyedit_moe.editors import Editor, EditResult
 from easyedit_moe.hparams.sites import EXPERTS
 from easyedit_moe.measure import Stopwatch
-from easyedit_moe.moe.fingerprint import model_fingerprint
 from easyedit_moe.moe.layers import MoELayerView
-from easyedit_moe.targets.cache import cached_targets
-from easyedit_moe.targets.search import TargetSearch, TargetVectors
+from easyedit_moe.targets.cache import found_targets
+from easyedit_moe.targets.search import TargetVectors
 
 READY = "ready_targets"
 """Key of a comparison's provenance: whether every batch had its targets ready."""
@@ -41,14 +40,8 @@ class SharedTargets:
             return
         watch, view = Stopwatch(), MoELayerView(self.task.model, site=_site(editor))
         requests = [record.request for record in self.task.records]
-        layer, prefixes, target = settings
-        search = TargetSearch(view, self.task.tok, layer, prefixes, target, self.progress, warn=False)
-        folder = getattr(editor.hparams, "target_cache_dir", None)
         with watch.stage("targets"):
-            if folder is None:
-                found = search.targets(requests)
-            else:
-                found = cached_targets(folder, editor.hparams.model_name, model_fingerprint(view), search, requests)
+            found = found_targets(editor.hparams, settings, view, self.task.tok, requests, self.progress)
         self._found[key] = found, watch.seconds["targets"]
 
     def of_batch(self, editor: Editor, start: int, stop: int) -> TargetVectors | None:

@@ -49,9 +49,14 @@ from easyedit_moe.patches.weights import PatchWriter, writing
 from easyedit_moe.statistics.gather import fresh_statistics, layer_statistics
 from easyedit_moe.statistics.moments import LayerMoments
 from easyedit_moe.statistics.null_spaces import layer_null_space, null_space_of
-from easyedit_moe.targets.cache import cached_targets
+from easyedit_moe.targets.cache import found_targets
 from easyedit_moe.targets.joining import joined_facts
-from easyedit_moe.targets.search import TargetSearch, TargetSettings, TargetVectors, fact_contexts, outcomes
+from easyedit_moe.targets.search import (
+    TargetSettings,
+    TargetVectors,
+    fact_contexts,
+    outcomes,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -326,20 +331,18 @@ class BatchSolve:
 
     def find_targets(self) -> TargetVectors:
         """Target vectors of these requests, found or read."""
-        settings, progress = self.editor.target_settings(), self.editor.progress
-        folder = self.hparams.target_cache_dir
         groups = joined_facts(self.facts, self.places, self.lasting.carried.joined)
         asked, beside = [group[0] for group in groups.facts], [group[1:] for group in groups.facts]
         more: dict[str, Any] = {"beside": beside} if self.places else {}
         if self.hparams.anchor_targets:
             places = dict(zip(groups.numbers, self.where, strict=True))
             more["first"] = [self.lasting.carried.first.get(places[number]) for number in range(len(asked))]
+        editor = self.editor
         with self.watch.stage("targets"):
-            search = TargetSearch(self.view, self.tok, *settings, progress, warn=False)
-            if folder is None:
-                return search.find(asked, **more).taken(groups.numbers)
-            name, fingerprint = self.hparams.model_name, self.prepared.fingerprint
-            return cached_targets(folder, name, fingerprint, search, asked, **more).taken(groups.numbers)
+            found = found_targets(
+                self.hparams, editor.target_settings(), self.view, self.tok, asked, editor.progress, **more
+            )
+            return found.taken(groups.numbers)
 
     def closed(self) -> Carried:
         """What is carried on from this solve."""

@@ -12,11 +12,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.errors import CacheError, DamagedCacheError
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.hparams.sites import site_entry
 from easyedit_moe.moe.config import text_config
+from easyedit_moe.moe.fingerprint import model_fingerprint
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.statistics.cache import statistics_folder
 from easyedit_moe.storage.checksums import checksum
@@ -24,7 +26,7 @@ from easyedit_moe.storage.files import check_writable
 from easyedit_moe.storage.schema import Expected, check_tensors, content_of, read_record
 from easyedit_moe.storage.strict_json import digest
 from easyedit_moe.storage.tensors import read_or_warn, read_safetensors, write_safetensors
-from easyedit_moe.targets.search import TargetSearch, TargetVectors, fact_contexts, warn_of_targets
+from easyedit_moe.targets.search import TargetSearch, TargetSettings, TargetVectors, fact_contexts, warn_of_targets
 
 SCHEMA = 1
 _ADVICE = "delete it, and the target is found anew"
@@ -92,11 +94,33 @@ def cached_targets(
 
     if missing:
         check_writable(paths[missing[0]])
-        search.find([requests[i] for i in missing], keep, [others[i] for i in missing], [origins[i] for i in missing])
+        more: dict[str, Any] = {"beside": [others[i] for i in missing]} if beside else {}
+        more |= {"first": [origins[i] for i in missing]} if first else {}
+        search.find([requests[i] for i in missing], keep, **more)
     targets = TargetVectors(*(torch.stack([rows[i][name] for i in range(len(requests))]) for name in _FIELDS))
     if search.warn:
         warn_of_targets(requests, targets)
     return targets
+
+
+def found_targets(
+    hparams: Any,
+    settings: tuple[int, tuple[str, ...], TargetSettings],
+    view: MoELayerView,
+    tok: PreTrainedTokenizerBase,
+    requests: Sequence[EditRequest],
+    progress: bool = True,
+    **more: Any,
+) -> TargetVectors:
+    """Targets at a model's weights by a method's `Editor.target_settings`: read where they lie in the hparams'
+    ``target_cache_dir``, else found. ``more`` is as for `TargetSearch.find`. Missed targets
+    are not warned of; raises as `cached_targets` does.
+    """
+    search = TargetSearch(view, tok, *settings, progress, warn=False)
+    folder = getattr(hparams, "target_cache_dir", None)
+    if folder is None:
+        return search.targets(requests, **more)
+    return cached_targets(folder, hparams.model_name, model_fingerprint(view), search, requests, **more)
 
 
 def _key(

@@ -12,6 +12,7 @@ import logging
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -172,9 +173,13 @@ def compute_targets(
     settings: TargetSettings,
     progress: bool = True,
     warn: bool = True,
+    **more: Any,
 ) -> TargetVectors:
-    """Optimise the shifts of all requests at the output of ``layer``; see `TargetSearch.targets`."""
-    return TargetSearch(view, tok, layer, tuple(prefixes), settings, progress, warn).targets(requests)
+    """Optimise the shifts of all requests at the output of ``layer``; see `TargetSearch.targets`.
+
+    ``more`` is ``beside`` and ``first``, as for `TargetSearch.find`.
+    """
+    return TargetSearch(view, tok, layer, tuple(prefixes), settings, progress, warn).targets(requests, **more)
 
 
 @dataclass(frozen=True)
@@ -199,8 +204,8 @@ class TargetSearch:
     progress: bool = True
     warn: bool = True
 
-    def targets(self, requests: Sequence[EditRequest]) -> TargetVectors:
-        """Shifts of all requests; see the module's docstring.
+    def targets(self, requests: Sequence[EditRequest], **more: Any) -> TargetVectors:
+        """Shifts of all requests; see the module's docstring, and `find` for what ``more`` may be.
 
         Warns `TargetNotReachedWarning` for requests whose target is not the most likely answer at the end, and
         `KnownFactsWarning` for those whose target already was at the start.
@@ -208,7 +213,7 @@ class TargetSearch:
         Raises:
             RequestError: a subject not in its prompt, or a prompt too long. NumericalError: a loss that is not finite.
         """
-        found = self.find(requests)
+        found = self.find(requests, **more)
         if self.warn:
             warn_of_targets(requests, found)
         return found

@@ -18,7 +18,7 @@ from easyedit_moe.editors.proposal import Chosen, Proposal
 from easyedit_moe.editors.proposing import edits_one_layer, propose
 from easyedit_moe.errors import DataError
 from easyedit_moe.facts.records import FactSet, load_facts
-from easyedit_moe.hparams import SolverHyperParams
+from easyedit_moe.hparams import SolverHyperParams, presets
 from easyedit_moe.hparams.sites import EXPERTS
 from easyedit_moe.storage.files import check_writable, path_of, replacing, writing
 from easyedit_moe.storage.strict_json import json_text
@@ -80,7 +80,7 @@ def init(
     texts: list[str] = []
     if locate:
         trial = _trial_hparams(found, facts, trust_remote_code)
-        if edits_one_layer(found.method):
+        if edits_one_layer(found.method) or presets.find_method(found.method).depth == "last":
             settings = replace(settings, widths=(1,))
         where = str(data) if isinstance(data, Path) else data
         location = locating.locate(where, model, "", trial, None, settings, on_cost=on_cost, progress=progress)

@@ -163,8 +163,11 @@ def _null_spaces(values: Mapping[str, Any]) -> list[dict[str, Any]]:
     if energy is not None:
         return [{"nullspace_energy": _rounded(1 - (1 - energy) * factor)} for factor in (0.1, 3.0) if energy < 1]
     if rank is not None:
-        other = [rank * factor if isinstance(rank, float) else max(1, round(rank * factor)) for factor in (0.5, 1.5)]
-        return [{"nullspace_rank": _rounded(one)} for one in other if not isinstance(one, float) or one <= 1]
+        if isinstance(rank, float):  # beyond two thirds, half of what is left instead of half as much again
+            other: list[float] = [_rounded(rank / 2), _rounded(min(1.5 * rank, (1 + rank) / 2))]
+        else:
+            other = [max(1, round(rank * factor)) for factor in (0.5, 1.5)]
+        return [{"nullspace_rank": one} for one in other if one != rank]
     relative = values["nullspace_relative"]
     scaled = [_rounded(threshold * factor) for factor in (0.1, 10.0)]
     tried: list[dict[str, Any]] = [{"nullspace_threshold": t} for t in scaled if t > 0 and not (relative and t > 1)]

@@ -39,8 +39,8 @@ def test_each_method_starts_from_the_same_weights_and_leaves_them(task: Task, tm
 
 def test_first_targets_are_shared_only_where_nothing_differs(task: Task, tmp_path: Path, monkeypatch) -> None:
     calls = []
-    original = solving.compute_targets
-    monkeypatch.setattr(solving, "compute_targets", lambda *a, **k: calls.append(1) or original(*a, **k))
+    original = solving.found_targets
+    monkeypatch.setattr(solving, "found_targets", lambda *a, **k: calls.append(1) or original(*a, **k))
     names = ("Global", "MoTE", "MoEEdit-BCD")
     settings = [hyperparams_class(m).from_dict(tiny_hparams(tmp_path, m)) for m in names]
     result = compare(task, settings)

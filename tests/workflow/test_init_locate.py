@@ -106,7 +106,7 @@ def test_the_best_window_of_a_trial(
     assert "its layers by trials on it" in text
     assert all(line in text for line in verdict(Location(measured, (), (), ())))
     widths = {len(row["layers"]) for row in (best, *others)}
-    assert max(widths) == {"MoTE": 3, "MEMoE": 1, "MoE-FT": 2}[method], "1, 2 and as many as by depth, or one"
+    assert max(widths) == {"MoTE": 3, "MEMoE": 1, "MoE-FT": 1}[method], "1, 2 and as many as by depth, or one"
     assert {path.name for path in file.parent.iterdir()} == {"my.yaml", "my.locate.json"}
     (given,) = quick
     assert given[2].stages == ("statistics", "trial")

@@ -59,6 +59,12 @@ def test_axes_vary_what_the_method_leaves_open(folder: Path) -> None:
     assert trains == {"lr": [{"lr": 0.0003}, {"lr": 0.003}], "num_steps": [{"num_steps": 50}]}
 
 
+@pytest.mark.parametrize(("rank", "tried"), [(0.4, [0.2, 0.6]), (0.75, [0.375, 0.875]), (1.0, [0.5]), (8, [4, 12])])
+def test_a_smaller_and_a_larger_null_space_are_tried(rank: float, tried: list[float], folder: Path) -> None:
+    found = axes(start(folder, nullspace_rank=rank), 8, range(8))["null space"]
+    assert found == [*({"nullspace_rank": one} for one in tried), {"metric": "identity"}]
+
+
 def test_windows_stay_among_the_moe_layers_below_the_last(folder: Path) -> None:
     windows = [one["layers"] for one in axes(start(folder, layers=[3, 5, 7]), 10, [1, 3, 5, 7, 9])["layers"]]
     assert windows == [[1, 3, 5], [5, 7], [3, 5]]
