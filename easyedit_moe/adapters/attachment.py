@@ -8,6 +8,7 @@ with its own anchor, and with the cache's rows they are reordered, selected, rep
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
@@ -248,7 +249,8 @@ class _History:
 
     def rows(self) -> list[list[int]]:
         """Ids of each sequence without padding."""
-        return [ids[mask].tolist() for ids, mask in zip(self.ids, self.mask, strict=True)]
+        pairs = zip(self.ids.tolist(), self.mask.tolist(), strict=True)
+        return [list(itertools.compress(ids, mask)) for ids, mask in pairs]
 
     def take(self, rows: Tensor) -> None:
         """Keep these sequences, in this order."""

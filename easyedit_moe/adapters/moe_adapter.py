@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -217,6 +217,15 @@ class MoEAdapter(nn.Module):
         scaled = embeddings.float() / embeddings.float().pow(2).mean(1, keepdim=True).sqrt().clamp_min(1e-12)
         self.anchors = torch.cat([self.anchors, scaled.to(self.anchors)])
         self.subjects += tuple(subjects)
+
+    def release(self, facts: Collection[Fact]) -> None:
+        """Forget facts, and with them the subjects, and their anchors, that no other fact is about."""
+        gone = set(facts)
+        self.facts = tuple(fact for fact in self.facts if fact not in gone)
+        left = {fact.subject for fact in gone} - {fact.subject for fact in self.facts}
+        places = [place for place, subject in enumerate(self.subjects) if subject not in left]
+        self.anchors = self.anchors[torch.tensor(places, dtype=torch.int64, device=self.anchors.device)]
+        self.subjects = tuple(self.subjects[place] for place in places)
 
     def state(self) -> dict[str, Any]:
         """A copy of everything that an edit changes, for `put_back`."""

@@ -20,7 +20,7 @@ from easyedit_moe.adapters.moe_adapter import (
     switched_off,
 )
 from easyedit_moe.errors import RequestError, not_finite
-from easyedit_moe.evaluation.scoring import score_only
+from easyedit_moe.evaluation.scoring import answer_logits, score_only
 from easyedit_moe.facts.anchors import NO_ANCHOR, SubjectMatcher
 from easyedit_moe.facts.tokens import collate, encode_context, encode_pair, encode_text, pad_id, subject_span
 from easyedit_moe.hparams import MEMoEHyperParams
@@ -161,7 +161,7 @@ class _Training:
         while len(self.order) < min(hp.train_batch_size, len(self.facts)):
             self.order += torch.randperm(len(self.facts), generator=self.generator).tolist()
         chosen = [self.order.pop(0) for _ in range(min(hp.train_batch_size, len(self.facts)))]
-        contexts = [self._draw(len(self.rows[i])) for i in chosen]
+        contexts = self._draws(len(self.rows[0]), len(chosen))  # every fact has as many
         with recorded_routing(self.adapter) as seen:
             nll = self._nll([self.rows[i][c] for i, c in zip(chosen, contexts, strict=True)]).mean()
         balance = balance_loss(*_stacked(seen))
@@ -178,21 +178,14 @@ class _Training:
         used = (_stacked(seen)[0] > 0).float().sum(0)
         return nll, tuple((used / used.sum()).tolist())
 
-    def _draw(self, count: int) -> int:
-        return int(torch.randint(count, (1,), generator=self.generator))
+    def _draws(self, count: int, number: int = 1) -> list[int]:
+        """Numbers below ``count``."""
+        drawn: list[int] = torch.randint(count, (number,), generator=self.generator).tolist()
+        return drawn
 
     def _nll(self, rows: Sequence[tuple[list[int], list[int]]]) -> Tensor:
         """Mean NLL per target token of each row."""
-        batch = collate([ids + labels[:-1] for ids, labels in rows], pad_id(self.tok), str(model_device(self.model)))
-        width = max(len(labels) for _, labels in rows)
-        positions, wanted = torch.zeros(len(rows), width, dtype=torch.long), torch.full((len(rows), width), -100)
-        for i, (ids, labels) in enumerate(rows):
-            positions[i, : len(labels)] = torch.arange(len(ids) - 1, len(ids) - 1 + len(labels))
-            wanted[i, : len(labels)] = torch.tensor(labels)
-        with hooks() as handles:
-            handles.append(score_only(self.model, positions))
-            logits = self.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits.float()
-        wanted = wanted.to(logits.device)
+        logits, wanted = answer_logits(self.model, rows, pad_id(self.tok))
         losses = nn.functional.cross_entropy(logits.transpose(1, 2), wanted, reduction="none", ignore_index=-100)
         return losses.sum(1) / (wanted != -100).sum(1)
 
@@ -220,7 +213,7 @@ class _Training:
         """Token ids of prompts with another edit's subject, and the frozen model's answer to that edit's own prompt."""
         rows, answers = [], []
         for _ in range(self.hparams.locality_batch_size // 2):
-            asked, about = self._draw(len(self.facts)), self._draw(len(self.facts))
+            asked, about = self._draws(len(self.facts), 2)
             start, end = self.spans[asked]
             prompt = self.facts[asked].prompt
             text = prompt[:start] + self.facts[about].subject + prompt[end:]
@@ -234,8 +227,8 @@ class _Training:
         hp, rows = self.hparams, []
         skip = self.adapter.config.without_anchor == "skip"
         for number in range(hp.locality_batch_size - hp.locality_batch_size // 2):
-            subject = self.facts[self._draw(len(self.facts))].subject
-            text = self.texts[self._draw(len(self.texts))]
+            subject = self.facts[self._draws(len(self.facts))[0]].subject
+            text = self.texts[self._draws(len(self.texts))[0]]
             if number % 4 == 0:
                 text = f"{subject} is a"
             elif skip or number % 2:

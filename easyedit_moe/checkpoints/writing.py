@@ -13,7 +13,7 @@ from easyedit_moe.checkpoints.targets import Patch, Target, place_of
 from easyedit_moe.errors import NumericalError, PatchError
 from easyedit_moe.moe.layers import MoELayer, MoELayerView
 from easyedit_moe.patches.flips import flipped
-from easyedit_moe.patches.groups import Scratch, groups_of
+from easyedit_moe.patches.groups import add_groups, groups_of
 from easyedit_moe.patches.tensors import TensorPatch
 from easyedit_moe.patches.weights import WeightPatch
 from easyedit_moe.storage.checksums import checksum
@@ -62,16 +62,14 @@ def flips_of(patch: Patch, target: Target) -> Tensor:
 def write_steps(patch: WeightPatch, stored: StoredParameters) -> None:
     """Add the updates, in the groups and tiles in which they are added in memory, so with the same bits."""
     view = MoELayerView(stored.names.model, without_weights=True, site=patch.site)
-    scratch = Scratch()
     for layer, update in patch.steps:
         moe = view.layers[layer]
         update = update.to(device="cpu", dtype=torch.float32)
         if not update.is_finite():
             raise NumericalError(f"The update of layer {layer} holds NaN or infinity; nothing was written.")
         with torch.no_grad():
-            for group in groups_of(moe, update, partial(_read_run, stored, moe)):
-                group.add(moe, scratch)
-                _write_run(stored, moe, group.experts, group.weights)
+            for added in add_groups(moe, groups_of(moe, update, partial(_read_run, stored, moe))):
+                _write_run(stored, moe, added.group.experts, added.group.weights)
 
 
 def _read_run(stored: StoredParameters, moe: MoELayer, experts: Sequence[int]) -> Tensor:

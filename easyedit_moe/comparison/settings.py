@@ -233,7 +233,7 @@ def loading_settings(settings: Sequence[AnyHyperParams], model_name: str) -> MoE
 def _loading_dense(settings: Sequence[AnyHyperParams], model_name: str) -> MoEHyperParams:
     theirs = [hp.values for hp in settings if isinstance(hp, BaselineHyperParams)]
     told = theirs[0] if theirs else {}
-    where = {name: told[name] for name in ("device", "model_parallel") if name in told}
+    where: dict[str, Any] = {name: told[name] for name in ("device", "model_parallel") if name in told}
     return hyperparams_class("Global").from_dict(
         {"alg_name": "Global", "model_name": model_name, "layers": [0], **where}
     )

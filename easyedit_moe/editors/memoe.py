@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +20,7 @@ from easyedit_moe.editors.diagnosis import EditDiagnosis, FactDiagnosis, setting
 from easyedit_moe.editors.planner import MemoryPlan, Workload
 from easyedit_moe.editors.shapes import outline_of
 from easyedit_moe.editors.stages import Stage
-from easyedit_moe.errors import AdapterError, HyperParamsError
+from easyedit_moe.errors import AdapterError, EditingWarning, HyperParamsError
 from easyedit_moe.facts.anchors import SubjectMatcher
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.hparams import MEMoEHyperParams
@@ -114,7 +115,8 @@ class MEMoEEditor(Editor):
     """Bypass MoE adapter with knowledge-anchor routing, on MoE models and dense ones.
 
     A model that carries an adapter already is edited further: new facts are trained into it, along with the earlier
-    ones where ``replay``.
+    ones where ``replay``: at most ``replay_facts`` of them, drawn anew for each batch. It keeps the newest
+    ``max_facts`` facts with their anchors. So a batch costs the same however many there were before it.
 
     Anchors come from the text alone: the subjects of the edited facts, as whole words, whatever their case and white
     space. ``without_anchor`` says what happens to tokens that no subject precedes. "skip" (the default): the adapter
@@ -164,7 +166,8 @@ class MEMoEEditor(Editor):
 
         Raises:
             RequestError: a subject that is not found in its prompt. LayerError: no FFN at the layer. HyperParamsError:
-                an attached adapter of other settings. DataError, NumericalError: see `train_adapter`.
+                an attached adapter of other settings, or more facts than ``max_facts``. DataError, NumericalError: see
+                `train_adapter`.
         """
         facts = [Fact(r.prompt, r.named_subject, r.target_new) for r in requests]
         find_ffn(model, self.hparams.layers[0])
@@ -188,19 +191,44 @@ class MEMoEEditor(Editor):
             if found is None:
                 with watch.stage("statistics"):
                     attach(model, tok, adapter.requires_grad_(False))
-            replaced = {fact.prompt for fact in facts}
-            earlier = [fact for fact in adapter.facts if fact.prompt not in replaced]
+            earlier = self._kept(adapter, facts)
             add_subjects(model, tok, adapter, [fact.subject for fact in facts])
             check_facts(tok, adapter, facts, self.hparams.context_prefixes, self.hparams.chat)
             adapter.generator = torch.Generator().manual_seed(self.hparams.seed + adapter.edits)
             with watch.stage("solve"):
-                report = train_adapter(model, tok, adapter, facts, earlier, self.hparams, self.progress)
+                replayed = self._replayed(adapter, earlier)
+                report = train_adapter(model, tok, adapter, facts, replayed, self.hparams, self.progress)
             adapter.facts, adapter.edits, adapter.generator = (*earlier, *facts), adapter.edits + 1, None
             patch = AdapterPatch(adapter, before, provenance(self.hparams, requests))
             told = zip(requests, report.fact_nll, report.learnt, strict=True)
             learnt = tuple(FactDiagnosis(r.prompt, r.target_new, None, nll, reached, None) for r, nll, reached in told)
             diagnosis = EditDiagnosis(self.method, learnt, steps=report.steps, settings=settings_of(self.hparams))
             return EditResult(patch, watch.seconds, None, [], [report], diagnosis)
+
+    def _kept(self, adapter: MoEAdapter, facts: Sequence[Fact]) -> list[Fact]:
+        """The earlier facts that stay beside these; the adapter forgets the others."""
+        replaced, most = {fact.prompt for fact in facts}, self.hparams.max_facts
+        if len(facts) > most:
+            raise HyperParamsError(f"max_facts is {most}, but one batch has {len(facts)} facts. Raise it.")
+        earlier = [fact for fact in adapter.facts if fact.prompt not in replaced]
+        old = earlier[: max(0, len(earlier) + len(facts) - most)]
+        if old:
+            warnings.warn(
+                f"The adapter keeps {most} facts (max_facts), so the {len(old)} oldest leave it: texts about their "
+                "subjects alone are computed as without the edit.",
+                EditingWarning,
+                stacklevel=2,
+            )
+            adapter.release(old)
+        return earlier[len(old) :]
+
+    def _replayed(self, adapter: MoEAdapter, earlier: list[Fact]) -> list[Fact]:
+        """Those of the earlier facts that this batch is trained along with."""
+        most = self.hparams.replay_facts
+        if len(earlier) <= most:
+            return earlier
+        draw = torch.Generator().manual_seed(self.hparams.seed + adapter.edits)
+        return [earlier[place] for place in sorted(torch.randperm(len(earlier), generator=draw)[:most].tolist())]
 
     def _config(self, model: nn.Module) -> AdapterConfig:
         hp = self.hparams

@@ -199,8 +199,11 @@ class TrainingJob:
                 chosen = range(start, min(start + size, len(self.examples)))
                 losses, right = self._scored(chosen)
                 counts = [len(self.examples[t]) for t in chosen]
-                pairs = zip(losses.split(counts), right.split(counts), strict=True)
-                found += [Answer(float(nll.mean()), bool(hits[0])) for nll, hits in pairs]
+                means = torch.stack([nll.mean() for nll in losses.split(counts)])
+                hits = torch.stack([own[0] for own in right.split(counts)])
+                # Read at once: each read of a device waits for it.
+                pairs = torch.stack([means, hits.to(means)]).T.tolist()
+                found += [Answer(nll, hit == 1) for nll, hit in pairs]
         return found
 
     def _scored(self, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:

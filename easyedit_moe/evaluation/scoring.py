@@ -96,11 +96,10 @@ def answer_logits(
     """
     batch = collate([[*ids, *labels[:-1]] for ids, labels in rows], pad, str(model_device(model)))
     width = max(len(labels) for _, labels in rows)
-    positions = torch.zeros(len(rows), width, dtype=torch.long)
-    padded = torch.full((len(rows), width), -100)
-    for i, (ids, labels) in enumerate(rows):
-        positions[i, : len(labels)] = torch.arange(len(ids) - 1, len(ids) - 1 + len(labels))
-        padded[i, : len(labels)] = torch.tensor(labels)
+    spare = [width - len(labels) for _, labels in rows]
+    spans = [range(len(ids) - 1, len(ids) - 1 + len(labels)) for ids, labels in rows]
+    positions = torch.tensor([[*span, *[0] * n] for span, n in zip(spans, spare, strict=True)])
+    padded = torch.tensor([[*labels, *[-100] * n] for (_, labels), n in zip(rows, spare, strict=True)])
     with hooks() as handles:
         handles.append(score_only(model, positions))
         logits = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits.float()

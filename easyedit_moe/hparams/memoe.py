@@ -54,6 +54,12 @@ class MEMoEHyperParams(MoEHyperParams):
     """Edits per step, >= 1. Ours."""
     replay: bool = True
     """Train earlier sequential batches along with the new one. Ours."""
+    replay_facts: int = 256
+    """Earlier facts that are trained along with a batch, at most; drawn anew for each batch from all that are
+    remembered, >= 1. Ours."""
+    max_facts: int = 2000
+    """Facts, and with them subjects and anchors, that an adapter keeps, at most: the oldest leave, and texts about
+    their subjects alone are the unedited model's again, >= 1. Ours."""
     seed: int = 0
     """Seed of the adapter's initialisation, the noise and the order of texts. Ours."""
 
@@ -64,7 +70,7 @@ class MEMoEHyperParams(MoEHyperParams):
             {
                 "num_experts": 1, "expert_width": 1, "steps": 1, "locality_n_samples": 1, "locality_max_tokens": 1,
                 "locality_batch_size": 1, "train_batch_size": 1, "token_weight": 0, "noise": 0, "locality_weight": 0,
-                "balance_weight": 0,
+                "balance_weight": 0, "replay_facts": 1, "max_facts": 1,
             }
         )  # fmt: skip
         for name in ("lr", "adapter_scale"):

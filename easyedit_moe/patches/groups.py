@@ -5,7 +5,8 @@ Of a core (`easyedit_moe.algebra.core_update`) only the factors of one group of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,15 +59,18 @@ class Group:
     right: Tensor
     transposed: bool
 
-    def add(self, moe: MoELayer, scratch: Scratch) -> float:
-        """Write the sum; squared norm of what rounding lost."""
+    def add(self, scratch: Scratch, quick: bool) -> Tensor:
+        """Write the sum; squared norm of what rounding lost, float64 on the weights' device.
+
+        ``quick`` is for updates whose sum is exact enough in float32 (`sum_is_exact`).
+        """
         dtype = torch.float64 if self.weights.dtype == torch.float64 else torch.float32
         left, right = self.left.to(dtype), self.right.to(dtype)
         count, rows, columns = self.weights.shape
         step = max(1, tile_size(left.device) // (count * columns))
         native = self.weights.dtype == dtype
+        quick = quick and not native
         buffers = scratch.take(left, 2 if native else 3, count * min(step, rows) * columns)
-        quick = not native and self._sum_is_exact()
         lost = torch.zeros((), dtype=torch.float64, device=left.device)
         for start in range(0, rows, step):
             tile, part = self.weights[:, start : start + step], left[:, start : start + step]
@@ -86,36 +90,93 @@ class Group:
                     after.copy_(tile)
                 error = first.sub_(after).add_(second)
             lost += torch.linalg.vector_norm(error).to(torch.float64) ** 2
-        # A weight that is not finite leaves no finite loss, so the weights are only searched where that happens.
-        if not torch.isfinite(lost):
-            for expert, weight in zip(self.experts, self.weights, strict=True):
-                if not torch.isfinite(weight).all():
-                    raise NumericalError(
-                        f"Expert {expert} of layer {moe.index} would become NaN or infinite in {weight.dtype}; nothing "
-                        "was kept of this edit. Raise lambda_reg, or load the model in bfloat16 or float32."
-                    )
-        return float(lost)
+        return lost
 
-    def _sum_is_exact(self) -> bool:
-        """Whether the float32 sum's own error, about eps / 4 of a weight, is below a thousandth of the update."""
-        some = self.weights[0, :16].float()
-        weight = float(some.square().mean().sqrt())
-        update = (sum(self.squared_norms()) / self.weights.numel()) ** 0.5
-        return update > 250 * torch.finfo(torch.float32).eps * weight
-
-    def squared_norms(self) -> list[float]:
-        """``||left @ right||^2`` of each expert, from r x r Gram matrices."""
+    def measures(self) -> Tensor:
+        """``[2 c + 1]`` float64: ``||left @ right||^2`` of each expert, from r x r Gram matrices, ``||W_j||^2`` of each
+        as it is now, and the root mean square of some weights.
+        """
         left, right = self.left.to(torch.float64), self.right.to(torch.float64)
-        found: list[float] = ((left.mT @ left) * (right @ right.mT)).sum((1, 2)).clamp_min(0).tolist()
-        return found
-
-    def squared_weights(self) -> list[float]:
-        """``||W_j||^2`` of each expert, as it is now."""
+        updates = ((left.mT @ left) * (right @ right.mT)).sum((1, 2)).clamp_min(0)
         dtype = torch.float64 if self.weights.dtype == torch.float64 else torch.float32
         # One by one: on a CPU a reduction over all of a tensor is several times faster than one over some dimensions.
         norms = torch.stack([torch.linalg.vector_norm(weight, dtype=dtype) for weight in self.weights])
-        found: list[float] = norms.to(torch.float64).square().tolist()
-        return found
+        some = self.weights[0, :16].float().square().mean().sqrt()
+        return torch.cat([updates, norms.to(torch.float64).square(), some.to(torch.float64)[None]])
+
+    def sum_is_exact(self, updates: Sequence[float], weight: float) -> bool:
+        """Whether the float32 sum's own error, about eps / 4 of a weight, is below a thousandth of the update.
+
+        ``updates`` are the experts' squared norms, ``weight`` is the size of some weights; see `measures`.
+        """
+        update = (sum(updates) / self.weights.numel()) ** 0.5
+        return update > 250 * torch.finfo(torch.float32).eps * weight
+
+    def not_finite(self, moe: MoELayer) -> NumericalError:
+        """The error for weights that a sum made NaN or infinite."""
+        bad = [expert for expert, w in zip(self.experts, self.weights, strict=True) if not torch.isfinite(w).all()]
+        return NumericalError(
+            f"Expert {(bad or self.experts)[0]} of layer {moe.index} would become NaN or infinite in "
+            f"{self.weights.dtype}; nothing was kept of this edit. Raise lambda_reg, or load the model in bfloat16 or "
+            "float32."
+        )
+
+
+@dataclass(frozen=True)
+class Added:
+    """What adding an update to a group did.
+
+    Attributes:
+        group: its weights are the new ones.
+        updates, weights: squared norms of each expert's update, and of its matrix before.
+        lost: squared norm of what rounding lost.
+    """
+
+    group: Group
+    updates: tuple[float, ...]
+    weights: tuple[float, ...]
+    lost: float
+
+
+def add_groups(moe: MoELayer, groups: Iterable[Group]) -> Iterator[Added]:
+    """Write the sums of groups, in their order.
+
+    What the CPU must know of them is read from the device twice per stretch of groups that together fill a tile there:
+    a small layer has one stretch, however its experts are scattered.
+
+    Raises:
+        NumericalError: a weight that would not be finite; those of the stretch are written then.
+    """
+    scratch = Scratch()
+    for stretch in _stretches(groups):
+        numbers = torch.cat([group.measures() for group in stretch]).tolist()
+        known: list[tuple[list[float], list[float]]] = []
+        lost = []
+        for group in stretch:
+            count = len(group.experts)
+            updates, weights, some = numbers[:count], numbers[count : 2 * count], numbers[2 * count]
+            numbers = numbers[2 * count + 1 :]
+            lost.append(group.add(scratch, group.sum_is_exact(updates, some)))
+            known.append((updates, weights))
+        # A weight that is not finite leaves no finite loss, so the weights are only searched where that happens.
+        for group, (updates, weights), loss in zip(stretch, known, torch.stack(lost).tolist(), strict=True):
+            if not math.isfinite(loss):
+                raise group.not_finite(moe)
+            yield Added(group, tuple(updates), tuple(weights), loss)
+
+
+def _stretches(groups: Iterable[Group]) -> Iterator[list[Group]]:
+    """Groups in a row of about as many weights as a tile has, or one that has more."""
+    stretch: list[Group] = []
+    size = 0
+    for group in groups:
+        if stretch and size + group.weights.numel() > tile_size(group.weights.device):
+            yield stretch
+            stretch, size = [], 0
+        stretch.append(group)
+        size += group.weights.numel()
+    if stretch:
+        yield stretch
 
 
 def originals_of(moe: MoELayer, experts: list[int]) -> dict[int, Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from easyedit_moe.algebra.core_update import Update
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.patches.checks import check_original
-from easyedit_moe.patches.groups import Scratch, groups_of
+from easyedit_moe.patches.groups import add_groups, groups_of
 from easyedit_moe.storage.checksums import checksum
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def overwritten(patch: WeightPatch, view: MoELayerView, base: Matrices | None = 
 
 def replayed(view: MoELayerView, layer: int, state: dict[int, Tensor], steps: Sequence[Update]) -> dict[int, Tensor]:
     """What updates in a row make of a layer's matrices ``[d, h]``, as `PatchWriter.write` does it; on its device."""
-    moe, scratch = view.layers[layer], Scratch()
+    moe = view.layers[layer]
     device = next(iter(moe.experts.parameters()))[1].device
     turned = moe.experts.layout.transposed
     stored = {expert: (w.mT if turned else w).to(device, copy=True) for expert, w in state.items()}
@@ -112,9 +112,8 @@ def replayed(view: MoELayerView, layer: int, state: dict[int, Tensor], steps: Se
 
     with torch.no_grad():
         for update in steps:
-            for group in groups_of(moe, update.to(device=device, dtype=torch.float32), weights):
-                group.add(moe, scratch)
-                stored.update(zip(group.experts, group.weights.unbind(), strict=True))
+            for added in add_groups(moe, groups_of(moe, update.to(device=device, dtype=torch.float32), weights)):
+                stored.update(zip(added.group.experts, added.group.weights.unbind(), strict=True))
     return {expert: w.mT if turned else w for expert, w in stored.items()}
 
 

@@ -37,7 +37,7 @@ from easyedit_moe.patches.checks import (
     versions,
 )
 from easyedit_moe.patches.flips import flipped, flips_between
-from easyedit_moe.patches.groups import Scratch, groups_of, originals_of
+from easyedit_moe.patches.groups import add_groups, groups_of, originals_of
 from easyedit_moe.patches.record import ADVICE, PatchRecord, check_id, read_patch
 from easyedit_moe.patches.runs import overwritten
 from easyedit_moe.patches.steps import steps_of, tensors_of
@@ -395,15 +395,15 @@ class PatchWriter:
         update = self._converted(update, device)
         if not update.is_finite():
             raise NumericalError(f"The update of layer {layer} holds NaN or infinity; nothing was kept of this edit.")
-        lost, scratch = 0.0, Scratch()
+        lost = 0.0
         updates: dict[int, float] = {}
         weights: dict[int, float] = {}
         self.keep(layer, update.experts)
         with torch.no_grad():
-            for group in groups_of(moe, update):
-                updates.update(zip(group.experts, group.squared_norms(), strict=True))
-                weights.update(zip(group.experts, group.squared_weights(), strict=True))
-                lost += group.add(moe, scratch)
+            for added in add_groups(moe, groups_of(moe, update)):
+                updates.update(zip(added.group.experts, added.updates, strict=True))
+                weights.update(zip(added.group.experts, added.weights, strict=True))
+                lost += added.lost
         self.steps.append((layer, update))
         total = sum(updates.values())
         loss = (lost / total) ** 0.5 if total else 0.0

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ from easyedit_moe.adapters.attachment import attach, detach, find_adapter
 from easyedit_moe.adapters.moe_adapter import MoEAdapter, recorded_routing
 from easyedit_moe.comparison.compare import compare
 from easyedit_moe.comparison.task import Task
-from easyedit_moe.editors import AdapterPatch, EditResult, MEMoEEditor, make_editor
+from easyedit_moe.editors import AdapterPatch, EditResult, MEMoEEditor, make_editor, memoe
 from easyedit_moe.errors import (
     AdapterError,
     DataError,
+    EditingWarning,
     HyperParamsError,
     LayerError,
     NumericalError,
@@ -234,6 +236,86 @@ def test_replay_keeps_earlier_edits(corpus: Path) -> None:
         assert result.solver_reports[0].replayed == (3 if replay else 0)
         kept[replay] = sum(nll(model, facts[:3]))
     assert kept[True] < kept[False]
+
+
+def people(start: int, stop: int) -> list[dict[str, str]]:
+    return [
+        {"prompt": f"Ana {chr(65 + n)}ro lives in", "subject": f"Ana {chr(65 + n)}ro", "target_new": "Rome"}
+        for n in range(start, stop)
+    ]
+
+
+def test_a_batch_costs_the_same_however_many_there_were(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Facts that are encoded, tokens that pass the model, and what is kept, saved and needed to undo."""
+    model, encoded, passed, costs = tiny_model(), [], [], []
+    right = adapter_training.encode_pair
+    monkeypatch.setattr(adapter_training, "encode_pair", lambda *rest: (encoded.append(1), right(*rest))[1])
+
+    def counted(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        passed.append(len(kwargs["input_ids"]))
+
+    handle = model.register_forward_pre_hook(counted, with_kwargs=True)
+    hp = hparams(corpus, steps=3, train_batch_size=4, replay_facts=3, max_facts=6)
+    for number in range(8):
+        encoded.clear()
+        passed.clear()
+        with warnings.catch_warnings(record=True):
+            result = edit(model, hp, people(2 * number, 2 * number + 2))
+        adapter = find_adapter(model)
+        result.patch.save(tmp_path / f"{number}.safetensors")
+        before = result.patch.before["tensors"].values() if result.patch.before else ()
+        size = (tmp_path / f"{number}.safetensors").stat().st_size
+        costs.append((len(encoded), sum(passed), len(adapter.facts), len(adapter.subjects), len(adapter.anchors),
+                      result.solver_reports[0].replayed, sum(t.nbytes for t in before), size))  # fmt: skip
+    handle.remove()
+    assert len(set(costs[4:])) == 1, costs
+    assert costs[-1][2:6] == (6, 6, 6, 3)
+    assert costs[-1][0] == 5
+    assert costs[0] != costs[1] != costs[2]
+
+
+def test_the_oldest_facts_leave_and_are_as_if_never_edited(corpus: Path) -> None:
+    model = tiny_model()
+    facts, plain = people(0, 4), logits(model, "Ana Aro lives in")
+    hp = hparams(corpus, max_facts=3)
+    edit(model, hp, facts[:2])
+    assert not torch.equal(plain, logits(model, "Ana Aro lives in"))
+    again = {**facts[1], "prompt": "Ana Bro was born in"}
+    with pytest.warns(EditingWarning, match="keeps 3 facts .max_facts., so the 1 oldest leave"):
+        result = edit(model, hp, [facts[2], again])
+    adapter = find_adapter(model)
+    assert adapter.subjects == ("Ana Bro", "Ana Cro")
+    assert [fact.prompt for fact in adapter.facts] == [facts[1]["prompt"], facts[2]["prompt"], again["prompt"]]
+    assert torch.equal(plain, logits(model, "Ana Aro lives in"))
+    # A fact leaves, but its subject has another one.
+    with pytest.warns(EditingWarning, match="the 1 oldest"):
+        edit(model, hp, [facts[3]])
+    assert adapter.subjects == ("Ana Bro", "Ana Cro", "Ana Dro")
+    result.patch.restore(model)
+    assert find_adapter(model).subjects == ("Ana Aro", "Ana Bro")
+    with pytest.raises(HyperParamsError, match="max_facts is 3, but one batch has 4 facts"):
+        edit(model, hp, facts)
+    assert find_adapter(model).subjects == ("Ana Aro", "Ana Bro")
+
+
+def test_replayed_facts_are_drawn_from_all(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = tiny_model(), []
+    right = memoe.train_adapter
+
+    def watched(*rest: Any) -> Any:
+        seen.append([fact.subject for fact in rest[4]])
+        return right(*rest)
+
+    monkeypatch.setattr(memoe, "train_adapter", watched)
+    hp = hparams(corpus, steps=1, replay_facts=4)
+    edit(model, hp, people(0, 12))
+    for number in range(12, 18):
+        edit(model, hp, people(number, number + 1))
+    drawn = {subject for some in seen[1:] for subject in some}
+    assert [len(some) for some in seen] == [0] + 6 * [4]
+    assert len(drawn) > 8
 
 
 def test_a_later_edit_of_the_same_prompt_wins(corpus: Path) -> None:

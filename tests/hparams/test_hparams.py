@@ -261,7 +261,8 @@ OF_OTHERS |= {
     "num_experts": ("MEMoE", 0), "top_k": ("MEMoE", 0), "expert_width": ("MEMoE", 0), "adapter_scale": ("MEMoE", 0),
     "token_weight": ("MEMoE", -0.1), "steps": ("MEMoE", 0), "noise": ("MEMoE", -0.1),
     "locality_weight": ("MEMoE", -0.1), "balance_weight": ("MEMoE", -0.1), "locality_n_samples": ("MEMoE", 0),
-    "locality_max_tokens": ("MEMoE", 0), "locality_batch_size": ("MEMoE", 0), 
+    "locality_max_tokens": ("MEMoE", 0), "locality_batch_size": ("MEMoE", 0), "replay_facts": ("MEMoE", 0),
+    "max_facts": ("MEMoE", 0),
 }  # fmt: skip
 UNBOUNDED = {"v_loss_layer", "seed", "generated_seed", "device"}
 
