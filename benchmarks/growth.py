@@ -29,6 +29,7 @@ from easyedit_moe.editors.stages import bcd_bytes, exact_bytes, mote_bytes
 from easyedit_moe.errors import EditingWarning
 from easyedit_moe.hparams import load_hyperparams
 from easyedit_moe.moe.layers import MoELayerView
+from easyedit_moe.patches.groups import tile_size
 from easyedit_moe.patches.weights import PatchWriter
 from easyedit_moe.targets.search import TargetVectors
 
@@ -142,7 +143,8 @@ def _write(shape: ModelShape, options: Options) -> dict[str, Any]:
     return {
         "benchmark": "growth with E", "device": options.device, "E": shape.experts, "d": shape.d_model,
         "h": shape.d_hidden, "what": "write", "form": "all experts", "seconds": times["write"]["seconds"],
-        "runs": times["write"]["runs"], "peak bytes": peak, "planned bytes": weights.numel() * weights.element_size(),
+        "runs": times["write"]["runs"], "peak bytes": peak,
+        "planned bytes": weights.nbytes + 3 * 4 * min(weights.numel(), tile_size(weights.device)),
     }  # fmt: skip
 
 
