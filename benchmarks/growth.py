@@ -94,7 +94,7 @@ def _solve(benchmark: str, shape: ModelShape, new: int, made: int, options: Opti
         ),
         "MoTE": (
             lambda: place_core(solve_mote(keys, residual, LAMBDA, metric, basis), factors),
-            mote_bytes(sizes, tokens, *shape.ranks, "identity"),
+            mote_bytes(sizes, tokens, *shape.ranks),
         ),
     }
     peaks = {}

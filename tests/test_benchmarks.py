@@ -105,7 +105,7 @@ def test_end_to_end_in_reduced_mode() -> None:
         assert (row["targets"] > 0) == (row["z"] == "included")
         assert row["planned"] > 0
         assert row["peak bytes beyond before"] > 0
-    assert rows[1]["published, real shape, H200"] == 477.0
+        assert not any("H200" in column for column in row), "a paper's figures are of another shape"
 
 
 def test_requests_are_all_different() -> None:

@@ -145,7 +145,7 @@ def solve_stage(shapes: Shapes, hparams: SolverHyperParams, tokens: int, solves:
     free = null_rank(shapes, hparams)
     if isinstance(hparams, MoTEHyperParams):
         re, ro, ri = tucker_ranks(shapes, hparams)
-        working, form = mote_bytes(shapes, tokens, re, ro, ri, hparams.metric, free)
+        working, form = mote_bytes(shapes, tokens, re, ro, ri)
     elif hasattr(hparams, "num_passes"):
         working, form = bcd_bytes(shapes, tokens, hparams.metric, free)
     else:
@@ -228,13 +228,11 @@ def bcd_bytes(shapes: Shapes, tokens: int, metric: str, free: int | None = None)
     return (root or keys) + right + total, f"side {side} per expert"
 
 
-def mote_bytes(
-    shapes: Shapes, tokens: int, re: int, ro: int, ri: int, metric: str, free: int | None = None
-) -> tuple[int, str]:
+def mote_bytes(shapes: Shapes, tokens: int, re: int, ro: int, ri: int) -> tuple[int, str]:
     """Working memory of `easyedit_moe.algebra.core.solve_mote`, its core placed, and the form it takes."""
     e, keys = shapes.experts, 8 * tokens * shapes.active * shapes.d_hidden
     inner, wanted, reduced = 8 * tokens * shapes.active * ri, 8 * tokens * shapes.d_model, 8 * tokens * ro
-    coding = keys + keys // 2 + sum(_roots(shapes, tokens, metric, free))
+    coding = keys + keys // 2  # what the metric makes of them exists for one expert at a time
     checking = 44 * ro**2
     if re * ri < tokens:
         size = re * ri

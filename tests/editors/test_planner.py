@@ -203,7 +203,7 @@ def test_solvers_allocate_what_is_planned(solver: str, tokens: int) -> None:
         "bcd": (lambda: solve_bcd(keys, residual, 1.0, metric, orders), stages.bcd_bytes(SHAPES, tokens, "identity")),
         "mote": (
             lambda: solve_mote(keys, residual, 1.0, metric, basis),
-            stages.mote_bytes(SHAPES, tokens, *RANKS, "identity"),
+            stages.mote_bytes(SHAPES, tokens, *RANKS),
         ),
     }[solver]
     found, _ = tracked(run)
