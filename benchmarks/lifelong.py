@@ -20,6 +20,9 @@ FIRST = 100
 NEAR = 5.0
 """Points of utility that may be lost."""
 
+GOAL = 10000
+"""Edits at which it is asked."""
+
 Run = Mapping[str, Any]
 Point = Mapping[str, Any]
 
@@ -63,7 +66,7 @@ def goal_table(runs: Mapping[str, Run]) -> str:
         rows.append(
             [
                 label, str(last["edits"]), f"{first['utility']:.1f}", f"{last['utility']:.1f}", f"{change:+.1f}",
-                verdict(-change <= NEAR), "-" if slower is None else f"{slower:.2f}", f"{larger:.2f}",
+                verdict(-change <= NEAR, last["edits"]), "-" if slower is None else f"{slower:.2f}", f"{larger:.2f}",
             ]
         )  # fmt: skip
     names = (
@@ -79,9 +82,9 @@ def goal_table(runs: Mapping[str, Run]) -> str:
     return table(names, rows)
 
 
-def verdict(met: bool) -> str:
-    """Yes or no."""
-    return "yes" if met else "no"
+def verdict(met: bool, edits: int) -> str:
+    """Yes or no; of a run that stopped before, how it is so far."""
+    return ("yes" if edits >= GOAL else "so far") if met else "no"
 
 
 def slowing(run: Run) -> float | None:
@@ -94,7 +97,7 @@ def verdict_text(label: str, run: Run) -> str:
     """What the longest run says of the goal."""
     first, last = point_at(run, FIRST), run["points"][-1]
     lost, edits = first["utility"] - last["utility"], last["edits"]
-    parts = [f"{label}, the longest run, made {edits} edits" + (", not 10 000." if edits < 10000 else ".")]
+    parts = [f"{label}, the longest run, made {edits} edits" + (", not 10 000." if edits < GOAL else ".")]
     if lost > NEAR:
         last_near = max(p["edits"] for p in run["points"] if p["edits"] and first["utility"] - p["utility"] <= NEAR)
         parts.append(
@@ -125,12 +128,17 @@ SHOWN = (
 
 
 def last_table(runs: Mapping[str, Run]) -> str:
-    """All runs after the most edits that each of them made."""
-    common = min(run["points"][-1]["edits"] for run in runs.values())
-    rows = [[label, *measured(point_at(run, common))] for label, run in runs.items()]
-    return f"After {common} edits:\n\n" + table(("run", *COLUMNS), rows)
+    """Runs beside each other after as many edits, where several made them."""
+    parts = []
+    for edits in BESIDE:
+        there = {label: run for label, run in runs.items() if run["points"][-1]["edits"] >= edits}
+        if len(there) > 1:
+            rows = [[label, *measured(point_at(run, edits))] for label, run in there.items()]
+            parts += [f"After {edits} edits:", table(("run", *COLUMNS), rows)]
+    return "\n\n".join(parts)
 
 
+BESIDE = (100, 200, 500)
 COLUMNS = ("utility", "all so far", "newest", "retention", "specificity", "perplexity", "norm, times", "s per edit")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import typer
 
+from easyedit_moe.comparison import paper_report
 from easyedit_moe.comparison.compare import Comparison
 from easyedit_moe.comparison.report import markdown, markdown_rows
 from easyedit_moe.comparison.rows import PRE_EDIT, Row
@@ -75,7 +76,9 @@ def of_method(row: Row) -> str:
     return f"{found}, percent;\n{', '.join(times)}; {memory}.\n" + (f"{about}\n" if about else "")
 
 
-KINDS: Mapping[str, Callable[[Comparison], str]] = {"all": markdown, "scores": scores, "short": short, "host": host}
+KINDS: Mapping[str, Callable[[Comparison], str]] = {
+    "all": markdown, "table": paper_report.markdown, "scores": scores, "short": short, "host": host,
+}  # fmt: skip
 
 
 def made(page: str, docs: Path = ROOT / "docs") -> str:

@@ -115,6 +115,7 @@ class Life:
         self.model, self.tok = load_model(self.hparams.model_name, self.hparams.dtype, self.hparams.device)
         self.stream, self.asked = edits, asked
         self.view = MoELayerView(self.model)
+        self.edited = getattr(self.hparams, "edited_layers", self.hparams.layers)
         self.norms = self._norms()
 
     def run(self, batch_size: int, every: int, known: Sequence[dict[str, Any]], save: Any) -> list[dict[str, Any]]:
@@ -200,7 +201,7 @@ class Life:
     def _norms(self) -> dict[int, float]:
         """Norm of all experts' down-projections of each edited layer."""
         found = {}
-        for layer in self.hparams.edited_layers:
+        for layer in self.edited:
             experts = self.view.layers[layer].experts
             sizes = [float(experts.read(j).detach().float().norm()) for j in range(experts.layout.num_experts)]
             found[layer] = math.hypot(*sizes)
