@@ -9,7 +9,7 @@ from torch import nn
 
 from easyedit_moe.errors import DenseModelError, LayoutError
 from easyedit_moe.hparams.sites import EXPERTS
-from easyedit_moe.moe.config import text_config
+from easyedit_moe.moe.config import largest, text_config
 from easyedit_moe.moe.layers import MoELayerView
 
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k", "moe_top_k")
@@ -119,13 +119,13 @@ def shapes_of(model: nn.Module, layers: list[int] | tuple[int, ...], site: str =
 
 def _attention(config: Any) -> tuple[int, int, int]:
     """Widths of queries, of keys and of repeated keys, all heads together; zeros where the config does not say so."""
-    heads = getattr(config, "num_attention_heads", None)
-    if not isinstance(heads, int) or heads < 1:
+    heads = largest(config, "num_attention_heads")
+    if not heads or heads < 1:
         return 0, 0, 0
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    groups = getattr(config, "num_key_value_heads", None) or heads
+    width = largest(config, "head_dim") or config.hidden_size // heads
+    groups = largest(config, "num_key_value_heads") or heads
     # One group is read by all heads as it lies.
-    return heads * int(width), int(groups) * int(width), int(width) if groups == 1 else heads * int(width)
+    return heads * width, groups * width, width if groups == 1 else heads * width
 
 
 def outline_of(model: nn.Module) -> Shapes:

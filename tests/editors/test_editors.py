@@ -413,7 +413,7 @@ def test_an_error_at_the_second_layer(
 
 
 @pytest.mark.parametrize(
-    "function", ["compute_targets", "capture_facts", "fact_contexts", "check_keys", "model_fingerprint"]
+    "function", ["found_targets", "capture_facts", "fact_contexts", "check_keys", "model_fingerprint"]
 )
 def test_an_error_anywhere(function: str, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model().train()

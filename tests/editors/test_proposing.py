@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from easyedit_moe.editors import proposing
+from easyedit_moe.editors import proposing, stages
 from easyedit_moe.editors.proposing import Memory, critical_layers, named_proposal, propose
 from easyedit_moe.hparams import load_hyperparams
 from easyedit_moe.hparams.models import OUTLINES
@@ -97,8 +97,9 @@ def test_values_come_from_the_nearest_yaml(monkeypatch: pytest.MonkeyPatch) -> N
     assert (other.v_lr, other.v_num_grad_steps, other.num_passes) == (0.1, 25, 4)
 
 
-def test_what_a_device_can_hold_decides() -> None:
+def test_what_a_device_can_hold_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("mixtral")
+    monkeypatch.setattr(stages, "BATCH_TOKENS", 64)  # of a model this small, statistics would be the largest stage
     free = propose("m", "Global", loaded=model, memory=Memory("cpu"))
     assert "target_batch_size" not in {one.name for one in free.values}
     assert (free.hparams().device, free.hparams().model_parallel) == ("cpu", False)
