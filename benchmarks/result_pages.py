@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import typer
 
@@ -22,7 +21,6 @@ from easyedit_moe.comparison.settings import DEFAULT_METHODS
 from easyedit_moe.evaluation.summary import Summary, legend, shown
 from easyedit_moe.hparams import SolverHyperParams, hyperparams_class
 from easyedit_moe.storage.files import write_text
-from easyedit_moe.storage.strict_json import read_json
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"(<!-- made from (\S+): ([^\n]+?) -->\n)(.*?)(<!-- end -->)", re.S)
@@ -66,24 +64,6 @@ def host(comparison: Comparison) -> str:
     return f"{markdown_rows(('method', *SCORES[:3], 'seconds', 'peak MiB'), 1, cells)}\n{_legend(rows)}\n"
 
 
-def ability(path: Path) -> str:
-    """Metrics of tasks before any edit and after those of each method, one patch each, as ``evaluate`` measured them.
-
-    The file has, by method, what ``evaluate`` wrote to results.json.
-    """
-    methods: dict[str, Any] = read_json(path)["methods"]
-    first = next(iter(methods.values()))["measures"]
-    names = [f"{one['group']}: {one['name']}" for one in first]
-    rows = [["before", *(_measured(one["before"]) for one in first)]]
-    rows += [[method, *(_measured(one["after"]) for one in found["measures"])] for method, found in methods.items()]
-    return markdown_rows(("edited by", *names), 1, rows)
-
-
-def _measured(found: Mapping[str, Any]) -> str:
-    error = found["stderr"]
-    return f"{found['mean']:.3f}" + (f" ± {error:.3f}" if error else "")
-
-
 def of_method(row: Row) -> str:
     """A method's scores and cost in a sentence."""
     found = ", ".join(f"{name} {shown(getattr(row.scores, name))}" for name in SCORES[:3])
@@ -110,15 +90,13 @@ def made(page: str, docs: Path = ROOT / "docs") -> str:
 
     def block(found: re.Match[str]) -> str:
         head, name, kind, _, end = found.groups()
-        if kind == "ability":
-            return f"{head}\n{ability(docs / name)}\n{end}"
         comparison = read_results(docs / name)
         if kind in KINDS:
             return f"{head}\n{KINDS[kind](comparison)}\n{end}"
         for row in comparison.rows:
             if row.method == kind:
                 return f"{head}{of_method(row)}{end}"
-        raise ValueError(f"{kind!r} is none of {', '.join(KINDS)}, ability, nor a row of {name}.")
+        raise ValueError(f"{kind!r} is none of {', '.join(KINDS)}, nor a row of {name}.")
 
     return BLOCK.sub(block, page)
 
