@@ -24,7 +24,7 @@ ARTEFACTS = {
 def test_no_other_content_is_used_and_no_error_is_raw(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        counts, bad = counts_of(tmp_path, 5, every=8)
+        counts, bad = counts_of(tmp_path, 5, every=12)
     assert bad == []
     assert set(counts) == ARTEFACTS
     for name, found in counts.items():
