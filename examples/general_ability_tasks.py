@@ -33,10 +33,15 @@ LENGTH, HELD_OUT, LEAST_WORDS = 160, 8, 12
 ACCURACY = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
 
 
+def help_topics() -> list[str]:
+    """Python's help topics, by name."""
+    topics = importlib.import_module("pydoc_data.topics").topics
+    return [topics[name] for name in sorted(topics)]
+
+
 def prose(tok: Any, texts: int) -> list[str]:
     """Chunks of Python's help topics that carving with so many texts held out."""
-    topics = importlib.import_module("pydoc_data.topics").topics
-    ids = encode_text(tok, "\n\n".join(topics[name] for name in sorted(topics)))
+    ids = encode_text(tok, "\n\n".join(help_topics()))
     chunks = [ids[start : start + LENGTH] for start in range(0, len(ids) - LENGTH, LENGTH)]
     return [tok.decode(ids) for ids in chunks[:: max(1, len(chunks) * 2 // max(texts, 1))][::HELD_OUT]]
 
@@ -85,9 +90,8 @@ def write_tasks(model: str, facts: str, skip: int, count: int, chunks: int, text
     """The three tasks in a folder; how many rows each has."""
     asked = other_facts(facts, skip, count)
     tok = AutoTokenizer.from_pretrained(model)
-    topics = importlib.import_module("pydoc_data.topics").topics
     held = prose(tok, texts)[:chunks]
-    words = last_words([topics[name] for name in sorted(topics)])
+    words = last_words(help_topics())
     words = words[:: max(1, len(words) // chunks)][:chunks]
     out.mkdir(parents=True, exist_ok=True)
     write_task(

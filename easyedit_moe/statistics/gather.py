@@ -82,17 +82,7 @@ def layer_statistics(
         check_writable(folder / keys[missing[0]].file_name())
         checkpoint = MomentsCheckpoint(folder, {layer: keys[layer] for layer in missing}, CHECKPOINT_SECONDS)
         parts = corpus.parts()
-        collected = collect_moments(
-            view,
-            tok,
-            parts,
-            missing,
-            hparams.max_length,
-            getattr(torch, hparams.mom2_dtype),
-            progress=progress and rank_and_size()[0] == 0,
-            coverage_target=hparams.coverage_target,
-            checkpoint=checkpoint,
-        )
+        collected = _collected(view, tok, hparams, missing, parts, progress, checkpoint)
         if rank_and_size()[0] == 0:
             for layer, value in collected.items():
                 save_moments(folder / keys[layer].file_name(), keys[layer], value)
@@ -120,12 +110,25 @@ def fresh_statistics(
     """
     folder = statistics_folder(hparams.stats_dir, hparams.model_name, fingerprint)
     parts = _corpus(view, tok, hparams, fingerprint, folder).parts()
-    moments = collect_moments(
-        view, tok, parts, list(layers), hparams.max_length, getattr(torch, hparams.mom2_dtype),
-        progress=progress and rank_and_size()[0] == 0, coverage_target=hparams.coverage_target,
-    )  # fmt: skip
+    moments = _collected(view, tok, hparams, list(layers), parts, progress)
     _report_coverage(moments, hparams)
     return moments
+
+
+def _collected(
+    view: MoELayerView,
+    tok: PreTrainedTokenizerBase,
+    hparams: SolverHyperParams,
+    layers: list[int],
+    parts: Shards,
+    progress: bool,
+    checkpoint: MomentsCheckpoint | None = None,
+) -> dict[int, LayerMoments]:
+    """Moments as the hparams want them; of several processes the first shows progress."""
+    return collect_moments(
+        view, tok, parts, layers, hparams.max_length, getattr(torch, hparams.mom2_dtype),
+        progress=progress and rank_and_size()[0] == 0, coverage_target=hparams.coverage_target, checkpoint=checkpoint,
+    )  # fmt: skip
 
 
 def _cached(path: Path, key: StatisticsKey, moe: MoELayer) -> LayerMoments | None:
