@@ -94,10 +94,9 @@ class CoreUpdate:
     @property
     def left(self) -> Tensor:
         """``[d, rank]``: ``U_out a`` of the tokens where these are no more than ro, else U_out; computed each time."""
-        if not self._of_tokens:
+        if isinstance(self.core, Tensor) or not self._of_tokens:
             return self.factors.outer.to(self.device)
-        core = self.core.left if isinstance(self.core, FactoredCore) else self.core
-        return self._returned(self._raised(self.factors.outer) @ core.to(SYSTEM_DTYPE))
+        return self._returned(self._raised(self.factors.outer) @ self.core.left.to(SYSTEM_DTYPE))
 
     @property
     def columns(self) -> tuple[Tensor, ...]:

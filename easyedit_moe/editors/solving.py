@@ -340,8 +340,9 @@ class BatchSolve:
         editor = self.editor
         with self.watch.stage("targets"):
             found = found_targets(
-                self.hparams, editor.target_settings(), self.view, self.tok, asked, editor.progress, **more
-            )
+                self.hparams, editor.target_settings(), self.view, self.tok, asked, editor.progress,
+                self.prepared.fingerprint, **more,
+            )  # fmt: skip
             return found.taken(groups.numbers)
 
     def closed(self) -> Carried:

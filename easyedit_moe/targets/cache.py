@@ -110,17 +110,19 @@ def found_targets(
     tok: PreTrainedTokenizerBase,
     requests: Sequence[EditRequest],
     progress: bool = True,
+    fingerprint: str | None = None,
     **more: Any,
 ) -> TargetVectors:
     """Targets at a model's weights by a method's `Editor.target_settings`: read where they lie in the hparams'
-    ``target_cache_dir``, else found. ``more`` is as for `TargetSearch.find`. Missed targets
-    are not warned of; raises as `cached_targets` does.
+    ``target_cache_dir``, else found. ``fingerprint`` is the `model_fingerprint`, where it is known; ``more`` is as for
+    `TargetSearch.find`. Missed targets are not warned of; raises as `cached_targets` does.
     """
     search = TargetSearch(view, tok, *settings, progress, warn=False)
     folder = getattr(hparams, "target_cache_dir", None)
     if folder is None:
         return search.targets(requests, **more)
-    return cached_targets(folder, hparams.model_name, model_fingerprint(view), search, requests, **more)
+    known = fingerprint or model_fingerprint(view)
+    return cached_targets(folder, hparams.model_name, known, search, requests, **more)
 
 
 def _key(
