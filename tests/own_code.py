@@ -8,12 +8,17 @@ gradients, as the code of such checkpoints does.
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from textwrap import dedent
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from tiny import VOCAB, randomise, tiny_tokenizer
+from transformers import dynamic_module_utils
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 MODELING = dedent(
@@ -179,6 +184,26 @@ CONFIGURATION = dedent(
             super().__init__(**kwargs)
     '''
 )
+
+
+@contextmanager
+def module_cache(folder: Path) -> Iterator[None]:
+    """Code of checkpoints is copied to ``folder`` and imported from there alone, whatever was imported before."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(folder))
+        patch.setattr(sys, "path", list(sys.path))
+        # The package remembers the folder that it came from.
+        for name in _imported():
+            patch.delitem(sys.modules, name)
+        try:
+            yield
+        finally:
+            for name in _imported():
+                del sys.modules[name]
+
+
+def _imported() -> list[str]:
+    return [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]
 
 
 def write_checkpoint(folder: Path) -> Path:

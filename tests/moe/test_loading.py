@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from own_code import module_cache
 from quantised import to_fp8, to_mxfp4
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model, tiny_multimodal, tiny_omni, tiny_tokenizer
-from transformers import dynamic_module_utils
 
 from easyedit_moe import editor
 from easyedit_moe.errors import DataError, HyperParamsError
@@ -278,10 +278,10 @@ def test_own_code_is_refused_without_a_question(tmp_path: Path, monkeypatch: pyt
             load(str(folder))
 
 
-def test_trusted_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+def test_trusted_code_runs(tmp_path: Path) -> None:
     folder = with_own_code(tmp_path / "model")
-    assert type(empty_model(str(folder), trust_remote_code=True)).__name__ == "OwnModel"
+    with module_cache(tmp_path / "modules"):
+        assert type(empty_model(str(folder), trust_remote_code=True)).__name__ == "OwnModel"
 
 
 @pytest.mark.parametrize("trusted", [False, True])

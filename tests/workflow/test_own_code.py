@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from own_code import write_checkpoint
+from own_code import module_cache, write_checkpoint
 from tiny import assert_same_state, facts, requests, state_of, tiny_tokenizer
 from torch import nn
-from transformers import dynamic_module_utils
 from typer.testing import CliRunner
 
 from benchmarks.families import planned_error
@@ -37,12 +36,8 @@ IDS = tiny_tokenizer()("The quick brown fox jumps over the lazy dog.")["input_id
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The checkpoint; its code is copied to a cache of modules of this test alone."""
     place = tmp_path_factory.mktemp("own")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(place / "modules"))
-        patch.setattr(sys, "path", list(sys.path))
+    with module_cache(place / "modules"):
         yield write_checkpoint(place / "model")
-    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
-        del sys.modules[name]
 
 
 @pytest.fixture
