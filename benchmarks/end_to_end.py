@@ -21,11 +21,11 @@ from benchmarks.shapes import MODELS
 from easyedit_moe import factworld
 from easyedit_moe.editors import make_editor
 from easyedit_moe.editors.planner import plan
-from easyedit_moe.editors.shapes import shapes_of
 from easyedit_moe.errors import EditingWarning
 from easyedit_moe.facts.requests import EditRequest, parse_requests
 from easyedit_moe.hparams import SolverHyperParams, load_hyperparams
 from easyedit_moe.moe.layers import MoELayerView
+from easyedit_moe.moe.shapes import shapes_of
 from easyedit_moe.patches.weights import WeightPatch
 from easyedit_moe.targets.search import TargetVectors
 

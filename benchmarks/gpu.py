@@ -27,13 +27,13 @@ from benchmarks.syncs import counted_syncs
 from easyedit_moe import factworld
 from easyedit_moe.editors import make_editor
 from easyedit_moe.editors.planner import MemoryPlan, plan
-from easyedit_moe.editors.shapes import shapes_of
 from easyedit_moe.editors.stages import Stage
 from easyedit_moe.errors import EditingWarning
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.hparams import load_hyperparams
 from easyedit_moe.moe.holding import intact
 from easyedit_moe.moe.layers import MoELayerView
+from easyedit_moe.moe.shapes import shapes_of
 from easyedit_moe.patches.applied_run import AppliedRun
 from easyedit_moe.storage.strict_json import write_json
 from easyedit_moe.targets.search import TargetVectors, compute_targets

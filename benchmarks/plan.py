@@ -21,12 +21,12 @@ from benchmarks.end_to_end import requests
 from easyedit_moe import factworld
 from easyedit_moe.editors import Editor, make_editor, memoe, solving, training, unke
 from easyedit_moe.editors.planner import MemoryPlan, Workload
-from easyedit_moe.editors.shapes import Lengths
 from easyedit_moe.errors import EditingWarning
 from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.facts.tokens import encode_prompt
 from easyedit_moe.hparams import load_hyperparams
 from easyedit_moe.measure import peak_memory_bytes, reset_peak_memory
+from easyedit_moe.moe.shapes import Lengths
 from easyedit_moe.targets.search import KL_PROMPT
 
 

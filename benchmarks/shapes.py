@@ -9,7 +9,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 from easyedit_moe.algebra.routed_keys import RoutedKeys
-from easyedit_moe.editors.shapes import Shapes
+from easyedit_moe.moe.shapes import Shapes
 
 
 @dataclass(frozen=True)

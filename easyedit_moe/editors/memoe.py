@@ -14,11 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from easyedit_moe.adapters.attachment import add_subjects, attach, detach, find_adapter, find_ffn
 from easyedit_moe.adapters.moe_adapter import AdapterConfig, Fact, MoEAdapter, base_fingerprint
 from easyedit_moe.adapters.training import check_facts, train_adapter
-from easyedit_moe.editors.activations import kept_for_gradient
 from easyedit_moe.editors.base import Editor, EditResult, provenance
 from easyedit_moe.editors.diagnosis import EditDiagnosis, FactDiagnosis, settings_of
 from easyedit_moe.editors.planner import MemoryPlan, Workload
-from easyedit_moe.editors.shapes import outline_of
 from easyedit_moe.editors.stages import Stage
 from easyedit_moe.errors import AdapterError, EditingWarning, HyperParamsError
 from easyedit_moe.facts.anchors import SubjectMatcher
@@ -26,8 +24,10 @@ from easyedit_moe.facts.requests import EditRequest
 from easyedit_moe.hparams import MEMoEHyperParams
 from easyedit_moe.interrupts import uninterrupted
 from easyedit_moe.measure import Stopwatch
+from easyedit_moe.moe.activations import kept_for_gradient
 from easyedit_moe.moe.config import text_config
 from easyedit_moe.moe.holding import held, intact
+from easyedit_moe.moe.shapes import outline_of
 from easyedit_moe.patches.checks import versions
 
 

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from easyedit_moe.editors.shapes import USUAL, Lengths, Shapes
 from easyedit_moe.editors.stages import (
     PREPARED,
     Stage,
@@ -25,6 +24,8 @@ from easyedit_moe.editors.stages import (
 )
 from easyedit_moe.errors import HyperParamsError
 from easyedit_moe.hparams import MoTEHyperParams, SolverHyperParams
+from easyedit_moe.moe.shapes import USUAL, Lengths, Shapes
+from easyedit_moe.targets.memory import USUAL_SEQUENCES
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,8 @@ def plan(
     """The memory plan of one batch of edits, or of the last of several whose patches are kept.
 
     Sizes that results do not depend on (``capture_batch_size`` and ``target_batch_size``) are halved from their
-    defaults until their stage fits ``budget``; see `MemoryPlan.settings`.
+    defaults until their stage fits ``budget``; see `MemoryPlan.settings`. Where ``target_batch_size`` is None,
+    256 is planned for, which a search on a GPU exceeds only within half of what is free then.
 
     Args:
         shapes: of the model.
@@ -157,8 +159,10 @@ def plan(
         fitted.add(lambda _: metric_stage(shapes, hparams))
     if isinstance(hparams, MoTEHyperParams):
         fitted.add(lambda _: basis_stage(shapes, hparams))
-    last, most, captured = hparams.layers[-1], hparams.target_batch_size, hparams.capture_batch_size
-    fitted.add(lambda n: targets_stage(shapes, last, together, contexts, lengths, n), "target_batch_size", most)
+    most, captured = hparams.target_batch_size or USUAL_SEQUENCES, hparams.capture_batch_size
+    fitted.add(
+        lambda n: targets_stage(shapes, hparams.layers[-1], together, contexts, lengths, n), "target_batch_size", most
+    )
     fitted.add(
         lambda n: capture_stage(shapes, hparams, edits, contexts, earlier, lengths, n), "capture_batch_size", captured
     )

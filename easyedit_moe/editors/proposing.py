@@ -18,7 +18,6 @@ from torch import nn
 from easyedit_moe.editors.planner import MemoryPlan, Workload
 from easyedit_moe.editors.proposal import Chosen, Proposal
 from easyedit_moe.editors.registry import editor_class
-from easyedit_moe.editors.shapes import Shapes, shapes_of
 from easyedit_moe.errors import HyperParamsError
 from easyedit_moe.facts.records import FactSet
 from easyedit_moe.factworld import MODEL_NAME
@@ -40,8 +39,10 @@ from easyedit_moe.hparams.sources import descriptions, origin, yaml_comments
 from easyedit_moe.moe.config import model_config, text_config
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.moe.loading import checkpoint_dtype, empty_model
+from easyedit_moe.moe.shapes import Shapes, shapes_of
 from easyedit_moe.statistics.corpus import GENERATED
 from easyedit_moe.statistics.generated import SAMPLED_TOKENS
+from easyedit_moe.targets.memory import USUAL_SEQUENCES
 
 MOST_LAYERS = 5
 """Layers that are edited at most; as many as the papers edit of Qwen3-30B-A3B."""
@@ -349,7 +350,7 @@ class _Proposing:
         before = self._hparams()
         for name in _CHUNKS:
             size = fitted.settings.get(name)
-            if name in self.fields and size is not None and size != getattr(before, name):
+            if name in self.fields and size not in (None, getattr(before, name) or USUAL_SEQUENCES):
                 self._take([Chosen(name, size, f"fits the {budget / 1e9:.1f} GB that {of} have free")])
         return fitted
 

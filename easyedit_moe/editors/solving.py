@@ -31,7 +31,6 @@ from easyedit_moe.editors.measuring import Fit, residual_shares
 from easyedit_moe.editors.memory import EditMemory, Holding, Remembered, Row
 from easyedit_moe.editors.planner import MemoryPlan, Workload, plan
 from easyedit_moe.editors.prepared import Prepared, PreparedLayer
-from easyedit_moe.editors.shapes import shapes_of
 from easyedit_moe.editors.solving_diagnosis import Solved, diagnose_solved
 from easyedit_moe.editors.spreading import spread
 from easyedit_moe.errors import LayerError, LayoutError
@@ -44,6 +43,7 @@ from easyedit_moe.moe.capture import FactStates, LayerInputs, capture_facts
 from easyedit_moe.moe.fingerprint import model_fingerprint
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.moe.probe import check_keys, measured_tail, starts_anywhere
+from easyedit_moe.moe.shapes import shapes_of
 from easyedit_moe.moe.tails import FactPlaces, Tail
 from easyedit_moe.patches.weights import PatchWriter, writing
 from easyedit_moe.statistics.gather import fresh_statistics, layer_statistics

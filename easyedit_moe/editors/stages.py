@@ -11,12 +11,13 @@ from easyedit_moe.algebra.nullspace import CHUNK as EIGH_CHUNK
 from easyedit_moe.algebra.ranks import resolve_rank
 from easyedit_moe.algebra.systems import CHUNK
 from easyedit_moe.algebra.tucker import CHUNK_NUMBERS
-from easyedit_moe.editors.activations import inference, kept_for_gradient, passing
-from easyedit_moe.editors.shapes import Lengths, Shapes
 from easyedit_moe.hparams import MoTEHyperParams, SolverHyperParams
+from easyedit_moe.moe.activations import inference
+from easyedit_moe.moe.shapes import Lengths, Shapes
 from easyedit_moe.patches.groups import tile_size
 from easyedit_moe.statistics.moments import BATCH_TOKENS
 from easyedit_moe.storage.checksums import TILE_BYTES
+from easyedit_moe.targets.memory import search_bytes
 
 PREPARED = ("statistics", "metric", "basis")
 """Stages before the first batch of edits."""
@@ -92,33 +93,11 @@ def tucker_ranks(shapes: Shapes, hparams: MoTEHyperParams) -> tuple[int, int, in
 
 
 def targets_stage(shapes: Shapes, layer: int, edits: int, contexts: int, lengths: Lengths, batch: int) -> Stage:
-    """Target vectors at the output of ``layer`` for edits in some contexts each, and the prompt that the KL term asks.
-
-    First the layers below compute all prompts, then those above what lies before the fact tokens, of which they keep
-    keys and values; a step computes the rest with its gradient, and the logits that are scored.
-    """
+    """Target vectors at the output of ``layer`` for edits in some contexts each; see `search_bytes`."""
     together = min(edits, max(1, batch // (contexts + 1)))
-    rows, scored = together * (contexts + 1), together * (contexts * lengths.target + 1)
-    above = shapes.num_layers - 1 - layer
-    first = inference(shapes, rows * lengths.whole)
-    held = rows * (lengths.whole + lengths.behind) * shapes.d_model * shapes.itemsize
-    cache = 2 * above * rows * lengths.before * shapes.cached * shapes.itemsize
-    tokens, attended = rows * lengths.behind, rows * (lengths.behind + lengths.before)
-    routed = together * (contexts * lengths.behind + 1)
-    step = sum(
-        kept_for_gradient(shapes, tokens, some, attended) for some in [routed] * (above - 1) + [scored] * (above > 0)
-    )
-    step += max(passing(shapes, routed), logits_of_targets(shapes, together, scored))
-    working = max(first, held + cache + step)
-    return Stage("targets", 4 * edits * shapes.d_model, working, f"{rows} sequences at a time")
-
-
-def logits_of_targets(shapes: Shapes, edits: int, scored: int) -> int:
-    """Logits of a step of the search, their log-softmax where targets and where the KL term ask, and its gradient."""
-    asked, own = scored - edits, shapes.itemsize if shapes.itemsize < 4 else 0
-    forward = scored * (own + 4) + 4 * (asked + 5 * edits)
-    backward = 8 * scored + 12 * asked
-    return shapes.vocabulary * max(forward, backward)
+    working = search_bytes(shapes, layer, together, contexts, lengths)
+    note = f"{together * (contexts + 1)} sequences at a time"
+    return Stage("targets", 4 * edits * shapes.d_model, working, note)
 
 
 def capture_stage(

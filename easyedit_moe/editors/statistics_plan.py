@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from easyedit_moe.editors.shapes import shapes_of
 from easyedit_moe.hparams import MoTEHyperParams, SolverHyperParams
 from easyedit_moe.moe.layers import MoELayerView, decoder_stack
+from easyedit_moe.moe.shapes import shapes_of
 from easyedit_moe.statistics.corpus import GENERATED
 
 

@@ -19,7 +19,6 @@ from transformers import PreTrainedTokenizerBase
 from easyedit_moe.editors.base import Editor, EditResult, provenance
 from easyedit_moe.editors.diagnosis import FactDiagnosis
 from easyedit_moe.editors.planner import MemoryPlan, Workload
-from easyedit_moe.editors.shapes import shapes_of
 from easyedit_moe.editors.training_diagnosis import diagnose_tensors
 from easyedit_moe.editors.training_planner import Trained, plan_training
 from easyedit_moe.errors import NumericalError, not_finite
@@ -30,6 +29,7 @@ from easyedit_moe.hparams import TrainingHyperParams
 from easyedit_moe.measure import Stopwatch
 from easyedit_moe.moe.capture import inference_mode_of
 from easyedit_moe.moe.layers import MoELayerView
+from easyedit_moe.moe.shapes import shapes_of
 from easyedit_moe.patches.tensors import TensorWriter, writing_tensors
 from easyedit_moe.progress import progress_bar
 from easyedit_moe.targets.search import check_lengths, fact_contexts

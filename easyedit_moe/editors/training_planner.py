@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from easyedit_moe.editors.activations import inference, kept_for_gradient, passing, scored
 from easyedit_moe.editors.planner import MemoryPlan, Workload
-from easyedit_moe.editors.shapes import Lengths, Shapes
 from easyedit_moe.editors.stages import Stage
 from easyedit_moe.hparams import TrainingHyperParams
+from easyedit_moe.moe.activations import inference, kept_for_gradient, passing, scored
+from easyedit_moe.moe.shapes import Lengths, Shapes
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from easyedit_moe.editors.activations import inference, kept_for_gradient, passing
 from easyedit_moe.editors.base import Editor, EditResult, provenance
 from easyedit_moe.editors.diagnosis import FactDiagnosis
 from easyedit_moe.editors.measuring import residual_shares
 from easyedit_moe.editors.planner import MemoryPlan, Workload
-from easyedit_moe.editors.shapes import Shapes, shapes_of
 from easyedit_moe.editors.stages import Stage, targets_stage
 from easyedit_moe.editors.trainable import check_writable, expert_parameters, trainable
 from easyedit_moe.editors.training import Masters, finite_loss
@@ -32,12 +30,15 @@ from easyedit_moe.facts.subjects import mentions
 from easyedit_moe.facts.tokens import collate, encode_text, pad_id
 from easyedit_moe.hparams import UnKEHyperParams
 from easyedit_moe.measure import Stopwatch
+from easyedit_moe.moe.activations import inference, kept_for_gradient, passing
 from easyedit_moe.moe.capture import hooks, run, stop_after
 from easyedit_moe.moe.layer_outputs import layer_output
 from easyedit_moe.moe.layers import MoELayer, MoELayerView
+from easyedit_moe.moe.shapes import Shapes, shapes_of
 from easyedit_moe.patches.tensors import writing_tensors
 from easyedit_moe.progress import progress_bar
 from easyedit_moe.statistics.generated import SAMPLED_TOKENS, corpus_texts
+from easyedit_moe.targets.memory import USUAL_SEQUENCES
 from easyedit_moe.targets.search import (
     TargetSettings,
     TargetVectors,
@@ -81,7 +82,7 @@ class UnKEEditor(Editor):
         edits = workload.edits_of(hp)
         (moe,) = MoELayerView(model, without_weights=True).require(hp.layers)
         trained = Trained.of(trained_parameters(moe, hp.train).values())
-        contexts, most = len(hp.context_prefixes) + 1, hp.target_batch_size
+        contexts, most = len(hp.context_prefixes) + 1, hp.target_batch_size or USUAL_SEQUENCES
         fit = _fit_stage(shapes, hp, trained, edits * contexts, workload)
         stages = (
             targets_stage(shapes, hp.layers[0], edits, contexts, workload.lengths, most),

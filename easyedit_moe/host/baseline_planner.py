@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from torch import nn
 
-from easyedit_moe.editors.activations import inference, kept_for_gradient, passing, scored
 from easyedit_moe.editors.planner import MemoryPlan, Workload
-from easyedit_moe.editors.shapes import Lengths, Shapes, outline_of
 from easyedit_moe.editors.stages import Stage
 from easyedit_moe.errors import LayerError
 from easyedit_moe.host.baseline_hparams import BaselineHyperParams
 from easyedit_moe.host.dense_statistics import module_of
 from easyedit_moe.host.wise import check_site
+from easyedit_moe.moe.activations import inference, kept_for_gradient, passing, scored
 from easyedit_moe.moe.layers import decoder_stack
+from easyedit_moe.moe.shapes import Lengths, Shapes, outline_of
 
 TEMPLATES = 21
 """Sequences in which EasyEdit's ROME, MEMIT and AlphaEdit ask one request: sampled contexts and the bare prompt."""

@@ -47,8 +47,9 @@ class SolverHyperParams(MoEHyperParams):
     """Weight of the KL term on "{subject} is a", >= 0. Papers: 0.0625."""
     early_stop_loss: float = 0.05
     """A request whose target loss falls below stops, >= 0. As in MEMIT and AlphaEdit."""
-    target_batch_size: int = 256
-    """Token sequences per forward while optimising targets, >= 1; halved where memory runs out. Ours."""
+    target_batch_size: int | None = None
+    """Token sequences per forward while optimising targets, >= 1; None: 256, or on a GPU as many as half of its free
+    memory holds. Halved where memory runs out. Ours."""
     target_cache_dir: str | None = None
     """Folder in which target vectors are kept per request; None: they are found anew each time. Ours."""
     capture_batch_size: int = 64
@@ -190,7 +191,7 @@ class SolverHyperParams(MoEHyperParams):
         super()._check_ranges()
         self._require_at_least(
             {
-                "v_num_grad_steps": 1, "target_batch_size": 1, "capture_batch_size": 1, "mom2_n_samples": 1,
+                "v_num_grad_steps": 1, "capture_batch_size": 1, "mom2_n_samples": 1,
                 "min_coverage": 0, "v_weight_decay": 0, "kl_factor": 0, "early_stop_loss": 0, "covariance_ridge": 0,
                 "generated_length": 2, "rounds": 1,
                 **{name: 0 for name in ("nullspace_threshold", "lambda_reg", "lambda_relative") if self._has(name)},
@@ -200,7 +201,8 @@ class SolverHyperParams(MoEHyperParams):
             self._require(name, getattr(self, name) > 0, "greater than 0")
         fine = self.coverage_target is None or self.coverage_target > 0
         self._require("coverage_target", fine, "None or greater than 0")
-        self._require("mom2_n_tokens", self.mom2_n_tokens is None or self.mom2_n_tokens >= 1, "None or at least 1")
+        for name in ("target_batch_size", "mom2_n_tokens"):
+            self._require(name, not self._has(name) or getattr(self, name) >= 1, "None or at least 1")
         self._require_one_of(
             {
                 "site": SITES, "fact_token": FACT_TOKENS, "metric": METRICS, "spread": SPREADS,

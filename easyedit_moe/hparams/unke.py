@@ -28,8 +28,9 @@ class UnKEHyperParams(MoEHyperParams):
     """Stage 1: weight of the KL term on "{subject} is a", >= 0. UnKE has none."""
     early_stop_loss: float = 0.05
     """Stage 1: a request whose loss falls below stops, >= 0. Ours."""
-    target_batch_size: int = 256
-    """Stage 1: token sequences per forward, >= 1. Ours."""
+    target_batch_size: int | None = None
+    """Stage 1: token sequences per forward, >= 1; None: 256, or on a GPU as many as half of its free memory holds.
+    Ours."""
     lr: float = 2e-4
     """Stage 2: Adam's learning rate for the layer's parameters, > 0. Papers: 2e-4 / 1e-4."""
     optim_num_step: int = 50
@@ -52,10 +53,12 @@ class UnKEHyperParams(MoEHyperParams):
         self._require_at_least(
             {
                 "v_num_grad_steps": 1, "v_weight_decay": 0, "kl_factor": 0, "early_stop_loss": 0,
-                "target_batch_size": 1, "optim_num_step": 1, "preserve_n_samples": 0, "preserve_weight": 0,
+                "optim_num_step": 1, "preserve_n_samples": 0, "preserve_weight": 0,
                 "train_batch_size": 1,
             }
         )  # fmt: skip
+        fine = self.target_batch_size is None or self.target_batch_size >= 1
+        self._require("target_batch_size", fine, "None or at least 1")
         for name in ("v_lr", "clamp_norm_factor", "lr"):
             self._require(name, getattr(self, name) > 0, "greater than 0")
         self._require_one_of({"fact_token": FACT_TOKENS, "train": ("experts", "down_projections", "layer")})

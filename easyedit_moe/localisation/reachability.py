@@ -86,7 +86,7 @@ def _state_norms(search: TargetSearch, records: Sequence[EvaluationRecord]) -> T
     settings = search.settings
     places = [fact_contexts(search.tok, r.request, (), settings.fact_token, settings.chat)[0] for r in records]
     ids, facts = [place.ids for place in places], [place.fact for place in places]
-    found = capture_facts(search.view, ids, facts, [], [search.layer], pad_id(search.tok), settings.batch_size)
+    found = capture_facts(search.view, ids, facts, [], [search.layer], pad_id(search.tok), settings.usual_size)
     return found.outputs[search.layer].norm(dim=1).cpu().clamp_min(1e-30)
 
 
@@ -147,8 +147,9 @@ def _losses(search: TargetSearch, asked: Sequence[_Asked], delta: Tensor) -> lis
     """Per question the mean NLL of the answer's tokens under its record's shift, and whether each is the likeliest."""
     order = sorted(range(len(asked)), key=lambda i: len(asked[i].place.ids) + len(asked[i].place.answer))
     found: dict[int, tuple[float, bool]] = {}
-    for start in range(0, len(order), search.settings.batch_size):
-        chosen = order[start : start + search.settings.batch_size]
+    size = search.settings.usual_size
+    for start in range(0, len(order), size):
+        chosen = order[start : start + size]
         places = [asked[i].place for i in chosen]
         owners = torch.tensor([asked[i].record for i in chosen])
         with inference_mode_of(search.view.model):

@@ -27,10 +27,12 @@ from easyedit_moe.hparams import SolverHyperParams, UnKEHyperParams
 from easyedit_moe.moe.capture import frozen_parameters, inference_mode_of
 from easyedit_moe.moe.config import context_length
 from easyedit_moe.moe.layers import MoELayerView
+from easyedit_moe.moe.shapes import Lengths
 from easyedit_moe.moe.tails import FactPlaces, RecordedTail, recorded_tail, within_reach
 from easyedit_moe.moe.upper_layers import ShiftedSequence, UpperLayers
 from easyedit_moe.progress import progress_bar
 from easyedit_moe.storage.strict_json import digest
+from easyedit_moe.targets.memory import USUAL_SEQUENCES, Room, enough
 from easyedit_moe.targets.outcomes import MORE_SEARCH, Outcome, known_warning, missed_warning
 
 logger = logging.getLogger(__name__)
@@ -51,7 +53,8 @@ class TargetSettings:
         weight_decay: weight of ``||delta|| / ||h||^2``.
         clamp_norm_factor: bound on ``||delta|| / ||h||``.
         early_stop_loss: a request whose loss falls below leaves the batch.
-        batch_size: token sequences in one forward.
+        batch_size: token sequences in one forward; None: 256, or on a GPU as many as half of its free memory holds
+            (`easyedit_moe.targets.memory`).
         fact_token: see `easyedit_moe.facts.tokens.encode_prompt`.
         chat: prompts are the user's turn in the tokenizer's template.
     """
@@ -62,9 +65,14 @@ class TargetSettings:
     weight_decay: float
     clamp_norm_factor: float
     early_stop_loss: float
-    batch_size: int
+    batch_size: int | None
     fact_token: str
     chat: bool = False
+
+    @property
+    def usual_size(self) -> int:
+        """``batch_size``, or what it is where no memory is asked."""
+        return self.batch_size or USUAL_SEQUENCES
 
     @staticmethod
     def of(hparams: SolverHyperParams | UnKEHyperParams) -> TargetSettings:
@@ -243,9 +251,10 @@ class TargetSearch:
         bar = progress_bar(len(groups), "targets", "request", self.progress)
         with inference_mode_of(view.model), frozen_parameters(view.model), bar:
             waiting = sorted(range(len(groups)), key=lambda t: _lengths(groups[t]))
-            limit = settings.batch_size
+            room = Room.of(view, self.layer) if settings.batch_size is None else None
+            limit = enough(sum(map(len, groups))) if room else settings.usual_size
             while waiting:
-                size = _next_chunk([groups[t] for t in waiting], limit)
+                size = _chunk_with_room([groups[t] for t in waiting], limit, room)
                 chosen = waiting[:size]
                 origins = [first[t] if first else None for t in chosen]
                 rows = [groups[t] for t in chosen]
@@ -289,6 +298,23 @@ def _next_chunk(groups: Sequence[list[_Row]], limit: int) -> int:
             break
         count, sequences, tokens = count + 1, sequences + more, tokens + more * longest
     return count
+
+
+def _chunk_with_room(groups: Sequence[list[_Row]], limit: int, room: Room | None) -> int:
+    """As `_next_chunk`, by a limit that is halved until the chunk has room."""
+    size = _next_chunk(groups, limit)
+    while room is not None and size > 1 and not room.holds(size, *_longest(groups[:size])):
+        limit //= 2
+        size = _next_chunk(groups, limit)
+    return size
+
+
+def _longest(groups: Sequence[list[_Row]]) -> tuple[int, Lengths]:
+    """Contexts of a request at most, and lengths that no sequence exceeds: padding counts, too."""
+    rows = [row for group in groups for row in group]
+    behind, before = max(len(row.ids) - row.fact for row in rows), max(row.fact for row in rows)
+    target = max(len(row.labels) for row in rows)
+    return max(map(len, groups)) - 1, Lengths(before + behind + 1 - target, before, target)
 
 
 def _solve_or_none(

@@ -23,13 +23,14 @@ from easyedit_moe.algebra.metric import IdentityMetric
 from easyedit_moe.algebra.routed_keys import RoutedKeys
 from easyedit_moe.algebra.tucker import TuckerBasis
 from easyedit_moe.commands.app import app
-from easyedit_moe.editors import make_editor, planner, shapes, stages
+from easyedit_moe.editors import make_editor, planner, stages
 from easyedit_moe.editors.planner import MemoryPlan, plan
-from easyedit_moe.editors.shapes import Shapes, shapes_of
 from easyedit_moe.errors import DataError, HyperParamsError, LayerError, LayoutError
 from easyedit_moe.hparams import GlobalHyperParams, MoEEditHyperParams, MoTEHyperParams, SolverHyperParams
+from easyedit_moe.moe import shapes
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.moe.loading import empty_model
+from easyedit_moe.moe.shapes import Shapes, shapes_of
 
 QWEN = hf.Qwen3MoeConfig(
     vocab_size=151936, hidden_size=2048, num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4,

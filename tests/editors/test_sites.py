@@ -11,7 +11,6 @@ from solving_editors import METHODS, TOK, changed_parameters, edit, hparams, pla
 from tiny import TEXTS, assert_same_state, requests, shared_model, state_of, tiny_model
 
 from easyedit_moe.editors import make_editor
-from easyedit_moe.editors.shapes import shapes_of
 from easyedit_moe.editors.statistics_plan import plan_statistics
 from easyedit_moe.errors import CacheError, EditingWarning, HyperParamsError, LayerError, PatchError
 from easyedit_moe.facts.requests import parse_requests
@@ -19,6 +18,7 @@ from easyedit_moe.hparams import hyperparams_class
 from easyedit_moe.hparams.sites import DENSE, EXPERTS, SHARED_EXPERT
 from easyedit_moe.moe.capture import capture_facts
 from easyedit_moe.moe.layers import MoELayerView
+from easyedit_moe.moe.shapes import shapes_of
 from easyedit_moe.patches.merging import merge
 from easyedit_moe.patches.weights import WeightPatch
 from easyedit_moe.statistics.__main__ import main

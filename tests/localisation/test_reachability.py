@@ -80,7 +80,7 @@ def test_it_is_an_edit_s_search() -> None:
     assert found.final_nll.mean < found.initial_nll.mean - 0.5
     assert found.norm.mean == pytest.approx(float(targets.delta.norm(dim=1).mean()), rel=1e-4)
     assert found.reached.mean == pytest.approx(100 * float(targets.reached.double().mean()))
-    bound = reachability(search(model, 1, TargetSettings(6, 0.5, 0.0, 0.0, 0.25, 0.0, 3, "subject_last")), records())
+    bound = reachability(search(model, 1, TargetSettings(6, 0.5, 0.0, 0.0, 0.25, 0.0, None, "subject_last")), records())
     assert bound.relative_norm.mean == pytest.approx(0.25, abs=1e-3)
 
 

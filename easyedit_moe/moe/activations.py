@@ -8,7 +8,7 @@ scores ("eager") needs more.
 
 from __future__ import annotations
 
-from easyedit_moe.editors.shapes import Shapes
+from easyedit_moe.moe.shapes import Shapes
 
 
 def inference(shapes: Shapes, tokens: int) -> int:
