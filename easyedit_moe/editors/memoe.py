@@ -145,7 +145,10 @@ class MEMoEEditor(Editor):
         e, d, width = hp.num_experts, shapes.d_model, hp.expert_width
         numbers = e * (2 * d + width * (2 * d + 1)) + d
         sequences, lengths = min(hp.train_batch_size, edits), workload.lengths
-        tokens = hp.locality_batch_size * hp.locality_max_tokens if hp.locality_weight else 0
+        # Half of its texts are prompts with another fact's subject; a step may come to compute all, where there is one.
+        others = edits > 1 or (hp.replay and workload.earlier_edits > 0)
+        texts = hp.locality_batch_size - (0 if others else hp.locality_batch_size // 2)
+        tokens = texts * hp.locality_max_tokens if hp.locality_weight else 0
         kept = sum(kept_for_gradient(shapes, n, n, n) for n in (sequences * lengths.whole, tokens))
         kept *= shapes.num_layers - 1 - hp.layers[0]
         # Of the facts the log-softmax stays; of the texts those of both models, and what makes their divergence.

@@ -166,8 +166,9 @@ def plan(
     fitted.add(
         lambda n: capture_stage(shapes, hparams, edits, contexts, earlier, lengths, n), "capture_batch_size", captured
     )
-    fitted.add(lambda _: solve_stage(shapes, hparams, rows, -(-edits // together)))
-    fitted.add(lambda _: write_stage(shapes, hparams, edits * contexts + earlier, rows, device, batches))
+    solves, tokens = -(-edits // together), edits * contexts + earlier
+    fitted.add(lambda _: solve_stage(shapes, hparams, rows, solves))
+    fitted.add(lambda _: write_stage(shapes, hparams, tokens, rows, device, batches, solves))
     return MemoryPlan(shapes, tuple(hparams.edited_layers), edits, tuple(fitted.stages), fitted.settings, budget)
 
 

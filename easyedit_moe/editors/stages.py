@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import comb
 
 import torch
 
@@ -151,6 +152,18 @@ def hit_experts(shapes: Shapes, tokens: int) -> int:
     return min(shapes.experts, round(shapes.experts * (1 - missed)))
 
 
+def longest_run(experts: int, hit: int, draws: int) -> int:
+    """Neighbours among ``hit`` of so many experts: the median of the longest run that ``draws`` even choices show."""
+    missed, ways = experts - hit, comb(experts, hit)
+    for run in range(1, hit):
+        # Gaps between missed experts that are longer than the run, counted out by inclusion and exclusion.
+        places = range(min(missed + 1, hit // (run + 1)) + 1)
+        short = sum((-1) ** n * comb(missed + 1, n) * comb(experts - n * (run + 1), missed) for n in places)
+        if (short / ways) ** draws >= 0.5:
+            return run
+    return hit
+
+
 def _roots(shapes: Shapes, tokens: int, metric: str, free: int | None) -> tuple[int, int]:
     """Bytes of what the metric makes of all gated keys, and of what it lifts them to again; float64."""
     slots, h = 8 * tokens * shapes.active, shapes.d_hidden
@@ -226,19 +239,25 @@ def mote_bytes(shapes: Shapes, tokens: int, re: int, ro: int, ri: int) -> tuple[
 
 
 def write_stage(
-    shapes: Shapes, hparams: SolverHyperParams, tokens: int, together: int, device: str, batches: int = 1
+    shapes: Shapes,
+    hparams: SolverHyperParams,
+    tokens: int,
+    together: int,
+    device: str,
+    batches: int = 1,
+    solves: int = 1,
 ) -> Stage:
     """Originals of the experts that are written, the patch's factors or cores in float32, and a few tiles.
 
     A core's factors exist for one group of experts at a time. ``tokens`` are those of all edits, ``together`` those
-    that one solve is of.
+    that one solve is of, ``solves`` those of a layer.
     """
     ranks = tucker_ranks(shapes, hparams) if isinstance(hparams, MoTEHyperParams) else None
     experts = shapes.experts if ranks else hit_experts(shapes, tokens)
     weights, size = shapes.d_model * shapes.d_hidden, tile_size(torch.device(device))
     # Neighbouring experts are written together.
     one = shapes.experts if ranks else hit_experts(shapes, together)
-    run = min(one, -(-2 * one // (shapes.experts - one + 1)))
+    run = longest_run(shapes.experts, one, solves * len(hparams.edited_layers))
     tile = 4 * (2 if shapes.itemsize == 4 else 3) * min(size, run * weights)
     left, slots = tokens, tokens * shapes.active
     if ranks and ranks[0] < shapes.experts:

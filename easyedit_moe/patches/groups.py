@@ -38,6 +38,7 @@ class Scratch:
         """``[number, size]`` of the dtype and device of ``like``, with any content."""
         kind = (like.device, like.dtype)
         if self._memory is None or self._memory.numel() < number * size or self._kind != kind:
+            self._memory = None  # what is given back first is not held beside what replaces it
             self._memory, self._kind = like.new_empty(number * size), kind
         return self._memory[: number * size].view(number, size)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
+from itertools import combinations, groupby
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from easyedit_moe.moe import shapes
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.moe.loading import empty_model
 from easyedit_moe.moe.shapes import Shapes, shapes_of
+from easyedit_moe.patches.groups import Scratch
 
 QWEN = hf.Qwen3MoeConfig(
     vocab_size=151936, hidden_size=2048, num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4,
@@ -211,13 +214,38 @@ def test_solvers_allocate_what_is_planned(solver: str, tokens: int) -> None:
     assert planned == pytest.approx(found.peak, rel=0.15)
 
 
-@pytest.mark.parametrize("method", ["MoTE", "MoEEdit-BCD", "Global", "MoE-MEMIT", "MoE-FT-L", "UnKE"])
-def test_every_stage_allocates_what_is_planned(method: str, tmp_path: Path) -> None:
+MEASURED = ("MoTE", "MoEEdit-BCD", "Global", "MoE-MEMIT", "MoE-FT-L", "UnKE", "MEMoE")
+
+
+@pytest.mark.parametrize(("method", "edits"), [*((method, 8) for method in MEASURED), ("MEMoE", 1)])
+def test_every_stage_allocates_what_is_planned(method: str, edits: int, tmp_path: Path) -> None:
     tok = hf.AutoTokenizer.from_pretrained(str(factworld.model_path()))
-    rows = measured(TINY, method, TINY.model("cpu"), tok, tmp_path, "cpu")
-    assert {"whole edit", "write"} < {row["stage"] for row in rows}
+    size = replace(TINY, edits=edits)
+    rows = measured(size, method, size.model("cpu"), tok, tmp_path, "cpu")
+    assert {"whole edit", "train" if method == "MEMoE" else "write"} < {row["stage"] for row in rows}
     ratios = {row["stage"]: row["planned / measured"] for row in rows}
     assert all(0.85 <= ratio <= 1.15 for ratio in ratios.values()), ratios
+
+
+@pytest.mark.parametrize(("experts", "hit", "draws"), [(8, 3, 1), (8, 3, 20), (10, 6, 2), (6, 6, 3), (1, 1, 4)])
+def test_the_longest_run_of_neighbours_is_a_median(experts: int, hit: int, draws: int) -> None:
+    def longest(chosen: tuple[int, ...]) -> int:
+        return max(len(list(run)) for _, run in groupby(enumerate(chosen), lambda one: one[1] - one[0]))
+
+    runs = [longest(chosen) for chosen in combinations(range(experts), hit)]
+    found = stages.longest_run(experts, hit, draws)
+    assert (sum(run <= found for run in runs) / len(runs)) ** draws >= 0.5
+    assert found == 1 or (sum(run < found for run in runs) / len(runs)) ** draws < 0.5
+
+
+def test_a_write_holds_no_scratch_that_became_too_small() -> None:
+    def write() -> None:
+        scratch, like = Scratch(), torch.empty(0)
+        scratch.take(like, 1, 1000)
+        scratch.take(like, 3, 1000)
+
+    found, _ = tracked(write)
+    assert found.peak == 3 * 4000
 
 
 # ---------------------------------------------------------------- the command
