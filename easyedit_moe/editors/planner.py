@@ -7,10 +7,17 @@ devices.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from easyedit_moe.editors.lasting_plan import (
+    after_stages,
+    before_stages,
+    directions_stages,
+    moments_stages,
+    written_rank,
+)
 from easyedit_moe.editors.stages import (
     PREPARED,
     Stage,
@@ -153,12 +160,8 @@ def plan(
     earlier = earlier_edits * contexts if hparams.remember_edits else 0
     together = min(edits, getattr(hparams, "edits_per_solve", None) or edits)
     rows = together * contexts + earlier
-    if hparams.needs_statistics:
-        fitted.add(lambda _: statistics_stage(shapes, hparams))
-    if hparams.metric != "identity":
-        fitted.add(lambda _: metric_stage(shapes, hparams))
-    if isinstance(hparams, MoTEHyperParams):
-        fitted.add(lambda _: basis_stage(shapes, hparams))
+    fitted.extend(_prepared(shapes, hparams))
+    fitted.extend(before_stages(shapes, hparams, earlier_edits, contexts))
     most, captured = hparams.target_batch_size or USUAL_SEQUENCES, hparams.capture_batch_size
     fitted.add(
         lambda n: targets_stage(shapes, hparams.layers[-1], together, contexts, lengths, n), "target_batch_size", most
@@ -166,10 +169,23 @@ def plan(
     fitted.add(
         lambda n: capture_stage(shapes, hparams, edits, contexts, earlier, lengths, n), "capture_batch_size", captured
     )
-    solves, tokens = -(-edits // together), edits * contexts + earlier
-    fitted.add(lambda _: solve_stage(shapes, hparams, rows, solves))
-    fitted.add(lambda _: write_stage(shapes, hparams, tokens, rows, device, batches, solves))
+    solves, rank = -(-edits // together), written_rank(shapes, hparams, together * contexts, earlier_edits)
+    tokens = edits * contexts + earlier
+    write = write_stage(shapes, hparams, tokens, rows, device, batches, solves, rank)
+    fitted.extend([solve_stage(shapes, hparams, rows, solves), write])
+    fitted.extend(after_stages(shapes, hparams, edits, earlier_edits, contexts, tokens))
     return MemoryPlan(shapes, tuple(hparams.edited_layers), edits, tuple(fitted.stages), fitted.settings, budget)
+
+
+def _prepared(shapes: Shapes, hparams: SolverHyperParams) -> list[Stage]:
+    found = moments_stages(shapes, hparams)
+    if hparams.needs_statistics:
+        found.append(statistics_stage(shapes, hparams, sum(stage.kept for stage in found)))
+    if hparams.metric != "identity":
+        found.append(metric_stage(shapes, hparams))
+    if isinstance(hparams, MoTEHyperParams):
+        found.append(basis_stage(shapes, hparams))
+    return found + directions_stages(shapes, hparams)
 
 
 class _Fitted:
@@ -180,15 +196,20 @@ class _Fitted:
         self.stages: list[Stage] = []
         self.settings: dict[str, int] = {}
 
-    def add(self, make: Callable[[int], Stage], name: str = "", size: int = 0) -> None:
+    def extend(self, stages: Iterable[Stage]) -> None:
+        """Stages that have no size."""
+        for stage in stages:
+            self.stages.append(stage)
+            self.held += 0 if stage.used_up else stage.kept
+
+    def add(self, make: Callable[[int], Stage], name: str, size: int) -> None:
+        """A stage of a size that goes by a name among the settings."""
         stage = make(size)
         while self.budget is not None and size > 1 and self.held + stage.kept + stage.working > self.budget:
             size //= 2
             stage = make(size)
-        if name:
-            self.settings[name] = size
-        self.stages.append(stage)
-        self.held += 0 if stage.used_up else stage.kept
+        self.settings[name] = size
+        self.extend([stage])
 
 
 def with_settings(hparams: SolverHyperParams, memory: MemoryPlan) -> SolverHyperParams:

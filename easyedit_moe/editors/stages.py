@@ -20,7 +20,7 @@ from easyedit_moe.statistics.moments import BATCH_TOKENS
 from easyedit_moe.storage.checksums import TILE_BYTES
 from easyedit_moe.targets.memory import search_bytes
 
-PREPARED = ("statistics", "metric", "basis")
+PREPARED = ("moments", "statistics", "metric", "basis", "directions")
 """Stages before the first batch of edits."""
 
 
@@ -38,15 +38,18 @@ class Stage:
     used_up: bool = False
 
 
-def statistics_stage(shapes: Shapes, hparams: SolverHyperParams) -> Stage:
-    """Second moments of all layers in one pass, and one batch of texts with the keys of one layer."""
+def statistics_stage(shapes: Shapes, hparams: SolverHyperParams, stays: int = 0) -> Stage:
+    """Second moments of all layers in one pass, and one batch of texts with the keys of one layer.
+
+    ``stays`` are bytes of them that another stage counts, as they are not used up.
+    """
     item = 8 if hparams.mom2_dtype == "float64" else 4
     layer = item * (shapes.experts * shapes.d_hidden**2 + shapes.d_model**2)
     keys = BATCH_TOKENS * shapes.active * shapes.d_hidden * max(shapes.itemsize, item)
     # Normalising makes the moments anew, layer by layer.
     working = max(layer, inference(shapes, BATCH_TOKENS) + keys)
     note = f"moments of all layers; {BATCH_TOKENS} tokens of texts at a time"
-    return Stage("statistics", layer * len(hparams.edited_layers), working, note, used_up=True)
+    return Stage("statistics", layer * len(hparams.edited_layers) - stays, working, note, used_up=True)
 
 
 def metric_stage(shapes: Shapes, hparams: SolverHyperParams) -> Stage:
@@ -144,6 +147,11 @@ def solve_stage(shapes: Shapes, hparams: SolverHyperParams, tokens: int, solves:
     # The last layer's solution stays until the next one is written.
     again = solves > 1 or (hparams.spread == "residual" and len(hparams.layers) > 1)
     return Stage("solve", 0, working + residual + (solution if again else 0), form)
+
+
+def changed_experts(shapes: Shapes, hparams: SolverHyperParams, tokens: int) -> int:
+    """Experts that an update of so many tokens writes: a core writes all."""
+    return shapes.experts if isinstance(hparams, MoTEHyperParams) else hit_experts(shapes, tokens)
 
 
 def hit_experts(shapes: Shapes, tokens: int) -> int:
@@ -246,21 +254,30 @@ def write_stage(
     device: str,
     batches: int = 1,
     solves: int = 1,
+    rank: int = 0,
 ) -> Stage:
     """Originals of the experts that are written, the patch's factors or cores in float32, and a few tiles.
 
     A core's factors exist for one group of experts at a time. ``tokens`` are those of all edits, ``together`` those
-    that one solve is of, ``solves`` those of a layer.
+    that one solve is of, ``solves`` those of a layer. ``rank`` is that of every expert's own factor where an option
+    for long runs changes the update; 0 where it is written as it was solved for.
     """
     ranks = tucker_ranks(shapes, hparams) if isinstance(hparams, MoTEHyperParams) else None
-    experts = shapes.experts if ranks else hit_experts(shapes, tokens)
+    experts = changed_experts(shapes, hparams, tokens)
     weights, size = shapes.d_model * shapes.d_hidden, tile_size(torch.device(device))
     # Neighbouring experts are written together.
-    one = shapes.experts if ranks else hit_experts(shapes, together)
+    one = changed_experts(shapes, hparams, together)
     run = longest_run(shapes.experts, one, solves * len(hparams.edited_layers))
     tile = 4 * (2 if shapes.itemsize == 4 else 3) * min(size, run * weights)
     left, slots = tokens, tokens * shapes.active
-    if ranks and ranks[0] < shapes.experts:
+    if rank:
+        factors = 4 * rank * (shapes.d_model + experts * shapes.d_hidden)
+        # What was solved for in float64; of a stretch of experts both factors, of a run those and what measures them.
+        sides = rank * (shapes.d_model + shapes.d_hidden)
+        run = min(experts, max(1, size // max(weights, sides)))
+        measured = 8 * run * (sides + 3 * rank**2)
+        tile = 2 * factors + 4 * min(experts, max(run, size // weights)) * sides + max(tile, measured)
+    elif ranks and ranks[0] < shapes.experts:
         re, ro, ri = ranks
         factors = 4 * min(tokens * (min(shapes.active, re) * ri + ro + 2 * shapes.active), re * ro * ri)
         group = max(1, min(size // weights, experts)) * shapes.d_hidden
