@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,10 @@ class GeneratedTexts:
             content = {"schema": SCHEMA, "kind": "generated texts", "key": self._part_key(number)}
             write_checked_json(path, {**content, "ids": ids, "texts": texts}, indent=None)
         return ids[:count]
+
+    def ahead(self, numbers: Sequence[int]) -> AbstractContextManager[None]:
+        """Nothing is made before its turn: the model that samples is busy."""
+        return nullcontext()
 
     def texts(self) -> list[str]:
         """All of them as text, without special tokens; those that are blank are left out."""

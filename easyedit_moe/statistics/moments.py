@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Protocol, cast
 
 import torch
@@ -226,6 +227,9 @@ class Shards(Protocol):
     def part(self, number: int) -> Sequence[Text]:
         """The texts of one part, always the same."""
 
+    def ahead(self, numbers: Sequence[int]) -> AbstractContextManager[None]:
+        """Inside, parts are asked for in this order, of which the last ones may never be; some may be made before."""
+
 
 class Progress(Protocol):
     """Where sums are kept between rounds; see `easyedit_moe.statistics.checkpoint.MomentsCheckpoint`."""
@@ -276,14 +280,14 @@ def collect_moments(
     shards = ListedShards(shards_of(texts, max_length)) if isinstance(texts, Sequence) else texts
     first, done = checkpoint.resume(sums) if checkpoint else (0, [])
     rank, size = rank_and_size()
-    per_round = max(shards.per_round, size)
-    bar = progress_bar(len(shards), "statistics", "shard", progress, initial=first * per_round)
-    with inference_mode_of(view.model), bar:
-        for number in range(first, -(-len(shards) // per_round)):
+    rounds, read = _rounds(shards, rank, size, first)
+    bar = progress_bar(len(shards), "statistics", "shard", progress, initial=read)
+    with inference_mode_of(view.model), bar, shards.ahead(list(chain(*rounds))):
+        for number, parts in enumerate(rounds, first + 1):
             active = {layer: one for layer, one in sums.items() if layer not in done}
             if not active:
                 break
-            for part in range(len(shards))[number * per_round : (number + 1) * per_round][rank::size]:
+            for part in parts:
                 for batch in _batches(tok, shards.part(part), max_length, batch_size):
                     _add_batch(view, batch, pad_id(tok), active)
                 bar.update(size)
@@ -292,11 +296,18 @@ def collect_moments(
             if coverage_target is not None:
                 done = done + [n for n, one in active.items() if one.covered(totals[n], coverage_target)]
             if checkpoint:
-                checkpoint.keep(sums, number + 1, done)
+                checkpoint.keep(sums, number, done)
     found = {layer: one.finish() for layer, one in sums.items()}
     if not all(value.num_tokens for value in found.values()):
         raise DataError("None of the corpus's texts has a token to collect statistics from.")
     return found
+
+
+def _rounds(shards: Shards, rank: int, size: int, first: int) -> tuple[list[range], int]:
+    """Of each round from the first on, the numbers of the parts that one process reads; how many parts come before."""
+    per_round = max(shards.per_round, size)
+    starts = range(first * per_round, len(shards), per_round)
+    return [range(len(shards))[start : start + per_round][rank::size] for start in starts], first * per_round
 
 
 def _told(totals: dict[int, Tensor], active: dict[int, Sums], coverage_target: float | None) -> str:
@@ -330,6 +341,10 @@ class ListedShards:
     def part(self, number: int) -> Sequence[Text]:
         """One of them."""
         return self.parts[number]
+
+    def ahead(self, numbers: Sequence[int]) -> AbstractContextManager[None]:
+        """There is nothing to make."""
+        return nullcontext()
 
 
 def shards_of(texts: Sequence[Text], max_length: int) -> list[list[Text]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.errors import DamagedCacheError
+from easyedit_moe.statistics.ahead import Ahead, made_ahead
 from easyedit_moe.statistics.moments import ListedShards, encode_cut, shards_of
 from easyedit_moe.storage.schema import Described, Expected, check_tensors, content_of, read_record
 from easyedit_moe.storage.strict_json import digest
@@ -48,7 +50,8 @@ def tokenizer_hash(tok: PreTrainedTokenizerBase, some_tokens: str) -> str:
 class TokenisedTexts:
     """A corpus of texts as `easyedit_moe.statistics.moments.Shards` of token ids.
 
-    A part is read from the file where it is there, and else tokenised when its turn comes; `keep` writes the file.
+    A part is read from the file where it is there, and else tokenised when its turn comes, or shortly before; `keep`
+    writes the file.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class TokenisedTexts:
         self._listed = ListedShards(shards_of(texts, key.max_length))
         self._texts = self._listed.parts
         self._found: dict[int, list[Tensor]] = read_or_warn(file, self._read) or {}
+        self._ahead: Ahead[list[list[int]]] | None = None
         self.added = 0
         start = 0
         for number, some in enumerate(self._texts):
@@ -83,8 +87,28 @@ class TokenisedTexts:
     def part(self, number: int) -> list[list[int]]:
         """Ids of the texts of one part, each cut at the key's length."""
         if number not in self._found:
-            self._take(number, [encode_cut(self._tok, text, self._key.max_length) for text in self._texts[number]])
+            self._take(number, self._encoded(number) if self._ahead is None else self._ahead.result(number))
         return [ids.tolist() for ids in self._found[number]]
+
+    @contextmanager
+    def ahead(self, numbers: Sequence[int]) -> Iterator[None]:
+        """Inside, parts are asked for in this order, and a few are tokenised in a thread before it is their turn.
+
+        What is tokenised in vain, because it is never asked for, is not kept.
+        """
+        missing = [number for number in numbers if number not in self._found]
+        if not missing:
+            yield
+            return
+        with made_ahead(self._encoded, missing) as made:
+            self._ahead = made
+            try:
+                yield
+            finally:
+                self._ahead = None
+
+    def _encoded(self, number: int) -> list[list[int]]:
+        return [encode_cut(self._tok, text, self._key.max_length) for text in self._texts[number]]
 
     def keep(self) -> None:
         """Write what is there, if any of it is new.

@@ -108,13 +108,16 @@ def test_anything_that_changes_tokens_has_a_file_of_its_own(change: str, corpus:
 
 
 def test_only_what_was_read_is_kept_and_the_rest_added_later(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that stops early tokenises no more than it reads."""
+    """A run that stops early keeps no more than it reads, and tokenises little more."""
     monkeypatch.setattr(moments, "ROUND_SHARDS", 1)
     corpus([1], coverage_target=0.1)
     first = list(corpus.tokenised)
     assert 0 < len(first) < len(TEXTS) * 3
+    kept = len(load_file(corpus.files()[0])["lengths"])
     corpus([1])
-    assert first + corpus.tokenised == TEXTS * 3
+    assert corpus.tokenised == (TEXTS * 3)[kept:]
+    assert first == (TEXTS * 3)[: len(first)]
+    assert kept <= len(first)
 
 
 def test_a_budget_of_tokens_is_counted_and_used_by_one_tokenising(corpus: Corpus) -> None:
