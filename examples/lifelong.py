@@ -119,15 +119,15 @@ class Life:
         self.norms = self._norms()
 
     def run(self, batch_size: int, every: int, known: Sequence[dict[str, Any]], save: Any) -> list[dict[str, Any]]:
-        """All edits; a point at the beginning and after every so many. Raises PatchError where a run that is taken up
-        leads elsewhere.
+        """All edits; a point at the beginning, after the first hundred and after every so many. Raises PatchError where
+        a run that is taken up leads elsewhere.
         """
         editor, memory, points, seconds, since = make_editor(self.hparams, progress=False), None, [], 0.0, 0
         editor.prepare(self.model, self.tok)
         known = list(known)
         count = len(self.stream.edits)
         for start in [*range(0, count, batch_size), count]:
-            if start % every == 0 or start == count:
+            if start % every == 0 or start in (FIRST, count):
                 weights = weights_fingerprint(self.view)
                 if len(points) < len(known):
                     point = known[len(points)]

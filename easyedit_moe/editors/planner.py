@@ -157,7 +157,9 @@ def plan(
     edits = hparams.batch_size if edits is None else edits
     fitted = _Fitted(budget, shapes.parameters)
     contexts = len(hparams.context_prefixes) + 1
-    earlier = earlier_edits * contexts if hparams.remember_edits else 0
+    again = min(hparams.replay_facts, earlier_edits)
+    earlier = (earlier_edits - again) * contexts if hparams.remember_edits else 0
+    asked, edits = edits, edits + again
     together = min(edits, getattr(hparams, "edits_per_solve", None) or edits)
     rows = together * contexts + earlier
     fitted.extend(_prepared(shapes, hparams))
@@ -174,7 +176,7 @@ def plan(
     write = write_stage(shapes, hparams, tokens, rows, device, batches, solves, rank)
     fitted.extend([solve_stage(shapes, hparams, rows, solves), write])
     fitted.extend(after_stages(shapes, hparams, edits, earlier_edits, contexts, tokens))
-    return MemoryPlan(shapes, tuple(hparams.edited_layers), edits, tuple(fitted.stages), fitted.settings, budget)
+    return MemoryPlan(shapes, tuple(hparams.edited_layers), asked, tuple(fitted.stages), fitted.settings, budget)
 
 
 def _prepared(shapes: Shapes, hparams: SolverHyperParams) -> list[Stage]:

@@ -31,6 +31,7 @@ from easyedit_moe.editors.measuring import Fit, residual_shares
 from easyedit_moe.editors.memory import EditMemory, Holding, Remembered, Row
 from easyedit_moe.editors.planner import MemoryPlan, Workload, plan
 from easyedit_moe.editors.prepared import Prepared, PreparedLayer
+from easyedit_moe.editors.replay import facts_to_replay
 from easyedit_moe.editors.solving_diagnosis import Solved, diagnose_solved
 from easyedit_moe.editors.spreading import spread
 from easyedit_moe.errors import LayerError, LayoutError
@@ -50,8 +51,9 @@ from easyedit_moe.statistics.gather import fresh_statistics, layer_statistics
 from easyedit_moe.statistics.moments import LayerMoments
 from easyedit_moe.statistics.null_spaces import layer_null_space, null_space_of
 from easyedit_moe.targets.cache import found_targets
-from easyedit_moe.targets.joining import joined_facts
+from easyedit_moe.targets.joining import Place, joined_facts
 from easyedit_moe.targets.search import (
+    FactContext,
     TargetSettings,
     TargetVectors,
     fact_contexts,
@@ -201,12 +203,10 @@ class SolvingEditor(Editor):
                 chunk = facts[start : start + group]
                 known = memory.extended(seen, start, carried)
                 batch = BatchSolve(self, view, tok, chunk, prepared, known, writer, watch)
-                used.append(batch.find_targets() if targets is None else targets.rows(start, start + group))
-                batch.aim(used[-1])
+                used.append(batch.take_targets(None if targets is None else targets.rows(start, start + group)))
                 spread(batch)
                 reports += batch.reports
-                prompts = tuple(fact.prompt for fact in chunk)
-                seen.append(Remembered(prompts, batch.keys, batch.places, batch.wanted))
+                seen.append(batch.remembered())
                 carried = batch.closed()
                 solved.append(batch.solved(used[-1]))
             with watch.stage("write"):
@@ -297,8 +297,13 @@ def _with_kept(kept: Sequence[RoutedKeys], keys: RoutedKeys, residual: Tensor) -
     return everything, torch.cat([zeros, residual])
 
 
+def _where(contexts: Sequence[Sequence[FactContext]]) -> tuple[Place, ...]:
+    """Per fact, the tokens up to the fact token of its bare prompt."""
+    return tuple(tuple(found[0].ids[: found[0].fact + 1]) for found in contexts)
+
+
 class BatchSolve:
-    """One solve: a group of requests at the current weights of the model."""
+    """One solve: a group of requests, and those replayed with them, at the current weights of the model."""
 
     def __init__(
         self,
@@ -311,16 +316,17 @@ class BatchSolve:
         writer: PatchWriter,
         watch: Stopwatch,
     ) -> None:
-        self.editor, self.view, self.tok, self.facts = editor, view, tok, facts
+        self.editor, self.view, self.tok, self.new = editor, view, tok, len(facts)
         self.hparams, self.prepared = editor.hparams, prepared
         self.memory = memory if editor.hparams.remember_edits else EditMemory()
         self.edits_before = memory.edits
         self.lasting = Lasting(self.hparams, view, prepared, memory.carried)
-        self.contexts = [
-            fact_contexts(tok, fact, self.hparams.context_prefixes, self.hparams.fact_token, self.hparams.chat)
-            for fact in facts
-        ]
-        self.where = tuple(found[0].ids[: found[0].fact + 1] for found in self.contexts)
+        self.facts = list(facts)
+        self.contexts = self._contexts(facts)
+        again = self._replayed()
+        self.facts += again
+        self.contexts += self._contexts(again)
+        self.where = _where(self.contexts)
         self.places = self.where if self.hparams.join_facts else ()
         self.writer, self.watch = writer, watch
         self.reports: list[Any] = []
@@ -329,14 +335,38 @@ class BatchSolve:
         self.wanted: dict[int, Tensor] = {}
         self.fits: dict[int, Fit] = {}
 
-    def find_targets(self) -> TargetVectors:
-        """Target vectors of these requests, found or read."""
-        groups = joined_facts(self.facts, self.places, self.lasting.carried.joined)
+    def _contexts(self, facts: Sequence[EditRequest]) -> list[list[FactContext]]:
+        """Per fact, where it is asked: the bare prompt first."""
+        hp = self.hparams
+        return [fact_contexts(self.tok, fact, hp.context_prefixes, hp.fact_token, hp.chat) for fact in facts]
+
+    def _replayed(self) -> list[EditRequest]:
+        """Earlier facts that are solved for once more."""
+        hp = self.hparams
+        if not hp.replay_facts:
+            return []
+        places = _where(self.contexts)
+        known = self.lasting.carried.joined
+        return facts_to_replay(known, self.facts, places, hp.replay_facts, self.edits_before, hp.join_facts)
+
+    def take_targets(self, given: TargetVectors | None) -> TargetVectors:
+        """Aim at the target vectors of all facts; returns those of the new ones: as ``given``, or found."""
+        known = 0 if given is None else self.new
+        parts = [given] if given is not None else []
+        if known < len(self.facts):
+            parts.append(self.find_targets(slice(known, None)))
+        targets = TargetVectors.cat(parts)
+        self._aim(targets)
+        return targets.rows(0, self.new)
+
+    def find_targets(self, which: slice) -> TargetVectors:
+        """Target vectors of some of the facts, found or read."""
+        groups = joined_facts(self.facts[which], self.places[which], self.lasting.carried.joined)
         asked, beside = [group[0] for group in groups.facts], [group[1:] for group in groups.facts]
         more: dict[str, Any] = {"beside": beside} if self.places else {}
         if self.hparams.anchor_targets:
-            places = dict(zip(groups.numbers, self.where, strict=True))
-            more["first"] = [self.lasting.carried.first.get(places[number]) for number in range(len(asked))]
+            lying = dict(zip(groups.numbers, self.where[which], strict=True))
+            more["first"] = [self.lasting.carried.first.get(lying[number]) for number in range(len(asked))]
         editor = self.editor
         with self.watch.stage("targets"):
             found = found_targets(
@@ -351,12 +381,16 @@ class BatchSolve:
         if self.hparams.anchor_targets:
             states = self.before[:: self.per_fact].float()
             self.lasting.carried = self.lasting.carried.with_states(self.where, states)
-        if not self.places:
+        if not (self.hparams.join_facts or self.hparams.replay_facts):
             return self.lasting.carried
-        places = {fact.prompt: place for fact, place in zip(self.facts, self.places, strict=True)}
-        return self.lasting.carried.with_facts(places, list(self.facts))
+        places = {fact.prompt: place for fact, place in zip(self.facts, self.where, strict=True)}
+        return self.lasting.carried.with_facts(places, self.facts)
 
-    def aim(self, targets: TargetVectors) -> None:
+    def remembered(self) -> Remembered:
+        """What the memory is to hold of this solve."""
+        return Remembered(tuple(fact.prompt for fact in self.facts), self.keys, self.places, self.wanted)
+
+    def _aim(self, targets: TargetVectors) -> None:
         """Take the shifts to reach, and lay out every context in which each fact is captured."""
         hp = self.hparams
         contexts = [context for found in self.contexts for context in found]
@@ -379,8 +413,9 @@ class BatchSolve:
             self.shares = residual_shares(self.before, after, self.delta, self.per_fact)
 
     def solved(self, targets: TargetVectors) -> Solved:
-        """What became of these requests."""
-        return Solved(outcomes(self.facts, targets), int(targets.steps.max()), self.shares, self.fits)
+        """What became of the new requests."""
+        told, shares = outcomes(self.facts[: self.new], targets), self.shares[: self.new]
+        return Solved(told, int(targets.steps.max()), shares, self.fits)
 
     def capture(self, layers: Sequence[int], outputs: Sequence[int], start: int | None = None) -> FactStates:
         """Keys of some layers and outputs of some at the fact tokens, in one forward; see `capture_facts`."""

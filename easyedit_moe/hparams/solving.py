@@ -116,6 +116,10 @@ class SolverHyperParams(MoEHyperParams):
     """Facts that lie at one token, as several relations of a person whose prompts begin with the name, get one target
     vector that serves them all; those of earlier batches, too, whose keys are released as if they were edited again.
     ``final_nll`` and ``reached`` are then of all of them together. Ours."""
+    replay_facts: int = 0
+    """Facts of earlier sequential batches, drawn at random, that are edited again with each batch, >= 0, as later edits
+    move their keys and undo a part of them; what a batch costs stays bounded. A fact that still holds costs one forward
+    and only has its key collected anew. With ``join_facts`` one fact stands for all at its token. Ours."""
     anchor_targets: bool = False
     """Weight decay and clamp of a target vector are of the way from the state before the first edit at its token, so
     that edits of the same facts do not walk further and further. Ours, after arXiv 2602.02543."""
@@ -193,7 +197,7 @@ class SolverHyperParams(MoEHyperParams):
             {
                 "v_num_grad_steps": 1, "capture_batch_size": 1, "mom2_n_samples": 1,
                 "min_coverage": 0, "v_weight_decay": 0, "kl_factor": 0, "early_stop_loss": 0, "covariance_ridge": 0,
-                "generated_length": 2, "rounds": 1,
+                "generated_length": 2, "rounds": 1, "replay_facts": 0,
                 **{name: 0 for name in ("nullspace_threshold", "lambda_reg", "lambda_relative") if self._has(name)},
             }
         )  # fmt: skip
@@ -353,6 +357,8 @@ class GlobalHyperParams(SolverHyperParams):
         super()._check_ranges()
         for name in ("edits_per_solve", "max_layers"):
             self._require(name, getattr(self, name) is None or getattr(self, name) >= 1, "None or at least 1")
+        fine = self.edits_per_solve is None or not self.replay_facts
+        self._require("replay_facts", fine, "0 where edits_per_solve is set, as a batch is then several solves")
         if self.max_layers is not None:
             self._require(
                 "layers", len(self.layers) <= self.max_layers, f"at most {self.max_layers} for {self.alg_name}"

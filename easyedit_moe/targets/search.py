@@ -123,6 +123,13 @@ class TargetVectors:
             return [""] * len(self.delta)
         return [f"{number:015x}" if number >= 0 else "" for number in self.batch.tolist()]
 
+    @staticmethod
+    def cat(parts: Sequence[TargetVectors]) -> TargetVectors:
+        """Those of all requests of ``parts``, one after the other; what one of them lacks, all lack."""
+        names = [name for name, value in vars(parts[0]).items() if value is not None]
+        names = [name for name in names if all(getattr(one, name) is not None for one in parts)]
+        return TargetVectors(**{name: torch.cat([getattr(one, name) for one in parts]) for name in names})
+
     def rows(self, start: int, stop: int) -> TargetVectors:
         """The targets of requests ``start`` to ``stop``."""
         there = {name: value[start:stop] for name, value in vars(self).items() if value is not None}
