@@ -10,6 +10,7 @@ from easyedit_moe.editors.stages import (
     Stage,
     changed_experts,
     metric_stage,
+    null_rank,
     statistics_stage,
     tucker_ranks,
 )
@@ -76,6 +77,24 @@ def before_stages(shapes: Shapes, hparams: SolverHyperParams, earlier: int, cont
         known = 2 if earlier >= 2 * every else 1
         found.append(Stage("refresh", known * metric.kept, working, "statistics of the edited model, and its metric"))
     return found
+
+
+def held_stages(shapes: Shapes, hparams: SolverHyperParams, tokens: int) -> list[Stage]:
+    """The system of ``tokens`` remembered ones that an editor keeps from batch to batch, per layer that is solved for.
+
+    As many numbers as there are pairs of tokens, or of unknowns where these are fewer; none where lambda is next to 0.
+    """
+    if not hparams.remember_edits or hparams.cumulative_ridge or not tokens:
+        return []
+    wide, unknowns = shapes.d_hidden, shapes.experts * (null_rank(shapes, hparams) or shapes.d_hidden)
+    if isinstance(hparams, MoTEHyperParams):
+        re, _, wide = tucker_ranks(shapes, hparams)
+        unknowns = re * wide
+    # BCD solves for its rows anew until there are more of them than unknowns.
+    system = 0 if hasattr(hparams, "num_passes") else 8 * tokens**2 + tokens * shapes.active * (8 * wide + 16)
+    one = 8 * unknowns**2 if tokens > unknowns else system
+    layers = 1 if hparams.spread == "update" else len(hparams.edited_layers)
+    return [Stage("held", one * layers, 0, f"the system of {tokens} remembered tokens")] if one else []
 
 
 def after_stages(

@@ -96,6 +96,22 @@ def test_places_and_facts_are_counted(data: Path) -> None:
     assert kept(planned(hp, 6), "carried on") == pytest.approx(found, rel=0.25)
 
 
+@pytest.mark.parametrize(("method", "rank"), [("Global", 0.25), ("MoTE", 0.25), ("MoTE/update", 0.25), ("Global", 1)])
+def test_systems_of_remembered_facts_are_counted_to_the_byte(method: str, rank: float, data: Path) -> None:
+    """By tokens, or by unknowns where there are fewer: a null space of one dimension leaves one of each expert."""
+    prefixes = ["It is said: ", "We know: "] if rank == 1 else []
+    ranks = {**RANK, "nullspace_rank": rank}
+    hp = hparams(data, method, remember_edits=True, lambda_reg=1.0, context_prefixes=prefixes, **ranks)
+    editor, _ = run(hp)
+    held = storages([vars(system) for _, system in editor.holding._held.values()])
+    inside = storages([system.rows for _, system in editor.holding._held.values()])
+    shared = storages([system.coordinates for _, system in editor.holding._held.values()])
+    found = sum(size for place, size in held.items() if place not in inside and place not in shared)
+    assert found == kept(planned(hp, 3, 3), "held")
+    assert rank != 1 or found == len(hp.layers) * 8 * 8**2
+    assert "held" not in {stage.name for stage in planned(hp, 3).stages}
+
+
 @pytest.mark.parametrize(("name", "option"), [("directions", "sphere_energy"), ("moments", "preservation_bound")])
 def test_what_is_prepared_for_an_option_is_counted(name: str, option: str, data: Path) -> None:
     hp = hparams(data, **{option: 0.5})
