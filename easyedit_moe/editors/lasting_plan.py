@@ -54,7 +54,7 @@ def fact_bytes(shapes: Shapes, hparams: SolverHyperParams, contexts: int) -> int
     """Bytes that each edited fact adds to what is carried, beside the keys that ``remember_edits`` keeps."""
     wanted = 4 * contexts * shapes.d_model * len(hparams.edited_layers) if hparams.cumulative_ridge else 0
     first = 4 * shapes.d_model + STATE if hparams.anchor_targets else 0
-    return wanted + first + (FACT if hparams.join_facts else 0)
+    return wanted + first + (FACT if hparams.join_facts or hparams.replay_facts else 0)
 
 
 def drifts(hparams: SolverHyperParams) -> bool:

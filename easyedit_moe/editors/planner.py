@@ -175,9 +175,9 @@ def plan(
     solves, rank = -(-edits // together), written_rank(shapes, hparams, together * contexts, earlier_edits)
     tokens = edits * contexts + earlier
     write = write_stage(shapes, hparams, tokens, rows, device, batches, solves, rank)
-    fitted.extend(held_stages(shapes, hparams, (earlier_edits + edits - together) * contexts))
+    fitted.extend(held_stages(shapes, hparams, earlier + (edits - together) * contexts))
     fitted.extend([solve_stage(shapes, hparams, rows, solves), write])
-    fitted.extend(after_stages(shapes, hparams, edits, earlier_edits, contexts, tokens))
+    fitted.extend(after_stages(shapes, hparams, asked, earlier_edits, contexts, tokens))
     return MemoryPlan(shapes, tuple(hparams.edited_layers), asked, tuple(fitted.stages), fitted.settings, budget)
 
 

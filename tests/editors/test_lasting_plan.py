@@ -87,13 +87,15 @@ def test_the_state_of_layers_is_counted_to_the_byte(options: dict[str, Any], dat
     assert sum(before.values()) == kept(planned(hp, 3, 3), "carried")
 
 
-def test_places_and_facts_are_counted(data: Path) -> None:
-    hp = hparams(data, join_facts=True, anchor_targets=True)
+@pytest.mark.parametrize("options", [{"join_facts": True, "anchor_targets": True}, {"replay_facts": 2}], ids=str)
+def test_places_and_facts_are_counted(options: dict[str, Any], data: Path) -> None:
+    hp = hparams(data, **options)
     _, memories = run(hp)
     carried = memories[-1].carried
     numbers, seen = storages(carried.first), set[int]()
     found = sum(numbers.values()) + objects(carried.first, seen) + objects(carried.joined, seen)
     assert kept(planned(hp, 6), "carried on") == pytest.approx(found, rel=0.25)
+    assert kept(planned(hp, 3, 3), "carried") == kept(planned(hp, 3, 3), "carried on")
 
 
 @pytest.mark.parametrize(("method", "rank"), [("Global", 0.25), ("MoTE", 0.25), ("MoTE/update", 0.25), ("Global", 1)])

@@ -52,9 +52,13 @@ def test_write_and_revert(family: str, dtype: torch.dtype) -> None:
     assert patch.layers == [1, 2]
     view = MoELayerView(model)
     for layer in (1, 2):
-        change = update_for(view, layer).to(dtype=torch.float32).dense(8)
-        # float32 addition, one rounding; experts without an update keep every bit.
-        assert torch.equal(raw_weights(model, family, layer), (old[layer].float() + change).to(dtype))
+        change = update_for(view, layer).to(dtype=torch.float32).dense(8).double()
+        # A sum as exact as float32's, whether or not a CPU fuses its steps, rounded once, which keeps order.
+        exact, error = old[layer].double() + change, 2e-7 * (old[layer].double().abs() + change.abs())
+        new = raw_weights(model, family, layer)
+        assert ((exact - error).to(dtype) <= new).all()
+        assert (new <= (exact + error).to(dtype)).all()
+        # Experts without an update keep every bit.
         untouched = [j for j in range(8) if j not in EXPERTS]
         assert torch.equal(raw_weights(model, family, layer)[untouched], old[layer][untouched])
         assert not torch.equal(raw_weights(model, family, layer)[list(EXPERTS)], old[layer][list(EXPERTS)])
