@@ -111,6 +111,11 @@ def verdict_text(label: str, run: Run) -> str:
     return " ".join(parts)
 
 
+def measured_at(run: Run) -> set[int]:
+    """After how many edits there are points."""
+    return {point["edits"] for point in run["points"]}
+
+
 def point_at(run: Run, edits: int) -> Point:
     """The point after so many edits."""
     return next(point for point in run["points"] if point["edits"] == edits)
@@ -131,14 +136,14 @@ def last_table(runs: Mapping[str, Run]) -> str:
     """Runs beside each other after as many edits, where several made them."""
     parts = []
     for edits in BESIDE:
-        there = {label: run for label, run in runs.items() if run["points"][-1]["edits"] >= edits}
+        there = {label: run for label, run in runs.items() if edits in measured_at(run)}
         if len(there) > 1:
             rows = [[label, *measured(point_at(run, edits))] for label, run in there.items()]
             parts += [f"After {edits} edits:", table(("run", *COLUMNS), rows)]
     return "\n\n".join(parts)
 
 
-BESIDE = (100, 200, 500)
+BESIDE = (100, 200, 500, 1000)
 COLUMNS = ("utility", "all so far", "newest", "retention", "specificity", "perplexity", "norm, times", "s per edit")
 
 
@@ -153,7 +158,8 @@ def measured(point: Point) -> list[str]:
 def course_table(label: str, run: Run) -> str:
     """One run at steps that grow."""
     end = run["points"][-1]["edits"]
-    steps = [n for n in (100, 200, 300, 500, 1000, 1500, 2000, 3000, 4000, 5000, 7000, 10000) if n < end]
+    known = measured_at(run)
+    steps = [n for n in (100, 200, 300, 500, 1000, 1500, 2000, 3000, 4000, 5000, 7000, 8500) if n < end and n in known]
     rows = []
     for edits in (*steps, end):
         point = point_at(run, edits)
