@@ -155,7 +155,21 @@ class Editor(ABC):
         Raises:
             LayerError, LayoutError: the model lacks what is edited, or has it in a form that can't be.
         """
-        MoELayerView(model).require(self.hparams.layers)
+        self.check_layers(self.hparams, MoELayerView(model))
+
+    @classmethod
+    def editable_layers(cls, view: MoELayerView) -> list[int]:
+        """The layers of a model that the method can edit, increasing."""
+        return sorted(view.layers)
+
+    @classmethod
+    def check_layers(cls, hparams: Any, view: MoELayerView) -> None:
+        """Refuse ``layers`` that the method can't edit.
+
+        Raises:
+            LayerError, LayoutError: as `prepare`.
+        """
+        view.require(hparams.layers)
 
     def plan(
         self,

@@ -181,7 +181,7 @@ class _Proposing:
         self.model, self.method, self.empty, self.facts, self.memory = model, method, empty, facts, memory
         self.row, self.cls = presets.find_method(method), hyperparams_class(method)
         self.fields = {item.name for item in fields(self.cls)}
-        view = MoELayerView(empty, without_weights=True, site=site)
+        self.view = view = MoELayerView(empty, without_weights=True, site=site)
         self.site, self.depth = site, view.num_layers
         self.moe_layers = sorted(view.layers)
         if not self.moe_layers:
@@ -266,8 +266,8 @@ class _Proposing:
         if len(self.moe_layers) < self.depth:
             where += f"; {'MoE layers' if self.site == EXPERTS else 'layers with it'} are {_runs(self.moe_layers)}"
         if self.row.depth == "all":
-            every = f"papers: all that have experts, {len(self.moe_layers)} of {self.depth} layers"
-            return Chosen("layers", [*self.moe_layers], every)
+            every = editor_class(self.method).editable_layers(self.view)
+            return Chosen("layers", every, f"papers: all that it can edit, {len(every)} of {self.depth} layers")
         if self.row.depth == "last" or edits_one_layer(self.method):
             return Chosen("layers", window[-1:], f"the last of {_runs(window)}, {where}")
         return Chosen("layers", window, where)

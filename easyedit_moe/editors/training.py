@@ -69,9 +69,11 @@ class TrainingEditor(Editor):
     @classmethod
     def plan_for(cls, hparams: Any, model: nn.Module, workload: Workload) -> MemoryPlan:
         """See `Editor.plan_for`; earlier edits need nothing."""
-        shapes = shapes_of(model, hparams.layers)
-        trained = cls.trained(hparams, MoELayerView(model, without_weights=True))
-        return plan_training(shapes, hparams, trained, workload)
+        view = MoELayerView(model, without_weights=True)
+        cls.check_layers(hparams, view)
+        # The gradient passes the MoE layers above a dense one, too.
+        shapes = shapes_of(model, [n for n in hparams.layers if n in view.layers] or sorted(view.layers))
+        return plan_training(shapes, hparams, cls.trained(hparams, view), workload)
 
     @classmethod
     @abstractmethod
@@ -95,7 +97,7 @@ class TrainingEditor(Editor):
         Raises what the layer view raises, and NumericalError for a loss that is not finite.
         """
         view, watch = MoELayerView(model), Stopwatch()
-        view.require(self.hparams.layers)
+        self.check_layers(self.hparams, view)
         examples = examples_of(tok, facts, self.hparams.context_prefixes, self.hparams.chat)
         check_lengths(view, [len(e.prompt) + len(e.answer) for group in examples for e in group])
         with writing_tensors(model) as writer:

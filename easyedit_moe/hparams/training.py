@@ -75,7 +75,8 @@ class LoRAHyperParams(TrainingHyperParams):
     train: str = "down_projections"
     """What MoE-LoRA adapts: down_projections, or experts for the gate and up projections as well. Ours."""
     target_modules: list[str] = field(default_factory=list)
-    """Names of the modules that AdaLoRA adapts, like q_proj; empty: every linear layer beside the MoE block. Ours."""
+    """Names of the modules that AdaLoRA adapts, like q_proj; empty: every linear layer beside the MoE block,
+    or all of a dense layer. Ours."""
     orth_reg_weight: float = 0.5
     """Weight of AdaLoRA's orthogonality term, >= 0. AdaLoRA (arXiv 2303.10512), peft: 0.5."""
 

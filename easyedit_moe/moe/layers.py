@@ -18,22 +18,31 @@ from easyedit_moe.moe.other_experts import find_any_experts
 
 
 @dataclass(frozen=True)
-class MoELayer:
-    """One decoder layer with experts, or with another site, which counts as one expert.
+class DecoderLayer:
+    """One decoder layer, dense or not.
 
     Attributes:
         index: among all decoder layers, dense ones included.
         name: path of the decoder layer in the model.
         layer: the decoder layer, whose output is the residual stream.
+    """
+
+    index: int
+    name: str
+    layer: nn.Module
+
+
+@dataclass(frozen=True)
+class MoELayer(DecoderLayer):
+    """One decoder layer with experts, or with another site, which counts as one expert.
+
+    Attributes:
         block: the module that calls the router and the experts (the decoder layer itself in some families); of a plain
             FFN that the layer itself calls, the FFN.
         experts: what is edited: its routed experts, its shared expert or its dense FFN.
         experts_name: path of the module that holds them in the model.
     """
 
-    index: int
-    name: str
-    layer: nn.Module
     block: nn.Module
     experts: Experts
     experts_name: str
@@ -118,8 +127,27 @@ class MoELayerView:
             LayerError: empty, not strictly increasing, out of range or without the site. LayoutError: offloaded
                 weights.
         """
+        self._check_indices(layers)
+        lacking = [i for i in layers if i not in self.layers]
+        if lacking:
+            raise LayerError(self._lacking(lacking))
+        chosen = [self.layers[i] for i in layers]
+        self._check_weights(chosen)
+        return chosen
+
+    def decoder(self, layers: Sequence[int]) -> list[DecoderLayer]:
+        """The decoder layers with these indices, each a `MoELayer` where it has routed experts.
+
+        Raises:
+            LayerError: empty, not strictly increasing or out of range. LayoutError: offloaded experts.
+        """
+        self._check_indices(layers)
+        self._check_weights([self.routed[i] for i in layers if i in self.routed])
+        return [self.routed.get(i) or DecoderLayer(i, f"{self.stack_name}.{i}", self.decoder_layers[i]) for i in layers]
+
+    def _check_indices(self, layers: Sequence[int]) -> None:
         if not layers:
-            raise LayerError("layers is empty; name at least one MoE layer.")
+            raise LayerError("layers is empty; name at least one layer.")
         if any(isinstance(i, bool) or not isinstance(i, int) for i in layers):
             raise LayerError(f"layers must be whole numbers; found {list(layers)}.")
         if any(b <= a for a, b in pairwise(layers)):
@@ -127,14 +155,11 @@ class MoELayerView:
         outside = [i for i in layers if not 0 <= i < self.num_layers]
         if outside:
             raise LayerError(f"layers {outside} are out of range: the model has layers 0 to {self.num_layers - 1}.")
-        lacking = [i for i in layers if i not in self.layers]
-        if lacking:
-            raise LayerError(self._lacking(lacking))
-        chosen = [self.layers[i] for i in layers]
-        for moe in chosen if not self.without_weights else []:
+
+    def _check_weights(self, layers: Sequence[MoELayer]) -> None:
+        for moe in layers if not self.without_weights else []:
             if any(parameter.is_meta for _, parameter in moe.experts.parameters()):
                 raise offloaded(moe.experts_name)
-        return chosen
 
     def _lacking(self, layers: Sequence[int]) -> str:
         """What is said of layers without the site."""

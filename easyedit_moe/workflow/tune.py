@@ -15,6 +15,7 @@ from easyedit_moe.comparison.rows import PRE_EDIT, Row
 from easyedit_moe.comparison.task import Task, load_task
 from easyedit_moe.comparison.tuned import TUNING, record_hash
 from easyedit_moe.editors.proposal import yaml_line
+from easyedit_moe.editors.registry import editor_class
 from easyedit_moe.errors import DataError, EditingError, HyperParamsError
 from easyedit_moe.hparams import MoEHyperParams, presets
 from easyedit_moe.hparams.sites import EXPERTS
@@ -140,7 +141,7 @@ def tune(
     return Tuned(**{**vars(found), "files": tuple(Path(out) / name for name in ("hparams.yaml", TUNING))})
 
 
-def axes(hparams: MoEHyperParams, num_layers: int, moe_layers: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
+def axes(hparams: MoEHyperParams, num_layers: int, usable: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
     """What is tried for each axis, as changes to these hyper-parameters: lambda, the search of target vectors, the null
     space, and learning rate and steps of methods that train; then layers, which show a difference only where the rest
     lets an edit through. What defines the method is left alone.
@@ -152,7 +153,7 @@ def axes(hparams: MoEHyperParams, num_layers: int, moe_layers: Sequence[int]) ->
             found[name] = [{name: _rounded(values[name] * factor)} for factor in factors if values[name]]
     if values.get("metric") == "nullspace":
         found["null space"] = _null_spaces(values) + ([] if "metric" in fixed else [{"metric": "identity"}])
-    found["layers"] = [{"layers": window} for window in _windows(hparams.layers, num_layers, moe_layers)]
+    found["layers"] = [{"layers": window} for window in _windows(hparams.layers, num_layers, usable)]
     changed = {axis: [one for one in tried if not set(one) & set(fixed)] for axis, tried in found.items()}
     return {axis: tried for axis, tried in changed.items() if tried}
 
@@ -176,17 +177,17 @@ def _null_spaces(values: Mapping[str, Any]) -> list[dict[str, Any]]:
     return tried
 
 
-def _windows(layers: Sequence[int], num_layers: int, moe_layers: Sequence[int]) -> list[list[int]]:
+def _windows(layers: Sequence[int], num_layers: int, usable: Sequence[int]) -> list[list[int]]:
     """The window of layers moved down and up by half its width, and without its first and its last layer."""
-    usable = [layer for layer in sorted(moe_layers) if layer < num_layers - 1]
-    inside = [usable.index(layer) for layer in layers if layer in usable]
+    below = [layer for layer in sorted(usable) if layer < num_layers - 1]
+    inside = [below.index(layer) for layer in layers if layer in below]
     if not inside:
         return []
     low, high, step = inside[0], inside[-1], max(1, len(inside) // 2)
     tried = [(low - step, high - step), (low + step, high + step)]
     if high > low:
         tried += [(low + 1, high), (low, high - 1)]
-    windows = [usable[a : b + 1] for a, b in tried if a >= 0 and b < len(usable)]
+    windows = [below[a : b + 1] for a, b in tried if a >= 0 and b < len(below)]
     return [window for window in windows if window != list(layers)]
 
 
@@ -210,8 +211,9 @@ class _Search:
         began = time.perf_counter()
         best = self._tried("start", {}, strict=True)
         view = MoELayerView(self.task.model, site=getattr(self.start, "site", EXPERTS))
-        for axis in axes(self.start, view.num_layers, sorted(view.layers)):
-            around = axes(self._with(best.changes), view.num_layers, sorted(view.layers)).get(axis, [])
+        usable = editor_class(self.start.alg_name).editable_layers(view)
+        for axis in axes(self.start, view.num_layers, usable):
+            around = axes(self._with(best.changes), view.num_layers, usable).get(axis, [])
             for change in around:
                 changes = {**best.changes, **change}
                 spent, longest = time.perf_counter() - began, max(trial.seconds for trial in self.trials)

@@ -141,9 +141,3 @@ def test_baselines_get_the_layers_that_the_papers_give_them(method: str, wanted:
     made = proposing._Proposing("m", method, empty_model("factworld", "float32"), None, Memory("cpu"))
     made.depth, made.moe_layers = 8, list(range(8))
     assert made._layers().value == wanted
-
-
-def test_all_layers_are_counted_without_the_dense_ones() -> None:
-    made = proposing._Proposing("m", "AdaLoRA", tiny_model("deepseek_v3"), None, Memory("cpu"))
-    assert made._layers().value == [1, 2, 3]
-    assert made._layers().reason == "papers: all that have experts, 3 of 4 layers"
