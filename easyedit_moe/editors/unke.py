@@ -38,12 +38,12 @@ from easyedit_moe.moe.shapes import Shapes, shapes_of
 from easyedit_moe.patches.tensors import writing_tensors
 from easyedit_moe.progress import progress_bar
 from easyedit_moe.statistics.generated import SAMPLED_TOKENS, corpus_texts
+from easyedit_moe.targets.cache import found_targets
 from easyedit_moe.targets.memory import USUAL_SEQUENCES
 from easyedit_moe.targets.search import (
     TargetSettings,
     TargetVectors,
     check_lengths,
-    compute_targets,
     fact_contexts,
     outcomes,
 )
@@ -98,7 +98,7 @@ class UnKEEditor(Editor):
     ) -> EditResult:
         """Find the hidden states, then fit the layer to them.
 
-        Raises what the layer view and the search of targets raise, DataError for unusable ``preserve_dataset``, and
+        Raises what the layer view and `found_targets` raise, DataError for unusable ``preserve_dataset``, and
         NumericalError for a loss that diverges.
         """
         hp, view, watch = self.hparams, MoELayerView(model), Stopwatch()
@@ -110,7 +110,7 @@ class UnKEEditor(Editor):
                 texts = self._preserved(model, tok, facts)
             if targets is None:
                 with watch.stage("targets"):
-                    targets = compute_targets(view, tok, facts, *self.target_settings(), self.progress, warn=False)
+                    targets = found_targets(hp, self.target_settings(), view, tok, facts, self.progress)
             with watch.stage("solve"):
                 problem = self._problem(view, tok, facts, targets, texts)
                 for name in parameters:

@@ -31,6 +31,8 @@ class UnKEHyperParams(MoEHyperParams):
     target_batch_size: int | None = None
     """Stage 1: token sequences per forward, >= 1; None: 256, or on a GPU as many as half of its free memory holds.
     Ours."""
+    target_cache_dir: str | None = None
+    """Stage 1: folder in which target vectors are kept per request; None: they are found anew each time. Ours."""
     lr: float = 2e-4
     """Stage 2: Adam's learning rate for the layer's parameters, > 0. Papers: 2e-4 / 1e-4."""
     optim_num_step: int = 50

@@ -12,10 +12,10 @@ import torch
 from tiny import chat_tokenizer, facts, flipped_byte, requests, tiny_model, tiny_tokenizer
 from torch import nn
 
-from easyedit_moe.editors import make_editor
+from easyedit_moe.editors import Editor, make_editor
 from easyedit_moe.errors import CacheError, EditingWarning, TargetNotReachedWarning
 from easyedit_moe.facts.requests import parse_requests
-from easyedit_moe.hparams import GlobalHyperParams
+from easyedit_moe.hparams import GlobalHyperParams, UnKEHyperParams
 from easyedit_moe.moe.fingerprint import model_fingerprint
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.storage.tensors import read_metadata, read_safetensors, write_safetensors
@@ -228,3 +228,45 @@ def test_files_that_do_not_say_what_was_known(cache: Cache) -> None:
     assert cache.found == [2]
     same(dataclasses.replace(again, known=first.known), first)
     assert not again.known.any()
+
+
+def unke(**changes: Any) -> Editor:
+    values = {"alg_name": "UnKE", "model_name": "tiny", "layers": [2], "dtype": "float32", "preserve_n_samples": 0}
+    values |= {"v_num_grad_steps": 3, "optim_num_step": 2, "kl_factor": 0.5}
+    return make_editor(UnKEHyperParams.from_dict(values | changes), progress=False)
+
+
+@pytest.mark.parametrize("train", ["experts", "layer"])
+def test_unke_reads_what_it_found(train: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, model = Cache(tmp_path, monkeypatch), tiny_model()
+    plain = unke(train=train).edit(model, TOK, facts(2))
+    plain.patch.revert(model)
+    assert not cache.found
+    editor = unke(train=train, target_cache_dir=str(cache.folder))
+    for _ in range(2):
+        result = editor.edit(model, TOK, facts(2))
+        same(result.targets[0], plain.targets[0])
+        assert result.patch.after == plain.patch.after
+        result.patch.revert(model)
+    assert cache.found == [2]
+    editor.edit(model, TOK, facts(2))
+    editor.edit(model, TOK, facts(2))
+    assert cache.found == [2, 2], "after an edit, targets are others"
+
+
+def test_unke_shares_targets_only_where_all_settings_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, model = Cache(tmp_path, monkeypatch), tiny_model()
+    different = [
+        {}, {"layers": [1]}, {"fact_token": "last"}, {"v_num_grad_steps": 4}, {"v_lr": 0.3}, {"v_weight_decay": 0.2},
+        {"clamp_norm_factor": 1.0}, {"kl_factor": 0.0}, {"early_stop_loss": 0.0}, {"context_prefixes": ["The fox: "]},
+    ]  # fmt: skip
+    for changes in [*different, {"train_batch_size": 1}, {"lr": 0.1}, {"target_batch_size": 3}]:
+        unke(target_cache_dir=str(cache.folder), **changes).edit(model, TOK, facts(1)).patch.revert(model)
+    assert cache.found == [1] * len(different)
+    settings = unke().target_settings()[2]
+    values = {"alg_name": "Global", "model_name": "tiny", "layers": [2], "dtype": "float32", "metric": "identity"}
+    values |= {"v_num_grad_steps": settings.steps, "v_lr": settings.lr, "v_weight_decay": settings.weight_decay}
+    values |= {"kl_factor": settings.kl_factor, "clamp_norm_factor": settings.clamp_norm_factor}
+    solver = GlobalHyperParams.from_dict(values | {"target_cache_dir": str(cache.folder)})
+    make_editor(solver, progress=False).edit(model, TOK, facts(1))
+    assert cache.found == [1] * len(different), "a solver that asks the same reads them"
