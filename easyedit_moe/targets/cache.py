@@ -141,7 +141,7 @@ def _key(
         "subject": request.subject,
         "contexts": [[*context.ids, context.fact] for context in found],
         "target": list(found[0].answer),
-        **({"beside": [[one.prompt, one.target_new] for one in beside]} if beside else {}),
+        **({"sum beside": [[one.prompt, one.target_new] for one in beside]} if beside else {}),
         **site_entry(search.view.site),
     }
 

@@ -243,8 +243,8 @@ class TargetSearch:
         """As `targets`, without warnings; hands each chunk to ``receive`` when it is done.
 
         ``receive`` gets the numbers of the chunk's requests and their targets. ``beside`` has, per request, facts that
-        lie at the same token and that its shift must serve, too: the objective, ``final_nll`` and ``reached`` are then
-        of all of them together. ``first`` has, per request, the state ``[d]`` that was at its token before the first
+        lie at the same token and that its shift must serve, too: the objective has the sum of their NLLs, and
+        ``final_nll`` (their mean) and ``reached`` are of all of them together. ``first`` has, per request, the state ``[d]`` that was at its token before the first
         edit there: weight decay and clamp are then of the way from that state, not from the one that is there now.
         """
         view, tok, settings = self.view, self.tok, self.settings
@@ -510,7 +510,8 @@ class _Problem:
         kl = (logp.exp() * (logp - self.reference)).sum(-1)
         decay = way.norm(dim=1) / norms**2
         settings = self.settings
-        loss = nll + settings.kl_factor * kl + settings.weight_decay * decay.to(kl.device)
+        # A fact beside others weighs as much against decay and early stop as it does alone.
+        loss = nll * scoring.facts.to(nll) + settings.kl_factor * kl + settings.weight_decay * decay.to(kl.device)
         return loss, nll.detach().cpu(), reached
 
 
@@ -520,6 +521,7 @@ class _Scoring:
     Attributes:
         slot: per row, the place of its request among the active ones.
         kl: per active request, the token whose prediction should stay.
+        facts: per active request, how many facts its shift serves.
     """
 
     def __init__(self, rows: Sequence[_Row], owner: Tensor, active: Tensor) -> None:
@@ -529,6 +531,7 @@ class _Scoring:
         contexts = [0] * self.count
         for row, slot in zip(rows, slots, strict=True):
             contexts[slot] += bool(row.labels)
+        self.facts = torch.zeros(self.count).index_add(0, self.slot, torch.tensor([float(row.bare) for row in rows]))
         kl = [0] * self.count
         asked: list[tuple[int, int, int, float, bool]] = []
         token = 0

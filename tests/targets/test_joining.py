@@ -16,7 +16,7 @@ from easyedit_moe.moe.fingerprint import model_fingerprint
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.targets.cache import cached_targets
 from easyedit_moe.targets.joining import joined_facts
-from easyedit_moe.targets.search import TargetSearch, TargetSettings, fact_contexts
+from easyedit_moe.targets.search import TargetSearch, TargetSettings, TargetVectors, fact_contexts
 
 SETTINGS = TargetSettings(30, 0.5, 0.0, 0.0, 8.0, 0.0, 256, "subject_last")
 
@@ -42,7 +42,7 @@ def test_one_shift_serves_all_facts_beside_each_other(tmp_path: Path) -> None:
     joined = search.find([lives], beside=[[speaks]])
     alone = search.find([lives])
     assert float((joined.delta - alone.delta).norm()) > 1e-2
-    # The objective is the mean of both facts', so either order finds the same.
+    # The objective is the sum over both facts, so either order finds the same.
     swapped = search.find([speaks], beside=[[lives]])
     torch.testing.assert_close(joined.initial_nll, swapped.initial_nll)
     torch.testing.assert_close(joined.delta, swapped.delta, rtol=1e-2, atol=1e-2)
@@ -54,6 +54,20 @@ def test_one_shift_serves_all_facts_beside_each_other(tmp_path: Path) -> None:
     assert torch.equal(first.delta, joined.delta)
     assert torch.equal(cached_targets(tmp_path, name, print_, search, [lives], [[speaks]]).delta, first.delta)
     assert torch.equal(cached_targets(tmp_path, name, print_, search, [lives]).delta, alone.delta), "another key"
+
+
+def test_a_fact_beside_others_weighs_as_much_as_alone() -> None:
+    """The mean over facts would stop early with one of several far from its target."""
+    view = MoELayerView(tiny_model())
+    asked = [fact("Alice lives in", "Rome"), fact("Alice speaks", "Greek"), fact("Alice works in", "Oslo")]
+
+    def found(**changes: float) -> TargetVectors:
+        search = TargetSearch(view, TOK, 1, (), replace(SETTINGS, **changes), progress=False, warn=False)
+        return search.find(asked[:1], beside=[asked[1:]])
+
+    mean = float(found().initial_nll)
+    assert int(found(early_stop_loss=2 * mean).steps) > 0, "one of them may be far from its target still"
+    assert int(found(early_stop_loss=3.01 * mean).steps) == 0
 
 
 @pytest.mark.parametrize("clamp", [0.3, 1.0])
