@@ -244,8 +244,9 @@ class TargetSearch:
 
         ``receive`` gets the numbers of the chunk's requests and their targets. ``beside`` has, per request, facts that
         lie at the same token and that its shift must serve, too: the objective has the sum of their NLLs, and
-        ``final_nll`` (their mean) and ``reached`` are of all of them together. ``first`` has, per request, the state ``[d]`` that was at its token before the first
-        edit there: weight decay and clamp are then of the way from that state, not from the one that is there now.
+        ``final_nll`` (their mean) and ``reached`` are of all of them together. ``first`` has, per request, the state
+        ``[d]`` that was at its token before the first edit there: weight decay and clamp are then of the way from that
+        state, not from the one that is there now.
         """
         view, tok, settings = self.view, self.tok, self.settings
         others = beside or [()] * len(requests)
