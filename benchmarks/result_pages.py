@@ -1,7 +1,8 @@
 """Tables and figures in README and docs that are made from committed results: ``python -m benchmarks.result_pages``.
 
 A page says where one belongs by a line ``<!-- made from FILE: KIND -->``; what stands there is replaced up to the next
-``<!-- end -->``. ``FILE`` lies in ``docs``; kinds are the functions of `KINDS`, and a method's name for its figures.
+``<!-- end -->``. ``FILE`` lies in ``docs``; kinds are the functions of `KINDS`, ``ability``, and a
+method's name for its figures.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -21,6 +23,7 @@ from easyedit_moe.comparison.settings import DEFAULT_METHODS
 from easyedit_moe.evaluation.summary import Summary, legend, shown
 from easyedit_moe.hparams import SolverHyperParams, hyperparams_class
 from easyedit_moe.storage.files import write_text
+from easyedit_moe.storage.strict_json import read_json
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"(<!-- made from (\S+): ([^\n]+?) -->\n)(.*?)(<!-- end -->)", re.S)
@@ -76,6 +79,20 @@ def of_method(row: Row) -> str:
     return f"{found}, percent;\n{', '.join(times)}; {memory}.\n" + (f"{about}\n" if about else "")
 
 
+def ability(content: Mapping[str, Any]) -> str:
+    """General ability after the edits of each method: a column per score of a task, and the unedited model first."""
+    runs: dict[str, list[dict[str, Any]]] = {name: one["measures"] for name, one in content["evaluations"].items()}
+    first = next(iter(runs.values()))
+    columns = ("edited by", *(f"{one['group']}: {one['name']}" for one in first))
+    rows = [["nothing", *(_of_task(one["before"]) for one in first)]]
+    rows += [[name, *(_of_task(one["after"]) for one in measures)] for name, measures in runs.items()]
+    return markdown_rows(columns, 1, rows)
+
+
+def _of_task(score: Mapping[str, Any]) -> str:
+    return shown(Summary(**score), 3)
+
+
 KINDS: Mapping[str, Callable[[Comparison], str]] = {
     "all": markdown, "table": paper_report.markdown, "scores": scores, "short": short, "host": host,
 }  # fmt: skip
@@ -90,6 +107,8 @@ def made(page: str, docs: Path = ROOT / "docs") -> str:
 
     def block(found: re.Match[str]) -> str:
         head, name, kind, _, end = found.groups()
+        if kind == "ability":
+            return f"{head}\n{ability(read_json(docs / name))}\n{end}"
         comparison = read_results(docs / name)
         if kind in KINDS:
             return f"{head}\n{KINDS[kind](comparison)}\n{end}"
