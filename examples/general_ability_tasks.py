@@ -100,7 +100,7 @@ def write_tasks(model: str, facts: str, skip: int, count: int, chunks: int, text
         metric_list=[{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
     )  # fmt: skip
     write_task(
-        out, "last_word", words, output_type="loglikelihood", doc_to_text="{{context}}", doc_to_target="{{word}}",
+        out, "last_word", words, output_type="loglikelihood", doc_to_text="{{context}}", doc_to_target=" {{word}}",
         metric_list=[{"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}, *ACCURACY],
     )  # fmt: skip
     write_task(

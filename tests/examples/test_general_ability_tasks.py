@@ -57,6 +57,9 @@ def test_last_words_are_of_whole_sentences(script: ModuleType, tasks: Path) -> N
     found = rows(tasks, "last_word")
     assert len(found) == 5
     assert all(row["word"].isalpha() and len(row["context"].split()) > 10 for row in found)
+    settings = yaml.safe_load((tasks / "last_word.yaml").read_text(encoding="utf-8"))
+    # The harness puts nothing between the two where it is asked for a likelihood alone.
+    assert settings["doc_to_text"] + settings["doc_to_target"] == "{{context}} {{word}}"
     assert len(rows(tasks, "prose")) == 5
 
 
