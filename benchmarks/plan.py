@@ -195,15 +195,16 @@ def _marked(editor: Editor) -> Iterator[None]:
         (own, "train", "train"), (training.TrainingJob, "answers", "answers"),
         (training.TensorWriter, "keep", "originals"),
         (training.TensorWriter, "write", "write"), (training.TensorWriter, "finish", "write"),
-        (unke, "compute_targets", "targets"),
+        (unke, "found_targets", "targets"),
         (unke.UnKEEditor, "_problem", "train"), (unke.UnKEEditor, "_fit", "train"),
         (memoe.MoEAdapter, "__init__", "attach"), (memoe, "attach", "attach"), (memoe, "train_adapter", "train"),
     ]  # fmt: skip
-    saved = [(owner, name, getattr(owner, name)) for owner, name, _ in places if hasattr(owner, name)]
+    # Not every editor has every part; but what is no longer where it is looked for would not be measured.
+    places = [place for place in places if place[0] is not own or hasattr(own, place[1])]
+    saved = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
     try:
         for owner, name, what in places:
-            if hasattr(owner, name):
-                setattr(owner, name, _in_stage(getattr(owner, name), what))
+            setattr(owner, name, _in_stage(getattr(owner, name), what))
         yield
     finally:
         for owner, name, original in saved:
