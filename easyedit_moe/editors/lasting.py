@@ -104,8 +104,8 @@ class Lasting:
     def limited(self, layer: int, update: Update) -> Update:
         """The update that is written, before it is; a core is expanded where an option changes or keeps it."""
         hp, prepared = self.hparams, self.prepared.layers[layer]
-        drift, bounds = self._state(layer).drift, (hp.sphere_energy, hp.norm_anchor, hp.preservation_bound)
-        if not hp.cumulative_ridge and all(bound is None for bound in bounds):
+        drift = self._state(layer).drift
+        if not hp.changes_updates:
             return update
         if isinstance(update, CoreUpdate):
             update = update.expanded()
@@ -123,7 +123,7 @@ class Lasting:
             weights = {j: experts.read(j) for j in update.experts}
             norms = state.norms if state.norms is not None else torch.zeros(0)
             update, _ = anchored(update, weights, norms, hp.norm_anchor)
-        if hp.preservation_bound is not None or hp.cumulative_ridge:
+        if hp.keeps_drift:
             self._drifted(layer, update)
         return update
 

@@ -45,7 +45,7 @@ def directions_stages(shapes: Shapes, hparams: SolverHyperParams) -> list[Stage]
 def layer_bytes(shapes: Shapes, hparams: SolverHyperParams) -> int:
     """Bytes that a layer's state has, which every batch makes anew: what edits changed, running statistics, norms."""
     e, d, h = shapes.experts, shapes.d_model, shapes.d_hidden
-    drift = 4 * e * d * h if drifts(hparams) else 0
+    drift = 4 * e * d * h if hparams.keeps_drift else 0
     running = 8 * (e * (1 + 2 * h) + 1 + 2 * d) if hparams.sequence_rate is not None else 0
     return drift + running + (8 * e if hparams.norm_anchor is not None else 0)
 
@@ -55,11 +55,6 @@ def fact_bytes(shapes: Shapes, hparams: SolverHyperParams, contexts: int) -> int
     wanted = 4 * contexts * shapes.d_model * len(hparams.edited_layers) if hparams.cumulative_ridge else 0
     first = 4 * shapes.d_model + STATE if hparams.anchor_targets else 0
     return wanted + first + (FACT if hparams.join_facts or hparams.replay_facts else 0)
-
-
-def drifts(hparams: SolverHyperParams) -> bool:
-    """Whether what all edits together changed is kept of each layer."""
-    return hparams.cumulative_ridge or hparams.preservation_bound is not None
 
 
 def before_stages(shapes: Shapes, hparams: SolverHyperParams, earlier: int, contexts: int) -> list[Stage]:
@@ -108,7 +103,8 @@ def after_stages(
         return []
     # Before the first edit there are the weights, and the zeros that what edits change begins with; later each
     # expert's step, and it in the order in which it is written.
-    first, later = 2 * 4 * weights * drifts(hparams), 2 * 8 * changed * d * shapes.d_hidden * hparams.cumulative_ridge
+    first = 2 * 4 * weights * hparams.keeps_drift
+    later = 2 * 8 * changed * d * shapes.d_hidden * hparams.cumulative_ridge
     return [
         Stage("carried on", kept, later if earlier else first, "what options for long runs keep for the next batch")
     ]
@@ -118,8 +114,6 @@ def written_rank(shapes: Shapes, hparams: SolverHyperParams, together: int, earl
     """Rank of each expert's own factor in an update that an option changes; 0 where it is written as solved for."""
     if hparams.cumulative_ridge and earlier:
         return shapes.d_model
-    bounds = (hparams.sphere_energy, hparams.norm_anchor, hparams.preservation_bound)
-    changed = hparams.cumulative_ridge or any(bound is not None for bound in bounds)
-    if changed and isinstance(hparams, MoTEHyperParams):
+    if hparams.changes_updates and isinstance(hparams, MoTEHyperParams):
         return min(together, tucker_ranks(shapes, hparams)[1])
     return 0

@@ -233,6 +233,16 @@ class SolverHyperParams(MoEHyperParams):
             unset = getattr(self, name) is None or self.metric != "identity"
             self._require(name, unset, "None where metric is identity, which has no statistics")
 
+    @property
+    def keeps_drift(self) -> bool:
+        """Whether an option keeps, of each layer, what all edits together changed."""
+        return self.cumulative_ridge or self.preservation_bound is not None
+
+    @property
+    def changes_updates(self) -> bool:
+        """Whether an option keeps or changes the update of a layer before it is written."""
+        return self.keeps_drift or self.sphere_energy is not None or self.norm_anchor is not None
+
     def _has(self, name: str) -> bool:
         return getattr(self, name) is not None
 
