@@ -19,6 +19,7 @@ from easyedit_moe.moe.experts import ExpertLayout
 from easyedit_moe.moe.layers import MoELayer
 from easyedit_moe.statistics.cache import statistics_folder
 from easyedit_moe.statistics.moments import LayerMoments
+from easyedit_moe.storage.checksums import checksums_of
 from easyedit_moe.storage.files import check_writable
 from easyedit_moe.storage.schema import Described, Expected, check_tensors, content_of, read_record
 from easyedit_moe.storage.strict_json import digest
@@ -59,12 +60,15 @@ class BasisKey:
 
 
 def content_hash(tensors: Iterable[Tensor]) -> str:
-    """SHA-256 over dtype, shape and every bit of the tensors, one after the other."""
+    """SHA-256 over dtype, shape and `checksum` of each tensor, one after the other.
+
+    The checksums are made where the tensors are: at a real shape, hashing each bit of a layer's weights takes longer
+    than all else that a cached basis needs.
+    """
+    found = list(tensors)
     state = hashlib.sha256()
-    for tensor in tensors:
-        state.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
-        data = tensor.detach().contiguous().cpu()
-        state.update(data.reshape(-1).view(torch.uint8).numpy().data)
+    for tensor, check in zip(found, checksums_of(found), strict=True):
+        state.update(f"{tuple(tensor.shape)}{tensor.dtype}{check}".encode())
     return state.hexdigest()
 
 
