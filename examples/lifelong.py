@@ -39,6 +39,7 @@ from easyedit_moe.moe.fingerprint import weights_fingerprint
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.moe.loading import load_model
 from easyedit_moe.statistics.corpus import load_texts
+from easyedit_moe.storage.files import write_text
 from easyedit_moe.storage.strict_json import digest, write_json
 
 SCHEMA = 2
@@ -48,6 +49,8 @@ FIRST = 100
 """Edits of which every second fact is never edited again; their retention is watched."""
 UTILITY = ("efficacy, all so far", "retention, first, never superseded", "specificity, never edited")
 """Shares of which the utility of a point is the mean."""
+ASIDE = {"passes": 1, "names": 0}
+"""Settings of a run whose file, an earlier one, does not tell them."""
 Pair = tuple[str, str]
 
 
@@ -101,11 +104,23 @@ def stream(count: int, asked: int, seed: int = 0) -> Stream:
     return Stream(edits, *some)
 
 
+def corpus(alone: int, path: Path) -> dict[str, Any]:
+    """Settings of statistics that are of the bundled texts and, ``alone`` times, of each name that is never edited.
+
+    Facts are edited at the last token of a name, and of the texts' tokens few are such: what is kept of them weighs
+    accordingly.
+    """
+    texts = [*load_texts(factworld.MODEL_NAME), *build_world().bystanders * alone]
+    random.Random(0).shuffle(texts)
+    write_text(path, "".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return {"mom2_dataset": str(path), "mom2_n_samples": len(texts)}
+
+
 class Life:
     """One method on one model along the stream."""
 
     def __init__(
-        self, method: str, changes: dict[str, Any], edits: Stream, asked: int, folder: Path, label: str
+        self, method: str, changes: dict[str, Any], edits: Stream, asked: int, folder: Path, label: str, passes: int = 1
     ) -> None:
         # Targets of other runs are not taken, so that seconds are those of a run that finds its own.
         kept = {"target_cache_dir": str(folder / "targets" / digest(label)[:12]), "stats_dir": str(folder / "stats")}
@@ -113,7 +128,7 @@ class Life:
         kept = {name: value for name, value in kept.items() if name in known}
         self.hparams = load_hyperparams(f"{method}/factworld", **(kept | changes))
         self.model, self.tok = load_model(self.hparams.model_name, self.hparams.dtype, self.hparams.device)
-        self.stream, self.asked = edits, asked
+        self.stream, self.asked, self.passes = edits, asked, passes
         self.view = MoELayerView(self.model)
         self.edited = getattr(self.hparams, "edited_layers", self.hparams.layers)
         self.norms = self._norms()
@@ -145,9 +160,10 @@ class Life:
             batch = list(self.stream.edits[start : start + batch_size])
             if batch:
                 begun = time.perf_counter()
-                result = editor.edit(self.model, self.tok, batch, memory)
-                # The patch is let go: nothing is undone here, so nothing has to be held for that.
-                memory, result = result.memory, None
+                for _ in range(self.passes):
+                    result = editor.edit(self.model, self.tok, batch, memory)
+                    # The patch is let go: nothing is undone here, so nothing has to be held for that.
+                    memory, result = result.memory, None
                 seconds += time.perf_counter() - begun
         return points
 
@@ -243,23 +259,28 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["Global"])
     parser.add_argument("--label", help="what a single method is called in the file; default: the method")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="hyper-parameters, values as JSON")
+    parser.add_argument("--passes", type=int, default=1, help="how often a batch is edited, one time after the other")
+    parser.add_argument("--names", type=int, default=0, metavar="TIMES", help="statistics are also of names alone")
     parser.add_argument("--plot", action="store_true", help="draw lifelong.png; needs matplotlib")
     args = parser.parse_args()
     if not 1 <= args.batch_size <= APART or args.every % args.batch_size:
         parser.error(f"--batch-size must be 1 to {APART}, and --every a multiple of it")
+    if args.passes < 1 or args.names < 0:
+        parser.error("--passes must be at least 1, and --names at least 0")
     if args.label and len(args.methods) > 1:
         parser.error("--label is for a single method")
     changes = {name: json.loads(value) for name, _, value in (one.partition("=") for one in args.set)}
     path = args.out / "lifelong.json"
     content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"schema": SCHEMA, "runs": {}}
-    names = ("edits", "batch_size", "every", "asked", "seed")
+    names = ("edits", "batch_size", "every", "asked", "seed", "passes", "names")
     runs: dict[str, dict[str, Any]] = content["runs"]
     edits = stream(args.edits, args.asked, args.seed)
+    read = corpus(args.names, args.out / f"names-{args.names}.jsonl") if args.names else {}
     for method in args.methods:
         label = args.label or method
         settings = {"method": method, **{name: getattr(args, name) for name in names}, "set": changes}
         run = runs.setdefault(label, {"settings": settings, "points": []})
-        if run["settings"] != settings:
+        if ASIDE | run["settings"] != settings:
             parser.error(f"{label} in {path} is of other settings: {run['settings']}. Give this run a --label.")
         known = run["points"]
         if known and known[-1]["edits"] == args.edits:
@@ -273,7 +294,8 @@ def main() -> None:
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", EditingWarning)  # what is not reached shows in the points
-            Life(method, changes, edits, args.asked, args.out, label).run(args.batch_size, args.every, known, save)
+            life = Life(method, read | changes, edits, args.asked, args.out, label, args.passes)
+            life.run(args.batch_size, args.every, known, save)
     if args.plot:
         plot(runs, args.out / "lifelong.png")
 

@@ -100,3 +100,30 @@ def test_other_settings_are_not_mixed(
     with pytest.raises(SystemExit):
         run(lifelong, tmp_path / "new", monkeypatch, "--every", "3")
     assert "a multiple of it" in capsys.readouterr().err
+
+
+def test_batches_edited_again_and_statistics_of_names(
+    lifelong: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    once = run(lifelong, tmp_path / "once", monkeypatch, "--every", "4")
+    twice = run(lifelong, tmp_path / "twice", monkeypatch, "--every", "4", "--passes", "2", "--names", "3")
+    assert twice[0]["weights"] == once[0]["weights"]
+    assert twice[-1]["weights"] != once[-1]["weights"]
+    texts = [json.loads(line)["text"] for line in (tmp_path / "twice" / "names-3.jsonl").read_text().splitlines()]
+    bystanders = set(build_world().bystanders)
+    assert sum(text in bystanders for text in texts) == 3 * len(bystanders)
+    settings = json.loads((tmp_path / "twice" / "lifelong.json").read_text())["runs"]["Global"]["settings"]
+    assert (settings["passes"], settings["names"]) == (2, 3)
+    with pytest.raises(SystemExit):
+        run(lifelong, tmp_path / "new", monkeypatch, "--passes", "0")
+    assert "--passes must be" in capsys.readouterr().err
+
+
+def test_runs_of_earlier_files_go_on(lifelong: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(lifelong, tmp_path, monkeypatch)
+    file = tmp_path / "lifelong.json"
+    content = json.loads(file.read_text())
+    for name in lifelong.ASIDE:
+        del content["runs"]["Global"]["settings"][name]
+    file.write_text(json.dumps(content))
+    assert len(run(lifelong, tmp_path, monkeypatch)) == 4
