@@ -49,7 +49,8 @@ FIRST = 100
 """Edits of which every second fact is never edited again; their retention is watched."""
 UTILITY = ("efficacy, all so far", "retention, first, never superseded", "specificity, never edited")
 """Shares of which the utility of a point is the mean."""
-ASIDE = {"passes": 1, "names": 0}
+UNSEEN = "specificity, not in the statistics"
+ASIDE = {"passes": 1, "names": 0, "strangers": 0}
 """Settings of a run whose file, an earlier one, does not tell them."""
 Pair = tuple[str, str]
 
@@ -63,19 +64,23 @@ class Stream:
         retained: of the first edits, those that nothing supersedes, as (prompt, target).
         untouched: facts of people that are never edited.
         texts: of the same people, as (beginning, rest), for the perplexity.
+        strangers: of ``untouched`` people, those whom the statistics' corpus is not to mention.
+        unseen: facts of strangers, which are in ``untouched`` no more.
     """
 
     edits: tuple[EditRequest, ...]
     retained: tuple[Pair, ...]
     untouched: tuple[Pair, ...]
     texts: tuple[Pair, ...]
+    strangers: tuple[str, ...] = ()
+    unseen: tuple[Pair, ...] = ()
 
     def latest(self, start: int, stop: int) -> list[Pair]:
         """The facts of some edits with the values they have at the last of them."""
         return list({one.prompt: one.target_new for one in self.edits[start:stop]}.items())
 
 
-def stream(count: int, asked: int, seed: int = 0) -> Stream:
+def stream(count: int, asked: int, seed: int = 0, strangers: int = 0) -> Stream:
     """``count`` edits drawn from the world; of what is asked besides, at most ``asked`` of each kind."""
     world, rng = build_world(), random.Random(seed)
     facts = [(person, relation) for person in world.evaluated for relation in RELATIONS]
@@ -95,22 +100,30 @@ def stream(count: int, asked: int, seed: int = 0) -> Stream:
     edits = tuple(parse_requests([one])[0] for one in made)
     last = {one.prompt: number for number, one in enumerate(edits)}
     retained = [(one.prompt, one.target_new) for n, one in enumerate(edits[:FIRST]) if last[one.prompt] == n]
-    untouched = [(r.templates[0].format(p), world.facts[p][r.name]) for p in world.bystanders for r in RELATIONS]
+    seen = world.bystanders[: len(world.bystanders) - strangers]
+    away = world.bystanders[len(seen) :]
+    untouched, unseen = (
+        [(r.templates[0].format(p), world.facts[p][r.name]) for p in people for r in RELATIONS]
+        for people in (seen, away)
+    )
     lines = [line.partition(". ") for line in load_texts(factworld.MODEL_NAME)]
     texts = [(f"{head}.", rest) for head, _, rest in lines if rest]
     draw = random.Random(seed)  # the same sample however many edits there are
-    some = [tuple(draw.sample(part, min(asked, len(part)))) for part in (untouched, texts, retained)]
-    some = [some[2], *some[:2]]
-    return Stream(edits, *some)
+    parts = (untouched, texts, retained, unseen)
+    some = [tuple(draw.sample(part, min(asked, len(part)))) for part in parts]
+    return Stream(edits, some[2], some[0], some[1], away, some[3])
 
 
-def corpus(alone: int, path: Path) -> dict[str, Any]:
-    """Settings of statistics that are of the bundled texts and, ``alone`` times, of each name that is never edited.
+def corpus(alone: int, strangers: Sequence[str], path: Path) -> dict[str, Any]:
+    """Settings of statistics that are of the bundled texts and, ``alone`` times, of each name that is never edited;
+    without what mentions strangers.
 
     Facts are edited at the last token of a name, and of the texts' tokens few are such: what is kept of them weighs
     accordingly.
     """
-    texts = [*load_texts(factworld.MODEL_NAME), *build_world().bystanders * alone]
+    known = [one for one in build_world().bystanders if one not in strangers]
+    texts = [text for text in load_texts(factworld.MODEL_NAME) if not any(one in text for one in strangers)]
+    texts += known * alone
     random.Random(0).shuffle(texts)
     write_text(path, "".join(json.dumps({"text": text}) + "\n" for text in texts))
     return {"mom2_dataset": str(path), "mom2_n_samples": len(texts)}
@@ -176,6 +189,7 @@ class Life:
             "efficacy, since the last point": self._written(self.stream.latest(since, made)[-self.asked :]),
             "retention, first, never superseded": self._written(self.stream.retained) if made >= FIRST else None,
             "specificity, never edited": self._written(self.stream.untouched),
+            UNSEEN: self._written(self.stream.unseen),
             "perplexity": self._perplexity(),
             "norm growth per layer": {n: size / self.norms[n] for n, size in self._norms().items()},
             "resident bytes": resident_bytes(),
@@ -231,7 +245,8 @@ def plot(runs: dict[str, dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    kinds = [name for name in next(iter(runs.values()))["points"][0] if name not in ("edits", "weights", "capacity")]
+    aside = ("edits", "weights", "capacity", UNSEEN)
+    kinds = [name for name in next(iter(runs.values()))["points"][0] if name not in aside]
     figure, axes = plt.subplots(3, math.ceil(len(kinds) / 3), figsize=(17, 12), layout="constrained")
     colours = plt.get_cmap("tab20").colors
     for axis, kind in zip(axes.flat, kinds, strict=False):
@@ -261,21 +276,24 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="hyper-parameters, values as JSON")
     parser.add_argument("--passes", type=int, default=1, help="how often a batch is edited, one time after the other")
     parser.add_argument("--names", type=int, default=0, metavar="TIMES", help="statistics are also of names alone")
+    parser.add_argument("--strangers", type=int, default=0, help="people whom statistics leave out; asked apart")
     parser.add_argument("--plot", action="store_true", help="draw lifelong.png; needs matplotlib")
     args = parser.parse_args()
     if not 1 <= args.batch_size <= APART or args.every % args.batch_size:
         parser.error(f"--batch-size must be 1 to {APART}, and --every a multiple of it")
-    if args.passes < 1 or args.names < 0:
-        parser.error("--passes must be at least 1, and --names at least 0")
+    if args.passes < 1 or args.names < 0 or not 0 <= args.strangers < len(build_world().bystanders):
+        parser.error("--passes must be at least 1, --names at least 0, and --strangers fewer than are never edited")
     if args.label and len(args.methods) > 1:
         parser.error("--label is for a single method")
     changes = {name: json.loads(value) for name, _, value in (one.partition("=") for one in args.set)}
     path = args.out / "lifelong.json"
     content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"schema": SCHEMA, "runs": {}}
-    names = ("edits", "batch_size", "every", "asked", "seed", "passes", "names")
+    names = ("edits", "batch_size", "every", "asked", "seed", *ASIDE)
     runs: dict[str, dict[str, Any]] = content["runs"]
-    edits = stream(args.edits, args.asked, args.seed)
-    read = corpus(args.names, args.out / f"names-{args.names}.jsonl") if args.names else {}
+    edits = stream(args.edits, args.asked, args.seed, args.strangers)
+    read = {}
+    if args.names or args.strangers:
+        read = corpus(args.names, edits.strangers, args.out / f"names-{args.names}-{args.strangers}.jsonl")
     for method in args.methods:
         label = args.label or method
         settings = {"method": method, **{name: getattr(args, name) for name in names}, "set": changes}

@@ -109,8 +109,9 @@ def test_batches_edited_again_and_statistics_of_names(
     twice = run(lifelong, tmp_path / "twice", monkeypatch, "--every", "4", "--passes", "2", "--names", "3")
     assert twice[0]["weights"] == once[0]["weights"]
     assert twice[-1]["weights"] != once[-1]["weights"]
-    texts = [json.loads(line)["text"] for line in (tmp_path / "twice" / "names-3.jsonl").read_text().splitlines()]
+    texts = [json.loads(line)["text"] for line in (tmp_path / "twice" / "names-3-0.jsonl").read_text().splitlines()]
     bystanders = set(build_world().bystanders)
+    assert twice[-1][lifelong.UNSEEN] is None
     assert sum(text in bystanders for text in texts) == 3 * len(bystanders)
     settings = json.loads((tmp_path / "twice" / "lifelong.json").read_text())["runs"]["Global"]["settings"]
     assert (settings["passes"], settings["names"]) == (2, 3)
@@ -127,3 +128,19 @@ def test_runs_of_earlier_files_go_on(lifelong: ModuleType, tmp_path: Path, monke
         del content["runs"]["Global"]["settings"][name]
     file.write_text(json.dumps(content))
     assert len(run(lifelong, tmp_path, monkeypatch)) == 4
+
+
+def test_strangers_are_in_no_statistics_and_asked_apart(
+    lifelong: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points = run(lifelong, tmp_path, monkeypatch, "--every", "4", "--names", "1", "--strangers", "30")
+    found, all_seen = lifelong.stream(5, 320, strangers=30), lifelong.stream(5, 320)
+    assert points[0][lifelong.UNSEEN] > 90
+    assert len(found.strangers) == 30
+    assert len(found.unseen) == 30 * 4
+    assert {*found.unseen, *found.untouched} == {*all_seen.untouched}
+    assert found.edits == all_seen.edits
+    corpus = (tmp_path / "names-1-30.jsonl").read_text(encoding="utf-8")
+    texts = [json.loads(line)["text"] for line in corpus.splitlines()]
+    assert not any(one in text for one in found.strangers for text in texts)
+    assert len(texts) > 200
