@@ -93,7 +93,7 @@ def tables(
     wanted = find_tables(names)
     given = {**(overrides or {}), "model_name": model}
     plans = [_plan(table, model, hparams, given) for table in wanted]
-    _tell_of_shipped(wanted, model, hparams)
+    _tell_of_shipped(plans, model, hparams)
     folder = check_folder(out)
     task = _task(plans, model, data, (edits, skip), batch_size, given, progress)
     tasks = {COUNTERFACT: task}
@@ -138,9 +138,9 @@ def _missing(line: Line, model: str, folder: str | Path | None) -> str:
     return ""
 
 
-def _tell_of_shipped(tables: Sequence[PaperTable], model: str, folder: str | Path | None) -> None:
-    """Say which methods the user's folder has nothing for."""
-    methods = dict.fromkeys(line.method for table in tables for line in table.lines)
+def _tell_of_shipped(plans: Sequence[_Plan], model: str, folder: str | Path | None) -> None:
+    """Say which methods of the rows that are made the user's folder has nothing for."""
+    methods = dict.fromkeys(line.method for plan in plans for line in plan.table.lines if line.label in plan.labels)
     lacking = [method for method in methods if folder is not None and not has_file(method, model, folder)]
     if lacking:
         logger.warning("%s has no file for %s on %s: they have what ships.", folder, ", ".join(lacking), model)
@@ -195,6 +195,8 @@ class _Run:
         """Rows that need not be made again: of the interrupted run, and of tables that were made before this one."""
         about = {**task.provenance, **({READY: True} if plan.table.ready_targets else {})}
         found = earlier_rows(place, about, plan.labels) if self.resume else []
+        if found:
+            logger.info("Going on after %d rows of %s: %s.", len(found), place, ", ".join(row.method for row in found))
         known = self._rows.get((data, plan.table.ready_targets), [])
         names = [PRE_EDIT, *plan.labels]
         settings: list[dict[str, Any]] = [{}, *(hp.to_dict() for hp in plan.settings)]

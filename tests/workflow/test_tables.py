@@ -154,7 +154,9 @@ def test_the_line_of_each_real_model(
         assert "edit, early 1-2" in done.stdout
 
 
-def test_rows_are_kept_for_the_next_run(folder: Path, no_host: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_kept_for_the_next_run(
+    folder: Path, no_host: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     tiny_checkpoint(folder, "Qwen3-30B-A3B", monkeypatch)
     line = lines_of_the_page()["Qwen3-30B-A3B"]
     made: list[str] = []
@@ -172,10 +174,12 @@ def test_rows_are_kept_for_the_next_run(folder: Path, no_host: None, monkeypatch
     assert run(one, folder).exit_code == 130
     assert rows_of(folder, "6") == ["pre-edit", *made[:-1]]
     assert saved(folder, "6")["state"] == "interrupted"
-    done = run(one, folder, "--resume")
+    with caplog.at_level("INFO", logger="easyedit_moe.workflow.tables"):
+        done = run(one, folder, "--resume")
     assert done.exit_code == 0, done.output
     labels = [row.label for row in TABLES["6"].lines]
     at = labels.index("MoTE (paper), without")
+    assert f"Going on after {at + 1} rows of" in caplog.text
     assert made == [*labels[:at], "stopped", *labels[at:]]
     assert rows_of(folder, "6") == ["pre-edit", *labels]
 
@@ -196,7 +200,7 @@ def test_records_are_left_out_at_the_start(folder: Path, no_host: None, monkeypa
 
 
 def test_methods_that_a_folder_lacks_have_what_ships(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    folder: Path, no_host: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     tiny_checkpoint(folder, "gpt-oss-20b", monkeypatch)
     place = folder / "hparams" / "MoTE" / "gpt-oss-20b.yaml"
@@ -210,9 +214,12 @@ def test_methods_that_a_folder_lacks_have_what_ships(
     assert (by_label["MoTE (paper)"].lambda_reg, by_label["MoTE (paper)"].layers) == (7.0, [1, 2])
     assert (by_label["MoTE (paper)"].spread, by_label["MoTE, residual"].spread) == ("update", "residual")
     assert (by_label["Global"].lambda_reg, by_label["Global"].layers) == (1.0, [3, 4, 5])
-    _tell_of_shipped([TABLES["2"]], model, folder / "hparams")
+    plans = [found, _plan(TABLES["1"], model, folder / "hparams", {})]
+    assert any("EasyEdit is not installed" in reason for reason in plans[1].left_out)
+    _tell_of_shipped(plans, model, folder / "hparams")
     (said,) = caplog.messages
-    assert "no file for MoEEdit-BCD, BCD+speedup, Global, Global+speedup on" in said
+    assert "no file for MoEEdit-BCD, BCD+speedup, Global, Global+speedup, MoE-FT," in said
+    assert not {"FT", "ROME", "MEMIT", "WISE"} & set(said.partition(" on ")[0].replace(",", "").split())
 
 
 @pytest.mark.parametrize(
