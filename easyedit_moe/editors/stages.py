@@ -48,6 +48,8 @@ def statistics_stage(shapes: Shapes, hparams: SolverHyperParams, stays: int = 0)
     keys = BATCH_TOKENS * shapes.active * shapes.d_hidden * max(shapes.itemsize, item)
     # Normalising makes the moments anew, layer by layer.
     working = max(layer, inference(shapes, BATCH_TOKENS) + keys)
+    if hparams.protected_dataset is not None:  # their moments wait for those of the corpus
+        working += layer * len(hparams.edited_layers)
     note = f"moments of all layers; {BATCH_TOKENS} tokens of texts at a time"
     return Stage("statistics", layer * len(hparams.edited_layers) - stays, working, note, used_up=True)
 

@@ -21,9 +21,9 @@ class StatisticsPlan:
 
     Attributes:
         layers: that are gathered in one pass over the corpus.
-        disk_bytes: of all files in the cache: moments, and MoTE's bases.
+        disk_bytes: of all files in the cache: moments (those of ``protected_dataset``, too), and MoTE's bases.
         least_tokens: tokens of the corpus to read if routing were even; None where the whole corpus is read.
-        most_tokens: tokens of the whole corpus, each text cut at ``max_length``.
+        most_tokens: tokens of the whole corpus, each text cut at ``max_length``; ``protected_dataset`` adds its own.
         flops_per_token: floating-point operations: the forward up to the last of the layers, and the moments' sums; for
             "generated" also the forward that samples.
     """
@@ -62,6 +62,8 @@ def plan_statistics(hparams: Any, model: nn.Module) -> StatisticsPlan | None:
     if isinstance(hp, MoTEHyperParams):
         sizes = (e, d, h)
         disk += 8 * sum(size * rank for size, rank in zip(sizes, hp.ranks(*sizes) or sizes, strict=True))
+    if hp.protected_dataset is not None:
+        disk += item * (e * h * h + d * d) + 8 * e
     sampled = hp.mom2_dataset == GENERATED
     most = hp.mom2_n_samples * (min(hp.max_length, hp.generated_length) if sampled else hp.max_length)
     if hp.mom2_n_tokens is not None and not sampled:

@@ -62,6 +62,11 @@ class SolverHyperParams(MoEHyperParams):
     mom2_n_tokens: int | None = None
     """Tokens of the corpus to use at most, each text cut at ``max_length``, >= 1; None: no bound but the texts'. Not
     for "generated". Ours."""
+    protected_dataset: str | None = None
+    """Texts that count for more in the statistics than their tokens, as names or prompts that are to keep what they
+    yield: a file, folder or dataset as for ``mom2_dataset``; None: none. At most ``mom2_n_samples`` are read. Ours."""
+    protected_share: float = 0.5
+    """The part of the statistics' weight that the texts of ``protected_dataset`` have, in (0, 1). Ours."""
     generated_length: int = 128
     """Tokens of a text that "generated" samples, >= 2; ``max_length`` bounds it, too. Ours."""
     generated_openings: list[str] = field(default_factory=list)
@@ -213,9 +218,16 @@ class SolverHyperParams(MoEHyperParams):
                 "low_coverage": LOW_COVERAGE, "mom2_dtype": ("float32", "float64"),
             }
         )  # fmt: skip
+        self._check_protected()
         self._check_null_space()
         self._check_shares()
         self._check_lasting()
+
+    def _check_protected(self) -> None:
+        source, read = self.protected_dataset, self.needs_statistics
+        self._require("protected_dataset", source not in ("", "generated"), "None, or texts (mom2_dataset: generated)")
+        self._require("protected_dataset", read or source is None, "None where no statistics are read")
+        self._require("protected_share", 0 < self.protected_share < 1, "in (0, 1)")
 
     def _check_lasting(self) -> None:
         anchor, refresh = self.norm_anchor, self.refresh_every

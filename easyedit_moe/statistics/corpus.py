@@ -174,7 +174,7 @@ def _hub_dataset(name: str) -> Generator[Any]:
         from datasets import load_dataset
     except ImportError as error:
         raise DataError(
-            f"mom2_dataset {name!r} is neither a file nor a folder, and reading it by name needs "
+            f"The dataset {name!r} is neither a file nor a folder, and reading it by name needs "
             f"`pip install datasets`; {GENERATED!r}, the model's own samples, needs nothing."
         ) from error
     path, config = aliases.get(name, (name, None))
@@ -182,7 +182,7 @@ def _hub_dataset(name: str) -> Generator[Any]:
         yield from load_dataset(path, config, split="train", streaming=True)
     except Exception as error:  # datasets raises many types here, from connection errors to its own
         raise DataError(
-            f"mom2_dataset {name!r} is neither a file, a folder nor a dataset that could be loaded "
+            f"The dataset {name!r} is neither a file, a folder nor a dataset that could be loaded "
             f"({type(error).__name__}: {error}). Give a text file, a folder or {GENERATED!r} "
             "(the model's own samples) instead."
         ) from error

@@ -28,6 +28,7 @@ from easyedit_moe.statistics.corpus import GENERATED, corpus_hash, iterate_texts
 from easyedit_moe.statistics.distributed import least_over_processes, rank_and_size
 from easyedit_moe.statistics.generated import GeneratedTexts, GenerationKey, opening_ids
 from easyedit_moe.statistics.moments import LayerMoments, Shards, collect_moments, encode_cut
+from easyedit_moe.statistics.protected import mixed, of_protected
 from easyedit_moe.statistics.token_cache import TokenisedTexts, TokenKey, tokenizer_hash
 from easyedit_moe.storage.files import check_writable
 from easyedit_moe.storage.strict_json import digest
@@ -51,7 +52,8 @@ def layer_statistics(
     fingerprint: str,
     progress: bool = True,
 ) -> dict[int, LayerMoments]:
-    """Moments of ``layers`` on ``hparams.mom2_dataset``, cached under ``hparams.stats_dir``.
+    """Moments of ``layers`` on ``hparams.mom2_dataset``, cached under ``hparams.stats_dir``; with those of
+    ``protected_dataset``, which are cached apart, mixed into them (`easyedit_moe.statistics.protected.mixed`).
 
     Where torch.distributed was initialised, all of its processes must call this, and all return the same.
 
@@ -62,6 +64,31 @@ def layer_statistics(
             file is of another model; one that is damaged is made anew, with a warning. WriteError: nothing can be
             written under ``hparams.stats_dir``.
     """
+    moments = _with_protected(hparams, lambda hp: _cached_statistics(view, tok, hp, layers, fingerprint, progress))
+    _report_coverage(moments, hparams)
+    return moments
+
+
+def _with_protected(
+    hparams: SolverHyperParams, collect: Callable[[SolverHyperParams], dict[int, LayerMoments]]
+) -> dict[int, LayerMoments]:
+    """What ``collect`` finds with these hparams, with what it finds of the protected texts."""
+    protected = {} if hparams.protected_dataset is None else collect(of_protected(hparams))
+    moments = collect(hparams)
+    for layer in protected:
+        moments[layer] = mixed(moments[layer], protected[layer], hparams.protected_share)
+    return moments
+
+
+def _cached_statistics(
+    view: MoELayerView,
+    tok: PreTrainedTokenizerBase,
+    hparams: SolverHyperParams,
+    layers: Sequence[int],
+    fingerprint: str,
+    progress: bool,
+) -> dict[int, LayerMoments]:
+    """Moments on ``hparams.mom2_dataset``, of files where they are there."""
     folder = statistics_folder(hparams.stats_dir, hparams.model_name, fingerprint)
     corpus = _corpus(view, tok, hparams, fingerprint, folder)
     cut, dtype, target = hparams.max_length, hparams.mom2_dtype, hparams.coverage_target
@@ -91,7 +118,6 @@ def layer_statistics(
         least_over_processes(0)  # no process goes on before the files are there
         checkpoint.remove()
         moments.update(collected)
-    _report_coverage(moments, hparams)
     return {layer: moments[layer] for layer in layers}
 
 
@@ -109,8 +135,11 @@ def fresh_statistics(
     are the errors.
     """
     folder = statistics_folder(hparams.stats_dir, hparams.model_name, fingerprint)
-    parts = _corpus(view, tok, hparams, fingerprint, folder).parts()
-    moments = _collected(view, tok, hparams, list(layers), parts, progress)
+
+    def collect(hp: SolverHyperParams) -> dict[int, LayerMoments]:
+        return _collected(view, tok, hp, list(layers), _corpus(view, tok, hp, fingerprint, folder).parts(), progress)
+
+    moments = _with_protected(hparams, collect)
     _report_coverage(moments, hparams)
     return moments
 

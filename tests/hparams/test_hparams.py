@@ -238,7 +238,7 @@ TOO_LOW = {
     "nullspace_energy": 0, "nullspace_rank": 0, "v_lr": 0, "clamp_norm_factor": 0,
     "rank_expert": 0, "rank_out": -3, "rank_in": 0, "whitening_eps": 0, "hooi_sweeps": -1, "layers": [-1, 2],
     "norm_anchor": 0.99, "preservation_bound": 0.0, "sequence_rate": 0.0, "sphere_energy": 0.0, "sphere_strength": 0.0,
-    "refresh_every": 0,
+    "refresh_every": 0, "protected_share": 0.0,
 }  # fmt: skip
 OF_OTHERS = {
     "num_passes": ("MoEEdit-BCD", 0),
