@@ -20,6 +20,7 @@ FIRST = 100
 NEAR = 5.0
 """Points of utility that may be lost."""
 
+UNSEEN = "specificity, not in the statistics"
 GOAL = 10000
 """Edits at which it is asked."""
 
@@ -34,7 +35,8 @@ def updated(text: str, content: Mapping[str, Any]) -> str:
         "goal": goal_table(runs), "verdict": verdict_text(*longest(runs)), "last": last_table(runs),
         "course": course_table(*longest(runs)),
         "shared": shared_line(content["first batch"]), "capacity": capacity_table(runs),
-        "tuning": tuning_table(content["tuning"]), "settings": settings_table(runs),
+        "tuning": tuning_table(content["tuning"]), "protected": protected_table(content["protected"]),
+        "settings": settings_table(runs),
     }  # fmt: skip
     for name, found in tables.items():
         start, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
@@ -192,12 +194,28 @@ def tuning_table(found: Sequence[Mapping[str, Any]]) -> str:
     return table(("settings", "edits", "all so far", "specificity", "norm, times"), rows)
 
 
+def protected_table(runs: Mapping[str, Run]) -> str:
+    """What becomes of people who are never edited, by what the statistics have of them."""
+    rows = []
+    for run in runs.values():
+        names, strangers = run["settings"]["names"], run["settings"]["strangers"]
+        last = run["points"][-1]
+        shares = [f"{last[name]:.1f}" for name in ("efficacy, all so far", "specificity, never edited", UNSEEN)]
+        rows.append([f"texts, and names {names} times" if names else "texts", str(last["edits"]), *shares])
+        rows[-1][-1] += f" ({strangers} people)"
+    return table(("statistics of", "edits", "all so far", "people in the statistics", "others"), rows)
+
+
 def settings_table(runs: Mapping[str, Run]) -> str:
     """What each run was started with, beside `hparams/<METHOD>/factworld.yaml`."""
     rows = []
     for label, run in runs.items():
         settings = run["settings"]
+        given = {
+            name: settings[name] for name in ("seed", "passes", "names") if settings.get(name, 0) > (name == "passes")
+        }
         changes = ", ".join(f"`{name}={value}`" for name, value in settings["set"].items())
+        changes += "".join(f", `--{name} {value}`" for name, value in given.items())
         rows.append([label, settings["method"], changes])
     return table(("run", "method", "beside its YAML"), rows)
 
