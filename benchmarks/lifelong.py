@@ -21,6 +21,8 @@ NEAR = 5.0
 """Points of utility that may be lost."""
 
 UNSEEN = "specificity, not in the statistics"
+USUAL = {"seed": 0, "passes": 1, "names": 0}
+"""Options of the example where a run's command does not name them."""
 GOAL = 10000
 """Edits at which it is asked."""
 
@@ -211,11 +213,9 @@ def settings_table(runs: Mapping[str, Run]) -> str:
     rows = []
     for label, run in runs.items():
         settings = run["settings"]
-        given = {
-            name: settings[name] for name in ("seed", "passes", "names") if settings.get(name, 0) > (name == "passes")
-        }
         changes = ", ".join(f"`{name}={value}`" for name, value in settings["set"].items())
-        changes += "".join(f", `--{name} {value}`" for name, value in given.items())
+        given = {name: settings.get(name, usual) for name, usual in USUAL.items()}
+        changes += "".join(f", `--{name} {value}`" for name, value in given.items() if value != USUAL[name])
         rows.append([label, settings["method"], changes])
     return table(("run", "method", "beside its YAML"), rows)
 
