@@ -1,14 +1,14 @@
 """Tables and figures in README and docs that are made from committed results: ``python -m benchmarks.result_pages``.
 
 A page says where one belongs by a line ``<!-- made from FILE: KIND -->``; what stands there is replaced up to the next
-``<!-- end -->``. ``FILE`` lies in ``docs``; kinds are the functions of `KINDS`, ``ability``, and a
-method's name for its figures.
+``<!-- end -->``. ``FILE`` lies in ``docs``; kinds are the functions of `KINDS` and `READ`, and a method's
+name for its figures.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,30 @@ def _of_task(score: Mapping[str, Any]) -> str:
     return shown(Summary(**score), 3)
 
 
+def tucker(content: Mapping[str, Any]) -> str:
+    """Scores of every row of ``examples/tucker_ranks.py``, with ranks and relative error of the layers' bases."""
+    cells = []
+    for row in content["rows"]:
+        if row["method"] == PRE_EDIT:
+            continue
+        bases = list(content["bases"][row["method"]].values())
+        ranks = [_span([base["ranks"][mode] for base in bases], "d") for mode in range(3)]
+        error = _span([base["relative_error"] for base in bases], ".2f")
+        found = [row[name] for name in SCORES]
+        scored = [f"{one['mean']:.1f} [{one['low']:.1f}, {one['high']:.1f}]" for one in found]
+        cells.append([row["method"], ", ".join(ranks), error, *scored])
+    return markdown_rows(("variant", "ranks", "error", *SCORES), 3, cells)
+
+
+def _span(values: Sequence[float], form: str) -> str:
+    """The least and the greatest of some values, or the one that all are."""
+    ends = [format(value, form) for value in (min(values), max(values))]
+    return "-".join(dict.fromkeys(ends))
+
+
+READ: Mapping[str, Callable[[Mapping[str, Any]], str]] = {"ability": ability, "ranks": tucker}
+"""Kinds that read a file that is no comparison alone."""
+
 KINDS: Mapping[str, Callable[[Comparison], str]] = {
     "all": markdown, "table": paper_report.markdown, "scores": scores, "short": short, "host": host,
 }  # fmt: skip
@@ -107,15 +131,15 @@ def made(page: str, docs: Path = ROOT / "docs") -> str:
 
     def block(found: re.Match[str]) -> str:
         head, name, kind, _, end = found.groups()
-        if kind == "ability":
-            return f"{head}\n{ability(read_json(docs / name))}\n{end}"
+        if kind in READ:
+            return f"{head}\n{READ[kind](read_json(docs / name))}\n{end}"
         comparison = read_results(docs / name)
         if kind in KINDS:
             return f"{head}\n{KINDS[kind](comparison)}\n{end}"
         for row in comparison.rows:
             if row.method == kind:
                 return f"{head}{of_method(row)}{end}"
-        raise ValueError(f"{kind!r} is none of {', '.join(KINDS)}, nor a row of {name}.")
+        raise ValueError(f"{kind!r} is none of {', '.join([*KINDS, *READ])}, nor a row of {name}.")
 
     return BLOCK.sub(block, page)
 
