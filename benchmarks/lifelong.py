@@ -21,7 +21,7 @@ NEAR = 5.0
 """Points of utility that may be lost."""
 
 UNSEEN = "specificity, not in the statistics"
-USUAL = {"seed": 0, "passes": 1, "names": 0}
+USUAL = {"batch_size": 100, "seed": 0, "passes": 1, "names": 0}
 """Options of the example where a run's command does not name them."""
 GOAL = 10000
 """Edits at which it is asked."""
@@ -215,7 +215,9 @@ def settings_table(runs: Mapping[str, Run]) -> str:
         settings = run["settings"]
         changes = ", ".join(f"`{name}={value}`" for name, value in settings["set"].items())
         given = {name: settings.get(name, usual) for name, usual in USUAL.items()}
-        changes += "".join(f", `--{name} {value}`" for name, value in given.items() if value != USUAL[name])
+        changes += "".join(
+            f", `--{name.replace('_', '-')} {value}`" for name, value in given.items() if value != USUAL[name]
+        )
         rows.append([label, settings["method"], changes])
     return table(("run", "method", "beside its YAML"), rows)
 
