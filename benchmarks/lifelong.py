@@ -23,6 +23,8 @@ NEAR = 5.0
 UNSEEN = "specificity, not in the statistics"
 USUAL = {"batch_size": 100, "seed": 0, "passes": 1, "names": 0}
 """Options of the example where a run's command does not name them."""
+LONG = 2000
+"""Edits of a run from which on its whole course is shown."""
 GOAL = 10000
 """Edits at which it is asked."""
 
@@ -35,7 +37,7 @@ def updated(text: str, content: Mapping[str, Any]) -> str:
     runs: Mapping[str, Run] = content["runs"]
     tables = {
         "goal": goal_table(runs), "verdict": verdict_text(*longest(runs)), "last": last_table(runs),
-        "course": course_table(*longest(runs)),
+        "course": "\n\n".join(course_table(*one) for one in runs.items() if one[1]["points"][-1]["edits"] >= LONG),
         "shared": shared_line(content["first batch"]), "capacity": capacity_table(runs),
         "tuning": tuning_table(content["tuning"]), "protected": protected_table(content["protected"]),
         "settings": settings_table(runs),
@@ -163,7 +165,7 @@ def course_table(label: str, run: Run) -> str:
     """One run at steps that grow."""
     end = run["points"][-1]["edits"]
     known = measured_at(run)
-    steps = [n for n in (100, 200, 300, 500, 1000, 1500, 2000, 3000, 4000, 5000, 7000, 8500) if n < end and n in known]
+    steps = [n for n in (100, 500, 1000, 1500, 2000, 2500, 3000, 4000, 5000, 7000, 8500) if n < end and n in known]
     rows = []
     for edits in (*steps, end):
         point = point_at(run, edits)
