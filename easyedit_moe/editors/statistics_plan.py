@@ -58,12 +58,11 @@ def plan_statistics(hparams: Any, model: nn.Module) -> StatisticsPlan | None:
     hp, shapes = hparams, shapes_of(model, hparams.layers, hparams.site)
     e, d, h, k = shapes.experts, shapes.d_model, shapes.d_hidden, shapes.active
     item = 8 if hp.mom2_dtype == "float64" else 4
-    disk = item * (e * h * h + d * d) + 8 * e
+    moments = item * (e * h * h + d * d) + 8 * e
+    disk = moments if hp.protected_dataset is None else 2 * moments
     if isinstance(hp, MoTEHyperParams):
         sizes = (e, d, h)
         disk += 8 * sum(size * rank for size, rank in zip(sizes, hp.ranks(*sizes) or sizes, strict=True))
-    if hp.protected_dataset is not None:
-        disk += item * (e * h * h + d * d) + 8 * e
     sampled = hp.mom2_dataset == GENERATED
     most = hp.mom2_n_samples * (min(hp.max_length, hp.generated_length) if sampled else hp.max_length)
     if hp.mom2_n_tokens is not None and not sampled:

@@ -137,8 +137,8 @@ def test_edits_change_them_less(variant: str, data: Path) -> None:
     moved = []
     texts = [f"{name} is" for name in ("Boris Vian", "Ilse Ruf", "Old Tom")]
     (data / "names.txt").write_text("\n".join(texts), encoding="utf-8")
-    metric = {"lambda_reg": 1.0} if variant == "MoE-MEMIT" else {"nullspace_threshold": None, "nullspace_rank": 0.5}
-    metric = metric if variant == "MoE-MEMIT" else {**metric, "nullspace_relative": False}
+    ranked = {"nullspace_threshold": None, "nullspace_relative": False, "nullspace_rank": 0.5}
+    metric = {"lambda_reg": 1.0} if variant == "MoE-MEMIT" else ranked
     for share in (None, 0.99):
         model = tiny_model()
         before = last_states(model, texts)
