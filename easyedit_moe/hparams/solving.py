@@ -162,6 +162,7 @@ class SolverHyperParams(MoEHyperParams):
     def carries(self) -> bool:
         """Whether a batch depends on what the batches before it carried on."""
         options = (
+            self.replay_facts or None,
             self.cumulative_ridge or None,
             self.norm_anchor,
             self.preservation_bound,

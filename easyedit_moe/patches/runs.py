@@ -85,7 +85,7 @@ def overwritten(patch: WeightPatch, view: MoELayerView, base: Matrices | None = 
     missing = [(layer, expert) for layer, expert in patch.matrices() if expert not in found.get(layer, {})]
     if not missing:
         return found
-    run = list(_run(patch.earlier))[::-1]
+    run = list(run_of(patch.earlier))[::-1]
     for layer in sorted({layer for layer, _ in missing}):
         state = dict((base or {}).get(layer, {}))
         for part in run:
@@ -117,7 +117,7 @@ def replayed(view: MoELayerView, layer: int, state: dict[int, Tensor], steps: Se
     return {expert: w.mT if turned else w for expert, w in stored.items()}
 
 
-def _run(patch: WeightPatch | None) -> Iterator[WeightPatch]:
+def run_of(patch: WeightPatch | None) -> Iterator[WeightPatch]:
     """A patch and those before it, newest first."""
     while patch is not None:
         yield patch
@@ -127,7 +127,7 @@ def _run(patch: WeightPatch | None) -> Iterator[WeightPatch]:
 def _left_by(patch: WeightPatch | None, wanted: set[tuple[int, int]]) -> dict[tuple[int, int], int]:
     """Checksums that a run left of some matrices, where it wrote them: as a rule its last patch wrote most."""
     found: dict[tuple[int, int], int] = {}
-    for part in _run(patch):
+    for part in run_of(patch):
         if not wanted:
             break
         new = wanted & set(part.matrices())

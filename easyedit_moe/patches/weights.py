@@ -39,7 +39,7 @@ from easyedit_moe.patches.checks import (
 from easyedit_moe.patches.flips import flipped, flips_between
 from easyedit_moe.patches.groups import add_groups, groups_of, originals_of
 from easyedit_moe.patches.record import ADVICE, PatchRecord, check_id, read_patch
-from easyedit_moe.patches.runs import overwritten
+from easyedit_moe.patches.runs import overwritten, run_of
 from easyedit_moe.patches.steps import steps_of, tensors_of
 from easyedit_moe.patches.stored import (
     FLIPS,
@@ -95,7 +95,7 @@ class WeightPatch(PatchRecord):
     @property
     def applied(self) -> bool:
         """Whether this value knows what it overwrote on a model, by itself or from the patches before it."""
-        return bool(self.originals) or (self.earlier is not None and self.earlier.applied)
+        return any(part.originals for part in run_of(self))
 
     @property
     def layers(self) -> list[int]:
@@ -312,16 +312,17 @@ class WeightPatch(PatchRecord):
         """Every matrix of the patch, and of those before it in its run, as a base has it."""
         read = None if isinstance(base, nn.Module) else reader_of(base)
         source = self._view(base) if isinstance(base, nn.Module) else None
-        found: dict[int, dict[int, Tensor]] = {} if self.earlier is None else self.earlier._of_base(base)
-        for layer, expert in self.matrices():
-            if expert in found.get(layer, {}):
-                continue
-            if source is not None:
-                original = _matrix(source, layer, expert)
-            elif read is not None:
-                stored = self.stored[layer]
-                original = stored.matrix(read(stored.parameter_of(expert)), expert)
-            found.setdefault(layer, {})[expert] = original
+        found: dict[int, dict[int, Tensor]] = {}
+        for part in reversed(list(run_of(self))):
+            for layer, expert in part.matrices():
+                if expert in found.get(layer, {}):
+                    continue
+                if source is not None:
+                    original = _matrix(source, layer, expert)
+                elif read is not None:
+                    stored = part.stored[layer]
+                    original = stored.matrix(read(stored.parameter_of(expert)), expert)
+                found.setdefault(layer, {})[expert] = original
         return found
 
     def _turn(self, writer: PatchWriter) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,24 @@ def test_a_loop_remembers_as_sequential_editing_does(method: str, data: Path) ->
         loop(forgetful, hp, [batch])
         remembering._CALLS.pop(forgetful)
     assert any(not torch.equal(p, forgetful.get_parameter(name)) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"replay_facts": 2}, {"join_facts": True}, {"anchor_targets": True},
+        {"norm_anchor": 1.0001}, {"sequence_rate": 1.0}, {"refresh_every": 2}, {"preservation_bound": 1e-9},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_loop_carries_on_what_options_for_long_runs_do(option: dict[str, Any], data: Path) -> None:
+    needs = {"metric": "covariance"} if option.keys() & {"refresh_every", "preservation_bound"} else {}
+    hp, model = settings(data, "Global", remember_edits=False, **needs, **option), tiny_model()
+    assert hp.carries
+    loop(model, hp, [FACTS[:2], FACTS[2:4], FACTS[4:]])
+    editor = MoEEditor(replace(hp, batch_size=2), tiny_model(), TOK)
+    editor.batch_edit([], [], requests=FACTS, sequential_edit=True, verbose=False)
+    assert_same_state(state_of(editor.model), state_of(model))
 
 
 def test_without_the_setting_nothing_is_kept(data: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import inspect
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +112,21 @@ def test_without_originals_the_base_is_what_leads_back(as_model: bool) -> None:
     newest.revert(model, base if as_model else base.state_dict())
     assert_same_state(between, state_of(model))
     revert_run(patches, model, base if as_model else base.state_dict())
+    assert_same_state(state_of(base), state_of(model))
+
+
+def test_a_run_may_be_longer_than_calls_can_be_nested() -> None:
+    model, base, patches = tiny_model(), tiny_model(), list[WeightPatch]()
+    for number in range(150):
+        patches.append(write(model, seed=number, experts=(1,)))
+        continues(patches[-1], patches[-2] if number else None, keep_originals=False)
+    before, depth = sys.getrecursionlimit(), len(inspect.stack())
+    sys.setrecursionlimit(depth + 130)
+    try:
+        assert not patches[-1].applied
+        revert_run(patches, model, base)
+    finally:
+        sys.setrecursionlimit(before)
     assert_same_state(state_of(base), state_of(model))
 
 
