@@ -34,7 +34,7 @@ def _show(found: Mapping[str, Any]) -> None:
         "made on": ", ".join(found.get("models", [])) or "-",
         "base": str(found["fingerprint"])[:16] + ("" if not found.get("base") else f", weights {found['base'][:16]}"),
         "parent": found.get("parent") or "none",
-        "merged of": ", ".join(found.get("merged", [])) or "-",
+        "merged of": (", ".join(found.get("merged", [])) or "-") + (" (folded)" if found.get("folded") else ""),
         "originals": "held" if found.get("originals") else "not held",
         "rounding loss": _share(found.get("rounding_loss")),
         "size on disk": f"{(found['bytes'] or 0) / 1e6:.3f} MB",

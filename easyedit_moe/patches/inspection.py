@@ -21,15 +21,17 @@ def describe(patch: WeightPatch | TensorPatch, path: str | Path | None = None) -
         path: the file it is in, for its size.
 
     Returns:
-        ``kind``, ``site`` (None for whole tensors), ``id``, ``parent``, ``merged`` (ids of the parts of a merged
-        patch), ``methods``, ``models``, ``facts``, ``fingerprint``, ``base``, ``originals`` (the patch can be reverted
-        by itself), ``touched`` (of factored updates per layer, of whole tensors per parameter), ``rounding_loss`` (the
-        largest), ``warnings``, ``settings`` (of each part), ``versions``, ``notes`` (whatever else its maker wrote) and
-        ``bytes``. What is not known is None, and a relative size is the norm of the update by that of the weight.
+        ``kind``, ``site`` (None for whole tensors), ``id``, ``parent``, ``merged`` (ids of the parts of a
+        merged patch), ``folded`` (its steps are one per layer, the same up to rounding), ``methods``,
+        ``models``, ``facts``, ``fingerprint``, ``base``, ``originals`` (the patch can be reverted by itself),
+        ``touched`` (of factored updates per layer, of whole tensors per parameter), ``rounding_loss`` (the
+        largest), ``warnings``, ``settings`` (of each part), ``versions``, ``notes`` (whatever else its maker
+        wrote) and ``bytes``. What is not known is None, and a relative size is the norm of the update by that
+        of the weight.
     """
     parts = patch.metadata.get("parts", [patch.metadata])
     settings = [part["hparams"] for part in parts if "hparams" in part]
-    known = {"hparams", "requests", "versions", "warnings", "parts", "merged"}
+    known = {"hparams", "requests", "versions", "warnings", "parts", "merged", "folded"}
     weights = isinstance(patch, WeightPatch)
     return {
         "kind": "factored updates of down-projections" if weights else "whole tensors",
@@ -37,6 +39,7 @@ def describe(patch: WeightPatch | TensorPatch, path: str | Path | None = None) -
         "id": patch.id,
         "parent": patch.parent,
         "merged": patch.metadata.get("merged", []),
+        "folded": bool(patch.metadata.get("folded")),
         "methods": methods_of(patch),
         "models": _distinct(settings, "model_name"),
         "facts": [fact for part in parts for fact in part.get("requests", [])],

@@ -91,12 +91,13 @@ def folded(patch: WeightPatch) -> WeightPatch:
     Cores of one layer are added up to one core. Where factors are more columns than the shorter side of a matrix, its
     own factors of the product's rank take their place (QR and singular values, `easyedit_moe.algebra.low_rank`). What
     is written is the same up to rounding, once rather than step by step; the checksums stay those of the steps, and so
-    do originals in ``flips``, which apply the steps' very bits.
+    do originals in ``flips``, which apply the steps' very bits. ``metadata`` says that it is "folded".
     """
     updates = sharing_factors([update for _, update in patch.steps])
     pairs = [(layer, update) for (layer, _), update in zip(patch.steps, updates, strict=True)]
     steps = [(layer, _as_one([update for number, update in pairs if number == layer])) for layer in patch.layers]
-    return replace(patch, steps=steps, originals={}, written={}, earlier=None, _model=None)
+    told = {**patch.metadata, "folded": True}
+    return replace(patch, steps=steps, originals={}, written={}, earlier=None, metadata=told, _model=None)
 
 
 def _as_one(updates: Sequence[Update]) -> Update:
@@ -146,8 +147,9 @@ def _record(patches: Sequence[WeightPatch] | Sequence[TensorPatch]) -> dict[str,
     """What the merged patch says of itself."""
     parts = [part for p in patches for part in p.metadata.get("parts", [p.metadata])]
     merged = [name for p in patches for name in p.metadata.get("merged", [p.id])]
+    kept = {"folded": True} if any(p.metadata.get("folded") for p in patches) else {}
     return {
-        "metadata": {"parts": parts, "merged": merged},
+        "metadata": {"parts": parts, "merged": merged, **kept},
         "base": patches[0].base,
         "parent": patches[0].parent,
         "warnings": [text for p in patches for text in p.warnings],

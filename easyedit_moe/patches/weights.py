@@ -153,17 +153,20 @@ class WeightPatch(PatchRecord):
                     writer.write(layer, update)
             written, reports = writer.checksums(), self.reports if self.flips else writer.reports
             if written != self.after:
-                warning.warn(
-                    "This machine rounds the patch otherwise than the one that made it, so some weights differ in "
-                    "their last bit from the original edit. It can be reverted. A patch saved with keep_originals=True "
-                    "is exact everywhere.",
-                    EditingWarning,
-                    stacklevel=2,
-                )
+                warning.warn(f"{self._why_rounded()} It can be reverted.", EditingWarning, stacklevel=2)
             self.reports, self.written, self._model, self.originals = (
                 reports, written, weakref.ref(model), writer.originals,
             )  # fmt: skip
         return self.reports
+
+    def _why_rounded(self) -> str:
+        """Why what was written differs in its last bits from what the edit wrote."""
+        if self.metadata.get("folded"):
+            return "The patch is folded, so some weights differ in their last bits from what its steps write."
+        return (
+            "This machine rounds the patch otherwise than the one that made it, so some weights differ in their last "
+            "bit from the original edit. A patch saved with keep_originals=True is exact everywhere."
+        )
 
     def revert(self, model: nn.Module, base: Base | None = None) -> None:
         """Put the originals back; every down-projection is then bit-equal to before the patch.

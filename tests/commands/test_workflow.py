@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
@@ -108,6 +109,15 @@ def test_a_second_edit_names_its_parent_and_both_merge_to_one(edited: Path, tmp_
     run("apply", tmp_path / "both.safetensors", "--model", "factworld", "--out", tmp_path / "both")
     written = (tmp_path / "second" / "checkpoint" / WEIGHTS).read_bytes()
     assert (tmp_path / "both" / WEIGHTS).read_bytes() == written
+    run("merge", first, second, "--fold", "--out", tmp_path / "folded.safetensors")
+    run("apply", tmp_path / "folded.safetensors", "--model", "factworld", "--out", tmp_path / "folded")
+    once, steps = (load_file(tmp_path / name / WEIGHTS) for name in ("folded", "both"))
+    for name, weight in steps.items():
+        torch.testing.assert_close(once[name].float(), weight.float(), rtol=2**-6, atol=1e-3)  # bfloat16
+    assert "(folded)" in run("inspect", tmp_path / "folded.safetensors").stdout
+    run("revert", tmp_path / "folded.safetensors", "--model", tmp_path / "folded", "--base", factworld.model_path(),
+        "--out", tmp_path / "back")  # fmt: skip
+    assert (tmp_path / "back" / WEIGHTS).read_bytes() == (factworld.model_path() / WEIGHTS).read_bytes()
     assert "exists" in run("merge", first, second, "--out", tmp_path / "both.safetensors", code=2).stderr
     assert "Wrong order" in run("merge", second, first, "--out", tmp_path / "x.safetensors", code=2).stderr
     assert not (tmp_path / "x.safetensors").exists()

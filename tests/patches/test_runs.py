@@ -17,7 +17,7 @@ from tiny import CONFIGS, assert_same_state, randomise, requests, state_of, tiny
 from torch import nn
 
 from easyedit_moe.editor import MoEEditor
-from easyedit_moe.errors import PatchError, RequestError
+from easyedit_moe.errors import EditingWarning, PatchError, RequestError
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.patches.merging import folded, merge_weights, revert_run
 from easyedit_moe.patches.runs import continues
@@ -218,8 +218,10 @@ def test_a_run_folds_into_one_step_per_layer() -> None:
         assert max(len(columns) for columns in update.columns) <= bound
         wanted = sum(step.to(dtype=torch.float64).dense(8) for number, step in whole.steps if number == layer)
         torch.testing.assert_close(update.dense(8).double(), wanted, rtol=1e-5, atol=1e-6)
+    assert (small.metadata["folded"], "folded" in whole.metadata) == (True, False)
     revert_run(patches, model)
-    small.apply(model)
+    with pytest.warns(EditingWarning, match="The patch is folded"):
+        small.apply(model)
     whole.forget()
     again = tiny_model()
     whole.apply(again)
