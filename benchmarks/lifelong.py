@@ -67,12 +67,13 @@ def goal_table(runs: Mapping[str, Run]) -> str:
     for label, run in runs.items():
         first, last = point_at(run, FIRST), run["points"][-1]
         change = last["utility"] - first["utility"]
-        slower = slowing(run)
+        slower = [slowing(run), slowing(run, last["edits"] / 2)]
         larger = last["resident bytes"] / first["resident bytes"]
         rows.append(
             [
                 label, str(last["edits"]), f"{first['utility']:.1f}", f"{last['utility']:.1f}", f"{change:+.1f}",
-                verdict(-change <= NEAR, last["edits"]), "-" if slower is None else f"{slower:.2f}", f"{larger:.2f}",
+                verdict(-change <= NEAR, last["edits"]), *("-" if one is None else f"{one:.2f}" for one in slower),
+                f"{larger:.2f}",
             ]
         )  # fmt: skip
     names = (
@@ -83,6 +84,7 @@ def goal_table(runs: Mapping[str, Run]) -> str:
         "change",
         "within 5",
         "seconds, times",
+        "in its second half",
         "memory, times",
     )
     return table(names, rows)
@@ -93,9 +95,12 @@ def verdict(met: bool, edits: int) -> str:
     return ("yes" if edits >= GOAL else "so far") if met else "no"
 
 
-def slowing(run: Run) -> float | None:
-    """Seconds per edit at the last point that knows them, by those at the first; None where fewer than two do."""
-    known = [one["seconds per edit"] for one in run["points"] if one["seconds per edit"] is not None]
+def slowing(run: Run, start: float = 0) -> float | None:
+    """Seconds per edit at the last point that knows them, by those at the first one after so many edits; None where
+    fewer than two do.
+    """
+    points = [one for one in run["points"] if one["edits"] >= start]
+    known = [one["seconds per edit"] for one in points if one["seconds per edit"] is not None]
     return known[-1] / known[0] if len(known) > 1 else None
 
 
