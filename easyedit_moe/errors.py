@@ -95,6 +95,10 @@ class DataError(EditingError, ValueError):
     """A data file that is missing or not in the expected layout."""
 
 
+class HubError(EditingError, ConnectionError):
+    """The hub of models and datasets can't be asked: there is no network, it is switched off, or it does not answer."""
+
+
 class JudgeError(EditingError, OSError):
     """A judge of answers can't be reached, or does not judge."""
 
@@ -149,6 +153,10 @@ class LossUnchangedWarning(EditingWarning):
 
 class CoverageWarning(EditingWarning):
     """Experts whose statistics rest on too few tokens."""
+
+
+class CorpusNotComparedWarning(EditingWarning):
+    """A dataset by name that could not be compared with the hub; what was found of it before is used."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

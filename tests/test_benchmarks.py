@@ -167,6 +167,8 @@ def test_what_is_cached_is_read_whole() -> None:
     assert rows["moments"]["bytes"] >= len(shape.layers) * moments
     assert rows["null spaces"]["bytes"] >= len(shape.layers) * spaces
     assert all(row["seconds"] > 0 for row in rows.values())
+    assert rows["corpus, read anew"]["bytes"] > 100 * rows["corpus, found by its record"]["bytes"]
+    assert rows["corpus, found by its record"]["layers"] == 1
 
 
 def test_unknown_suites_are_refused(tmp_path: Path) -> None:

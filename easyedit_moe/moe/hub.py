@@ -55,16 +55,27 @@ def find_source(model_name: str) -> Source:
     if _is_path(model_name):
         raise DataError(f"The model {model_name!r} can't be loaded: there is no such folder.")
     cached = _is_cached(model_name)
-    offline = constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE", "").upper() in constants.ENV_VARS_TRUE_VALUES
-    if offline or not hub_answers():
+    reason = why_unreachable()
+    if reason is not None:
         if cached:
             return Source(model_name, True)
-        reason = "HF_HUB_OFFLINE is set" if offline else f"{constants.ENDPOINT} does not answer"
         raise DataError(
             f"The model {model_name!r} can't be loaded: it is no folder here, it is not in the hub's cache, and "
             f"{reason}. Give the folder of a downloaded checkpoint."
         )
     return Source(model_name, False)
+
+
+def why_unreachable() -> str | None:
+    """Why the hub can't be asked, in words; None where it answers."""
+    if constants.HF_HUB_OFFLINE or is_switched_on("HF_HUB_OFFLINE"):
+        return "HF_HUB_OFFLINE is set"
+    return None if hub_answers() else f"{constants.ENDPOINT} does not answer"
+
+
+def is_switched_on(variable: str) -> bool:
+    """Whether a variable of the environment says yes, as the hub's client reads it."""
+    return os.environ.get(variable, "").upper() in constants.ENV_VARS_TRUE_VALUES
 
 
 def hub_answers(seconds: float = PATIENCE) -> bool:

@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES as CONFIGS
+from transformers.utils import is_accelerate_available
 from transformers.utils import logging as logging_of_transformers
 from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
@@ -51,7 +52,8 @@ def load_model(
     Args:
         model_name: hub name, folder, or "factworld" for the bundled model.
         dtype: float32, bfloat16 or float16.
-        device: "cpu", "cuda", "cuda:1" or a GPU's number; unused with a device map.
+        device: "cpu", "cuda", "cuda:1" or a GPU's number; unused with a device map. Weights are read straight onto a
+            GPU where accelerate is installed, and else by way of the CPU.
         model_parallel: the same as ``device_map="auto"``.
         device_map: accelerate's map of modules to devices, or a name that transformers knows, such as "auto".
         trust_remote_code: let the checkpoint's own code run; without it such a checkpoint is refused, and nobody asked.
@@ -67,17 +69,26 @@ def load_model(
     config = _config(model_name, source, options)
     tok = _tokenizer(model_name, source, options)
     options |= {"dtype": getattr(torch, dtype), "config": config}
-    if device_map is not None or model_parallel:
-        options["device_map"] = device_map if device_map is not None else "auto"
+    options |= _placement(where, model_parallel, device_map)
     if (dequantised := _dequantised(config)) is not None:
         logger.info("%s is %s; it is dequantised, since edits need float weights.", model_name, quant_method(config))
         options["quantization_config"] = dequantised
     model = _weights(model_name, source, _auto_class(config), options)
     if "quantization_config" in options:
         _cast_dequantised(model, getattr(torch, dtype))
-    if "device_map" not in options:
-        model.to(where)
+    if device_map is None and not model_parallel:
+        model.to(where)  # what was loaded straight onto the device stays as it is
+        model.__dict__.pop("hf_device_map", None)
     return model.eval(), tok
+
+
+def _placement(where: torch.device, model_parallel: bool, device_map: Any) -> dict[str, Any]:
+    """What tells transformers where the weights go: a map that was asked for, or one of the device alone, so that they
+    need no room on the CPU first. None of it where they stay there, or accelerate, which maps need, is not installed.
+    """
+    if device_map is not None or model_parallel:
+        return {"device_map": device_map if device_map is not None else "auto"}
+    return {"device_map": {"": where}} if where.type != "cpu" and is_accelerate_available() else {}
 
 
 def load_tokenizer(model_name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

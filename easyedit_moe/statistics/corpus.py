@@ -7,16 +7,18 @@ import logging
 import os
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import closing
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from easyedit_moe import factworld
-from easyedit_moe.errors import DataError, shown
+from easyedit_moe.errors import DataError, HubError, shown
 from easyedit_moe.facts.iterating import is_iterable
 from easyedit_moe.facts.texts import check_encodable
+from easyedit_moe.statistics.named_datasets import dataset_revision, dataset_rows, named_dataset
 from easyedit_moe.storage.files import is_file, is_folder
-from easyedit_moe.storage.strict_json import parse_json
+from easyedit_moe.storage.strict_json import digest, parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -74,24 +76,68 @@ def _texts(items: Iterable[Any], name: str) -> Generator[str]:
 
 
 def source_stamp(source: str | Path) -> tuple[Any, ...] | None:
-    """What changes when the files of a corpus do: path, inode, size and time of each; None for what is not files."""
+    """What changes when the files of a corpus do: path, inode, size and times of each; None for what is not files."""
     if source == GENERATED:
         return None
-    path = factworld.data_path("corpus.txt") if source == factworld.MODEL_NAME else Path(source)
+    path = _path_of(str(source))
     if is_folder(path):
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in FOLDER_SUFFIXES)
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in FOLDER_SUFFIXES and is_file(file))
     else:
         files = [path] if is_file(path) else []
-    states = [(str(file.resolve()), file.stat()) for file in files]
-    return tuple((name, s.st_ino, s.st_size, s.st_mtime_ns) for name, s in states) or None
+    # Of a link both names count: the one that is given says how the file is read.
+    states = [(str(file.absolute()), str(file.resolve()), file.stat()) for file in files]
+    return tuple((*names, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for *names, s in states) or None
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where texts come from, and what changes when they do.
+
+    Attributes:
+        place: of files their path; of a dataset by name its path, configuration and split.
+        state: hash of `source_stamp`, or the dataset's revision; None where the hub could not be asked for it.
+        reason: why it could not be asked.
+    """
+
+    place: tuple[str, ...]
+    state: str | None
+    reason: str = ""
+
+
+def origin_of(source: str) -> Origin | None:
+    """What is known of a corpus without reading it; a dataset by name asks the hub for its revision.
+
+    None where nothing tells whether the texts are still the same: samples, what is not there, and datasets that the hub
+    does not know.
+    """
+    stamp = source_stamp(source)
+    if stamp is not None:
+        return Origin((str(_path_of(source).absolute()),), digest(stamp))
+    if source == GENERATED or is_folder(_path_of(source)) or _is_path(source):
+        return None
+    dataset = named_dataset(source)
+    try:
+        revision = dataset_revision(dataset)
+    except HubError as error:
+        return Origin(dataset.place, None, str(error))
+    return None if revision is None else Origin(dataset.place, revision)
 
 
 def corpus_hash(texts: list[str]) -> str:
     """SHA-256 over all texts, in hexadecimal."""
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     for text in texts:
-        digest.update(text.encode("utf-8") + b"\0")
-    return digest.hexdigest()
+        found.update(text.encode("utf-8") + b"\0")
+    return found.hexdigest()
+
+
+def _path_of(name: str) -> Path:
+    return factworld.data_path("corpus.txt") if name == factworld.MODEL_NAME else Path(name)
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name can only be meant as a path, so that no dataset is called so."""
+    return bool(Path(name).suffix) or Path(name).is_absolute() or name.startswith(".")
 
 
 def _called(source: Any) -> str:
@@ -104,14 +150,14 @@ def _named(name: str) -> Generator[Any]:
             f"{GENERATED!r} means texts that a model samples, and there is no model here; give a file, a folder or the "
             f"name of a dataset (a file of that name is ./{GENERATED})."
         )
-    path = factworld.data_path("corpus.txt") if name == factworld.MODEL_NAME else Path(name)
+    path = _path_of(name)
     if is_file(path):
         return _file(path)
     if is_folder(path):
         return _folder(path)
-    if path.suffix or path.is_absolute() or name.startswith("."):
+    if _is_path(name):
         raise DataError(f"The corpus {name} does not exist, neither as a file nor as a folder.")
-    return _hub_dataset(name)
+    return dataset_rows(name)
 
 
 def _folder(folder: Path) -> Generator[Any]:
@@ -163,29 +209,6 @@ def _parquet(path: Path) -> Generator[str]:
             raise DataError(f"{path} has no column '{TEXT_COLUMN}'; found {names}.")
         for batch in file.iter_batches(batch_size=1024, columns=[TEXT_COLUMN]):
             yield from (text for text in batch.column(0).to_pylist() if text is not None)
-
-
-def _hub_dataset(name: str) -> Generator[Any]:
-    aliases = {
-        "wikipedia": ("wikimedia/wikipedia", "20231101.en"),
-        "wikitext": ("Salesforce/wikitext", "wikitext-103-raw-v1"),
-    }
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise DataError(
-            f"The dataset {name!r} is neither a file nor a folder, and reading it by name needs "
-            f"`pip install datasets`; {GENERATED!r}, the model's own samples, needs nothing."
-        ) from error
-    path, config = aliases.get(name, (name, None))
-    try:
-        yield from load_dataset(path, config, split="train", streaming=True)
-    except Exception as error:  # datasets raises many types here, from connection errors to its own
-        raise DataError(
-            f"The dataset {name!r} is neither a file, a folder nor a dataset that could be loaded "
-            f"({type(error).__name__}: {error}). Give a text file, a folder or {GENERATED!r} "
-            "(the model's own samples) instead."
-        ) from error
 
 
 def _text(item: Any, name: str) -> str:

@@ -7,27 +7,25 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from easyedit_moe.errors import CoverageWarning
-from easyedit_moe.facts.tokens import encode_text
+from easyedit_moe.errors import CoverageWarning, DataError
 from easyedit_moe.hparams import SolverHyperParams
 from easyedit_moe.moe.layers import MoELayer, MoELayerView
 from easyedit_moe.statistics.cache import StatisticsKey, load_moments, save_moments, statistics_folder
 from easyedit_moe.statistics.checkpoint import MomentsCheckpoint
-from easyedit_moe.statistics.corpus import GENERATED, corpus_hash, iterate_texts, load_texts, source_stamp
+from easyedit_moe.statistics.corpus import GENERATED
 from easyedit_moe.statistics.distributed import least_over_processes, rank_and_size
 from easyedit_moe.statistics.generated import GeneratedTexts, GenerationKey, opening_ids
-from easyedit_moe.statistics.moments import LayerMoments, Shards, collect_moments, encode_cut
+from easyedit_moe.statistics.known_corpus import CorpusBounds, KnownCorpus
+from easyedit_moe.statistics.moments import LayerMoments, Shards, collect_moments
 from easyedit_moe.statistics.protected import mixed, of_protected
 from easyedit_moe.statistics.token_cache import TokenisedTexts, TokenKey, tokenizer_hash
 from easyedit_moe.storage.files import check_writable
@@ -35,10 +33,6 @@ from easyedit_moe.storage.strict_json import digest
 from easyedit_moe.storage.tensors import read_or_warn
 
 logger = logging.getLogger(__name__)
-
-_FIRST_TEXTS = 8
-_HASHED: dict[tuple[Any, ...], tuple[str, int]] = {}
-"""Hash and number of texts of each corpus of files that this process has read, as its files were then."""
 
 CHECKPOINT_SECONDS = 60.0
 """Least time between two writes of the sums of a run that is under way."""
@@ -57,12 +51,16 @@ def layer_statistics(
 
     Where torch.distributed was initialised, all of its processes must call this, and all return the same.
 
-    Warns `CoverageWarning` about experts that too few tokens reached.
+    What was found of a corpus is kept, too (`easyedit_moe.statistics.known_corpus`): where its statistics are cached,
+    it is not read.
+
+    Warns `CoverageWarning` about experts that too few tokens reached, and `CorpusNotComparedWarning` about a dataset
+    that is taken to be what it was, since the hub can't be asked.
 
     Raises:
-        DataError: the corpus can't be read. HyperParamsError: no room for generated texts. CacheError: a cached
-            file is of another model; one that is damaged is made anew, with a warning. WriteError: nothing can be
-            written under ``hparams.stats_dir``.
+        DataError: the corpus can't be read, changed meanwhile, or is another one in another process.
+            HyperParamsError: no room for generated texts. CacheError: a cached file is of another model; one that is
+            damaged is made anew, with a warning. WriteError: nothing can be written under ``hparams.stats_dir``.
     """
     moments = _with_protected(hparams, lambda hp: _cached_statistics(view, tok, hp, layers, fingerprint, progress))
     _report_coverage(moments, hparams)
@@ -129,7 +127,8 @@ def fresh_statistics(
     fingerprint: str,
     progress: bool = True,
 ) -> dict[int, LayerMoments]:
-    """Moments of ``layers`` of the model as it is, edits included: neither read from a cache nor kept.
+    """Moments of ``layers`` of the model as it is, edits included: neither read from a cache nor kept (what is found of
+    the corpus itself is both).
 
     The texts are those of `layer_statistics` (generated ones: of the unedited model, whose fingerprint this is), and so
     are the errors.
@@ -168,7 +167,7 @@ def _cached(path: Path, key: StatisticsKey, moe: MoELayer) -> LayerMoments | Non
 class _Corpus:
     """Texts, and what a file of statistics says of them: their name or hash, how they are cut, how many they are.
 
-    ``parts`` reads the texts, if that was not needed before.
+    ``parts`` reads the texts, if that was not needed to find them.
     """
 
     parts: Callable[[], Shards]
@@ -186,42 +185,26 @@ def _corpus(
         key = GenerationKey(fingerprint, openings, min(cut, hparams.generated_length), hparams.generated_seed)
         made = GeneratedTexts(view.model, tok, key, n_samples, folder)
         return _Corpus(lambda: made, key.folder_name(), digest(openings), n_samples)
-    source, known = hparams.mom2_dataset, list[list[int]]()
-    stamp = source_stamp(source) if hparams.mom2_n_tokens is None else None
-    if stamp is not None and (stamp, n_samples) in _HASHED:
-        texts = None
-        first = load_texts(source, min(n_samples, _FIRST_TEXTS))
-        name, count = _HASHED[stamp, n_samples]
-    else:
-        if hparams.mom2_n_tokens is None:
-            texts = load_texts(source, n_samples)
-        else:
-            with closing(iterate_texts(source)) as found:
-                texts = load_texts(_up_to(hparams.mom2_n_tokens, islice(found, n_samples), tok, cut, known))
-        first, name, count = texts[:_FIRST_TEXTS], corpus_hash(texts), len(texts)
-        if stamp is not None:
-            _HASHED[stamp, n_samples] = name, count
-    # Another tokenizer, or other special tokens, shows on the first few texts already.
-    tokens = corpus_hash([str(encode_text(tok, text)) for text in first])
+    bounds = CorpusBounds(n_samples, hparams.mom2_n_tokens, cut)
+    found = KnownCorpus(tok, hparams.mom2_dataset, bounds, hparams.stats_dir)
 
     def parts() -> Shards:
-        token_key = TokenKey(name, tokenizer_hash(tok, tokens), cut)
-        read = load_texts(source, n_samples) if texts is None else texts
-        return TokenisedTexts(tok, read, token_key, token_key.file(hparams.stats_dir), known)
+        token_key = TokenKey(found.name, tokenizer_hash(tok, found.tokens), cut)
+        return TokenisedTexts(tok, found.texts(), token_key, token_key.file(hparams.stats_dir), found.known)
 
-    return _Corpus(parts, name, tokens, count)
+    _check_agreed(hparams.mom2_dataset, [found.name, found.tokens, found.count])
+    return _Corpus(parts, found.name, found.tokens, found.count)
 
 
-def _up_to(
-    n_tokens: int, texts: Iterable[str], tok: PreTrainedTokenizerBase, cut: int, known: list[list[int]]
-) -> Iterator[str]:
-    """Texts until they have that many tokens; their ids are added to ``known``."""
-    for text in texts:
-        yield text
-        known.append(encode_cut(tok, text, cut))
-        n_tokens -= len(known[-1])
-        if n_tokens <= 0:
-            return
+def _check_agreed(source: str, what: list[Any]) -> None:
+    """Refuse processes of one run that found different texts: their sums would be of no corpus at all."""
+    number = int(digest(what)[:15], 16)
+    least, most = least_over_processes(number), -least_over_processes(-number)
+    if least != most:
+        raise DataError(
+            f"The processes of this run found different texts in the corpus {source}: its files are not the same "
+            "everywhere, it changed, or not all of them could ask the hub. Start again when they can."
+        )
 
 
 def _on_device_of(moe: MoELayer, value: LayerMoments) -> LayerMoments:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from easyedit_moe.errors import DamagedCacheError
+from easyedit_moe.facts.tokens import encode_text
 from easyedit_moe.statistics.ahead import Ahead, made_ahead
 from easyedit_moe.statistics.moments import ListedShards, encode_cut, shards_of
 from easyedit_moe.storage.schema import Described, Expected, check_tensors, content_of, read_record
@@ -19,6 +20,7 @@ from easyedit_moe.storage.strict_json import digest
 from easyedit_moe.storage.tensors import SCHEMA, check_key, read_or_warn, read_safetensors, write_safetensors
 
 _ADVICE = "delete it, and the corpus is tokenised anew"
+_PROBE = 'Zoë said, "It\'s 3.14";\n\ttwo  spaces, 東京, Москва.'
 _EXPECTED = {
     "ids": Expected(("tokens",), (torch.int32,)),
     "lengths": Expected(("texts",), (torch.int64,)),
@@ -45,6 +47,24 @@ def tokenizer_hash(tok: PreTrainedTokenizerBase, some_tokens: str) -> str:
     backend = getattr(tok, "backend_tokenizer", None)
     rules = sorted(tok.get_vocab().items()) if backend is None else backend.to_str()
     return digest([type(tok).__name__, rules, str(tok.special_tokens_map), some_tokens])
+
+
+def rules_hash(tok: PreTrainedTokenizerBase) -> str | None:
+    """Of all that decides which tokens a text has, so that no text is needed to tell two tokenizers apart.
+
+    None for a tokenizer whose rules are Python code, which can't be compared.
+    """
+    backend, kind = getattr(tok, "backend_tokenizer", None), type(tok)
+    if backend is None or kind.__module__.partition(".")[0] != "transformers":
+        return None
+    rules = backend.to_str()
+    if backend.truncation is not None or backend.padding is not None:  # left over from the last call; none here
+        plain = type(backend).from_str(rules)
+        plain.no_truncation()
+        plain.no_padding()
+        rules = plain.to_str()
+    splits = getattr(tok, "split_special_tokens", False)
+    return digest([kind.__name__, rules, str(tok.special_tokens_map), splits, encode_text(tok, _PROBE)])
 
 
 class TokenisedTexts:

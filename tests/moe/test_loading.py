@@ -17,15 +17,29 @@ import transformers as hf
 from own_code import module_cache
 from quantised import to_fp8, to_mxfp4
 from safetensors.torch import load_file, save_file
-from tiny import tiny_model, tiny_multimodal, tiny_omni, tiny_tokenizer
+from solving_editors import hparams
+from tiny import (
+    TEXTS,
+    assert_same_state,
+    requests,
+    state_of,
+    tiny_model,
+    tiny_multimodal,
+    tiny_omni,
+    tiny_tokenizer,
+)
+from torch import nn
 
 from easyedit_moe import editor
+from easyedit_moe.checkpoints.saving import save_edited
+from easyedit_moe.editors import make_editor
 from easyedit_moe.errors import DataError, HyperParamsError
 from easyedit_moe.hparams import load_hyperparams
 from easyedit_moe.moe import hub, loading
 from easyedit_moe.moe.embeddings import output_embeddings
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.moe.loading import empty_model, load_model
+from easyedit_moe.patches.files import load_patch
 
 FAMILIES = ("qwen3_moe", "mixtral", "gpt_oss")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -90,6 +104,124 @@ def test_device_map(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(DataError):
         load_model(str(folders["mixtral"]))
     assert "device_map" not in asked
+
+
+# ---------------------------------------------------------------- straight onto a device
+
+
+@pytest.mark.parametrize("where", ["cpu", "cuda", "cuda:1"])
+@pytest.mark.parametrize("accelerate", [True, False])
+def test_weights_go_straight_onto_a_gpu_where_accelerate_is_there(
+    where: str, accelerate: bool, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, object] = {}
+
+    def record(name: str, **options: object) -> None:
+        asked.update(options)
+        raise OSError("enough")
+
+    monkeypatch.setattr(hf.AutoModelForCausalLM, "from_pretrained", record)
+    monkeypatch.setattr(loading, "_device", torch.device)
+    monkeypatch.setattr(loading, "is_accelerate_available", lambda: accelerate)
+    with pytest.raises(DataError, match="enough"):
+        load_model(str(folders["mixtral"]), device=where)
+    straight = accelerate and where != "cpu"
+    assert asked.get("device_map") == ({"": torch.device(where)} if straight else None)
+    assert ("device_map" in asked) == straight
+
+
+@pytest.fixture
+def straight(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Models are loaded onto the CPU by a device map, as they are onto a GPU; what transformers made of them."""
+    pytest.importorskip("accelerate")
+    found: list[Any] = []
+    weights = loading._weights
+
+    def mapped(name: str, source: Any, auto: Any, options: Any) -> Any:
+        assert options["device_map"] == {"": torch.device("cpu")}
+        model = weights(name, source, auto, options)
+        model.hf_device_map = {"": torch.device("cpu")}  # as earlier versions of transformers leave it
+        found.append(model)
+        return model
+
+    monkeypatch.setattr(loading, "_placement", lambda where, *_: {"device_map": {"": where}})
+    monkeypatch.setattr(loading, "_weights", mapped)
+    return found
+
+
+def assert_as_moved(model: nn.Module, moved: nn.Module) -> None:
+    """The same bits, and no trace of a map: hooks and attributes are those of a model that was moved."""
+    assert model.device == moved.device
+    ours, theirs = dict(model.named_modules()), dict(moved.named_modules())
+    assert ours.keys() == theirs.keys()
+    for name, module in ours.items():
+        assert set(vars(module)) == set(vars(theirs[name])), name
+        assert not module._forward_hooks, name
+        assert not module._forward_pre_hooks, name
+        assert "forward" not in vars(module), name
+    assert_same_state(state_of(model), state_of(moved))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_that_was_loaded_straight_is_as_one_that_was_moved(
+    family: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, straight: list[Any]
+) -> None:
+    model, _ = load_model(str(folders[family]), "float32")
+    assert straight == [model]
+    monkeypatch.undo()
+    moved, _ = load_model(str(folders[family]), "float32")
+    assert_as_moved(model, moved)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", ["mxfp4", "fp8"])
+def test_dequantisation_is_the_same_straight_onto_the_device(
+    form: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, straight: list[Any]
+) -> None:
+    if form == "mxfp4":
+        to_mxfp4(saved(tmp_path, "gpt_oss"))
+    else:
+        to_fp8(saved(tmp_path))
+    model, _ = load_model(str(tmp_path), dtype)
+    assert straight == [model]
+    monkeypatch.undo()
+    moved, _ = load_model(str(tmp_path), dtype)
+    assert_as_moved(model, moved)
+
+
+@pytest.mark.usefixtures("no_editing_warnings")
+def test_edits_patches_and_checkpoints_are_the_same_straight_onto_the_device(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, straight: list[Any]
+) -> None:
+    (tmp_path / "corpus.txt").write_text("\n".join(TEXTS), encoding="utf-8")
+    source = str(folders["qwen3_moe"])
+
+    def edited(name: str) -> dict[str, object]:
+        hp = hparams(tmp_path, model_name=source, device="cpu")
+        ours = editor.MoEEditor.from_hparams(hp)
+        before, plan = state_of(ours.model), make_editor(hp).plan(ours.model, 3)
+        ours.edit_requests(requests(), sequential_edit=True, verbose=False)
+        after = state_of(ours.model)
+        for number, patch in enumerate(ours.patches):
+            patch.save(tmp_path / name / f"{number}.safetensors")
+        save_edited(ours.model, ours.tok, tmp_path / name / "checkpoint", source)
+        ours.undo(3)
+        assert_same_state(state_of(ours.model), before)
+        return after | {"plan": repr(plan)}
+
+    after = edited("straight")
+    assert len(straight) == 1
+    monkeypatch.undo()
+    wanted = edited("moved")
+    assert_same_state(after, wanted)
+    assert after["plan"] == wanted["plan"]
+    weights = [load_file(tmp_path / name / "checkpoint" / "model.safetensors") for name in ("straight", "moved")]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    model, _ = load_model(source, "float32")
+    for number in range(3):
+        load_patch(tmp_path / "straight" / f"{number}.safetensors").apply(model)
+    assert_same_state(state_of(model), wanted)
 
 
 # ---------------------------------------------------------------- what can't be loaded
@@ -292,10 +424,10 @@ def test_hparams_say_whether_code_is_trusted(trusted: bool, monkeypatch: pytest.
         seen.update(inspect.signature(load_model).bind(*arguments, **options).arguments)
         raise DataError("seen")
 
-    hparams = load_hyperparams("Global/factworld", trust_remote_code=trusted)
+    chosen = load_hyperparams("Global/factworld", trust_remote_code=trusted)
     monkeypatch.setattr(editor, "load_model", load)
     with pytest.raises(DataError, match="seen"):
-        editor.MoEEditor.from_hparams(hparams)
+        editor.MoEEditor.from_hparams(chosen)
     assert seen["trust_remote_code"] is trusted
 
 

@@ -16,7 +16,7 @@ from easyedit_moe.errors import CoverageWarning, EditingWarning
 from easyedit_moe.hparams import GlobalHyperParams
 from easyedit_moe.moe.fingerprint import model_fingerprint
 from easyedit_moe.moe.layers import MoELayerView
-from easyedit_moe.statistics import gather, moments, token_cache
+from easyedit_moe.statistics import gather, known_corpus, moments, token_cache
 from easyedit_moe.statistics.corpus import source_stamp
 from easyedit_moe.statistics.moments import LayerMoments
 
@@ -29,10 +29,10 @@ class Corpus:
         self.file.write_text("\n".join(TEXTS * 3), encoding="utf-8")
         self.tokenised: list[str] = []
         self.hashed: list[int] = []
-        encode, hashing = moments.encode_cut, gather.corpus_hash
-        for module in (moments, token_cache, gather):
+        encode, hashing = moments.encode_cut, known_corpus.corpus_hash
+        for module in (moments, token_cache, known_corpus):
             monkeypatch.setattr(module, "encode_cut", lambda tok, text, cut: self._seen(text) or encode(tok, text, cut))
-        monkeypatch.setattr(gather, "corpus_hash", lambda texts: self.hashed.append(len(texts)) or hashing(texts))
+        monkeypatch.setattr(known_corpus, "corpus_hash", lambda texts: self.hashed.append(len(texts)) or hashing(texts))
         monkeypatch.setattr(moments, "SHARD_CHARACTERS", 240)
 
     def _seen(self, text: Any) -> None:
