@@ -12,7 +12,19 @@ import torch
 from typer import Typer
 from typer.testing import CliRunner
 
-from benchmarks import cores, dense_bcd, end_to_end, endurance, growth, harness, prepare, registry, shapes, solvers
+from benchmarks import (
+    cores,
+    dense_bcd,
+    end_to_end,
+    endurance,
+    growth,
+    harness,
+    held,
+    prepare,
+    registry,
+    shapes,
+    solvers,
+)
 from benchmarks.__main__ import main
 from benchmarks.allocations import stage, tracked
 from easyedit_moe.algebra.bcd import expert_orders, solve_bcd
@@ -114,12 +126,29 @@ def test_requests_are_all_different() -> None:
     assert all(fact.subject in fact.prompt for fact in facts)
 
 
-def test_growth_in_reduced_mode() -> None:
-    rows = growth.run(growth.Options(quick=True))
+@pytest.fixture(scope="module")
+def grown() -> list[dict[str, Any]]:
+    return growth.run(growth.Options(quick=True))
+
+
+def test_growth_in_reduced_mode(grown: list[dict[str, Any]]) -> None:
+    rows = grown
     assert {row["benchmark"] for row in rows} == {
         "growth with E", "growth with T", "growth with edits made", "growth with layers",
     }  # fmt: skip
     assert {row["what"] for row in rows} == {"exact", "BCD, 4 passes", "MoTE", "write", "Global"}
+    made = [row for row in rows if row["benchmark"] == "growth with edits made"]
+    ways = [(row["what"], row["metric"], row["made before"], row["way"]) for row in made]
+    assert len(set(ways)) == len(ways) == 2 * 5 * 2
+    by = dict(zip(ways, made, strict=True))
+    unknowns = 8 * growth.QUICK.d_hidden // 16
+    few = by["BCD, 4 passes", "identity", 40, held.HELD]
+    many = by["BCD, 4 passes", "null space", 40, held.HELD]
+    assert (few["form"], many["form"]) == ("growing columns", f"{unknowns} unknowns")
+    assert by["exact", "identity", 40, held.HELD]["form"] == "40 held tokens"
+    assert by["exact", "null space", 40, held.HELD]["form"] == f"{unknowns} unknowns"
+    # Both ways make the same update.
+    assert all(row["difference"] < 1e-5 for row in made if row["way"] == held.HELD)
 
 
 def test_cores_hold_less_than_the_factors_of_every_expert() -> None:
@@ -131,9 +160,8 @@ def test_cores_hold_less_than_the_factors_of_every_expert() -> None:
         assert own["file bytes"] <= others["file bytes"] + 200
 
 
-def test_every_peak_is_of_what_was_allocated() -> None:
-    rows = growth.run(growth.Options(quick=True))
-    assert all(row["peak bytes"] > 0 for row in rows if "peak bytes" in row)
+def test_every_peak_is_of_what_was_allocated(grown: list[dict[str, Any]]) -> None:
+    assert all(row["peak bytes"] > 0 for row in grown if "peak bytes" in row)
 
 
 def test_blocks_are_counted_by_the_stage_that_made_them() -> None:
@@ -190,4 +218,27 @@ def test_hundreds_of_edits_and_the_way_back() -> None:
         assert [row["made"] for row in done] == ([2, 4, 6] if undone["size"] == 1 else [1, 2, 3])
         assert undone["as before"]
         assert len({row["disk bytes"] for row in (*done, undone)}) == 1, "edits write nothing to the disk"
-        assert all(row["seconds"] > 0 for row in rows)
+        assert all(row["seconds"] > 0 and row["remember_edits"] for row in (*done, undone))
+    (asked,) = [row for row in rows if row["benchmark"] == "first and last edits"]
+    assert (asked["what"], asked["part"], asked["edits"]) == ("MoTE", 2, 6)
+
+
+def test_every_method_with_and_without_memory_has_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def parts(_: endurance.Options, series: endurance.Series) -> list[dict[str, Any]]:
+        about = {"benchmark": series.benchmark, "device": "cpu", "what": series.method}
+        made = [(50, 0.2, 7), (series.count, 0.3, 8), (0, 0.1, 9)]
+        return [
+            about | {"remember_edits": series.remember, "made": n, "seconds": s, "resident bytes": size}
+            for n, s, size in made
+        ]
+
+    monkeypatch.setattr(endurance, "_apart", parts)
+    rows = endurance.run(endurance.Options())
+    asked = [row for row in rows if row["benchmark"] == "first and last edits"]
+    methods = ("Global", "MoTE", "MoEEdit-BCD")
+    assert [(r["what"], r["remember_edits"]) for r in asked] == [
+        (m, memory) for m in methods for memory in (False, True)
+    ]
+    for row in asked:
+        assert (row["part"], row["seconds of the first"], row["resident bytes after the first"]) == (50, 0.2, 7)
+        assert (row["edits"], row["seconds of the last"], row["resident bytes after the last"]) == (500, 0.3, 8)
