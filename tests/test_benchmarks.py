@@ -72,6 +72,12 @@ def test_results_describe_the_machine_and_name_no_host(tmp_path: Path) -> None:
     about = json.loads(path.read_text(encoding="utf-8"))["suites"]["first"]["machine"]
     assert {"cpu", "cores", "threads", "torch"} <= set(about)
     assert about["threads"] == torch.get_num_threads()
+    source = json.loads(path.read_text(encoding="utf-8"))["suites"]["first"]["source"]
+    assert source["easyedit_moe"] == about["easyedit_moe"]
+    assert source["commit"] is None or len(source["commit"]) == 40
+    told = {"easyedit_moe": "9", "commit": "a" * 40, "changed": False, "date": "2026-01-01"}
+    harness.write_results(tmp_path, False, {"first": []}, told)
+    assert json.loads(path.read_text(encoding="utf-8"))["suites"]["first"]["source"] == told
     if len(platform.node()) > 3:
         assert platform.node() not in path.read_text(encoding="utf-8") + path.name
 
@@ -185,6 +191,18 @@ def test_dense_updates_with_a_running_residual_are_ours_to_rounding() -> None:
     rows = {row["way"]: row for row in dense_bcd.run(dense_bcd.Options(quick=True))}
     assert list(rows) == [dense_bcd.OURS, dense_bcd.WRITTEN, dense_bcd.RUNNING, dense_bcd.ANEW]
     assert all(row["difference to ours"] < 1e-5 for row in list(rows.values())[1:])
+
+
+def test_the_figure_compares_bcd_with_the_running_residual_first() -> None:
+    ways = {dense_bcd.OURS: 1.0, dense_bcd.WRITTEN: 2.0, dense_bcd.RUNNING: 5.0}
+    dense = [{"way": way, "seconds": seconds, "model": "m"} for way, seconds in ways.items()]
+    naive = {"solver": "naive BCD, 4 passes", "model": "m", "tokens": 50, "seconds": 90.0}
+    bars = figure.bcd_bars(dense, [naive, naive | {"model": "n"}, {"solver": "exact", "model": "m", "tokens": 50}])
+    assert [seconds for _, seconds, _ in bars] == [1.0, 2.0, 5.0, 90.0]
+    assert "another run" in bars[-1][0]
+    both = figure.bcd_bars([*dense, {"way": dense_bcd.ANEW, "seconds": 80.0, "model": "m"}], [naive])
+    assert [seconds for _, seconds, _ in both] == [1.0, 2.0, 5.0, 80.0]
+    assert "another run" not in both[-1][0]
 
 
 def test_what_is_cached_is_read_whole() -> None:
