@@ -17,9 +17,11 @@ from benchmarks import (
     dense_bcd,
     end_to_end,
     endurance,
+    figure,
     growth,
     harness,
     held,
+    peak,
     prepare,
     registry,
     shapes,
@@ -213,6 +215,35 @@ def test_what_is_cached_is_read_whole() -> None:
     assert rows["moments"]["bytes"] >= len(shape.layers) * moments
     assert rows["null spaces"]["bytes"] >= len(shape.layers) * spaces
     assert all(row["seconds"] > 0 for row in rows.values())
+
+
+def test_the_peak_of_a_long_run_is_planned_and_measured() -> None:
+    rows = peak.run(peak.Options(quick=True))
+    plans = [row for row in rows if row["benchmark"] == "peak by plan"]
+    assert [row["method"] for row in plans] == ["Global", "MoTE", "MoE-FT-L"]
+    for row in plans:
+        assert 60e9 < row["model bytes"] < 62e9
+        assert row["beyond the model"] == pytest.approx((row["peak / model"] - 1) * row["model bytes"])
+        assert 1 < row["z ready, edits alone / model"] <= row["peak / model"]
+        assert row["fits"] == (row["within the room / model"] <= 1.1)
+    small, large = (row for row in rows if row["benchmark"] == "peak measured")
+    for row in (small, large):
+        assert row["beyond the model"] == max(row["peak of preparing"], row["prepared"] + row["peak of edits"]) > 0
+        assert row["peak / model"] > row["peak / model of 48 layers"] > 1
+    (most,) = [row for row in rows if row["benchmark"] == peak.AT_MOST]
+    for row in (small, large):
+        at = most["fixed bytes"] + most["bytes that scale"] / row["widths divided by"] ** 2
+        assert at == pytest.approx(row["beyond the model"])
+    assert 0 < most["share that scales, measured"] <= 1
+
+
+def test_a_run_that_needs_too_much_is_fitted_to_the_room() -> None:
+    row = peak.planned("Global", 1000, 50)
+    assert row["largest stage"] == "targets"
+    assert row["peak / model"] > 1.1
+    assert row["fits"]
+    assert row["target_batch_size"] < 256
+    assert row["z ready, edits alone / model"] < 1.1
 
 
 def test_unknown_suites_are_refused(tmp_path: Path) -> None:
