@@ -39,7 +39,7 @@ from easyedit_moe.targets.search import TargetVectors
 
 ROOM = 0.1
 """Share of the model's bytes that may be taken beyond them."""
-AT_MOST = "peak at full width, at most"
+BY_PLAN, MEASURED, AT_MOST = "peak by plan", "peak measured", "peak at full width, at most"
 NOT_EDITS = ("moments", "statistics", "metric", "basis", "directions", "targets")
 
 
@@ -85,7 +85,7 @@ def planned(method: str, edits: int, batch: int) -> dict[str, Any]:
     ready = [p for stage, p in zip(usual.stages, usual.peaks(), strict=True) if stage.name not in NOT_EDITS]
     fitted_name, fitted_peak = _largest(fitted)
     return {
-        "benchmark": "peak by plan", "method": method, "edits": edits, "batch": batch, "model bytes": weights,
+        "benchmark": BY_PLAN, "method": method, "edits": edits, "batch": batch, "model bytes": weights,
         "largest stage": name, "beyond the model": peak - weights, "peak / model": peak / weights,
         "z ready, edits alone / model": max(ready) / weights, "largest stage within the room": fitted_name,
         "within the room / model": fitted_peak / weights, "fits": fitted.fits,
@@ -148,7 +148,7 @@ def _measured(method: str, scale: int, tok: Any, options: Options) -> dict[str, 
     weights, whole = _bytes(model), _bytes(_meta(stand_in, LAYERS))
     beyond = max(prepared.peak, prepared.left + edited.peak)
     return {
-        "benchmark": "peak measured", "device": options.device, "method": method, "edits": options.edits,
+        "benchmark": MEASURED, "device": options.device, "method": method, "edits": options.edits,
         "batch": options.batch_size, "widths divided by": scale, "layers": options.layers, "model bytes": weights,
         "peak of preparing": prepared.peak, "prepared": prepared.left, "peak of edits": edited.peak,
         "beyond the model": beyond, "peak / model": 1 + beyond / weights,

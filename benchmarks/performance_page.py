@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks.endurance import first_and_last
 from benchmarks.held import GROWING
 from benchmarks.pages import filled, table
+from benchmarks.peak import AT_MOST, BY_PLAN, MEASURED
 from easyedit_moe.storage.files import write_text
 from easyedit_moe.storage.strict_json import read_json
 
@@ -30,7 +31,7 @@ def updated(text: str, suites: Mapping[str, Any]) -> str:
         "rows": source_table(suites), "plan figures": plan_sentence(plans) + _older(suites["plan"]),
         "plans of solvers": plan_table(plans, SOLVING, solving=True),
         "plans of training": plan_table(plans, TRAINING, solving=False), "edits made": made_table(growth),
-        "first and last edits": edits_table(endurance),
+        "first and last edits": edits_table(endurance), "peak": peak_tables(suites.get("peak", {"rows": []})["rows"]),
     }  # fmt: skip
     return filled(text, parts)
 
@@ -153,6 +154,41 @@ def edits_table(rows: Rows) -> str:
         "after the last", "undone to the bit",
     )  # fmt: skip
     return table(heads, cells, 2)
+
+
+def peak_tables(rows: Rows) -> str:
+    """What the plan says of every method, and what was measured of some."""
+    if not rows:
+        return "The suite was not run at size yet."
+    by = {name: [row for row in rows if row["benchmark"] == name] for name in (BY_PLAN, MEASURED, AT_MOST)}
+    heads = ("by plan", "largest stage", "peak / model", "z ready, edits alone", "within the room", "with targets in")
+    plans = [
+        [
+            row["method"], row["largest stage"], f"{row['peak / model']:.3f}",
+            f"{row['z ready, edits alone / model']:.3f}",
+            f"{row['within the room / model']:.3f}" if row["fits"] else "does not fit",
+            "" if row["target_batch_size"] is None else f"{row['target_batch_size']} sequences",
+        ]
+        for row in by[BY_PLAN]
+    ]  # fmt: skip
+    columns = ("measured", "widths / layers", "model MB", "beyond it, MB", "peak / model", "of 48 such layers")
+    found = [
+        [
+            row["method"], f"1/{row['widths divided by']} / {row['layers']}", f"{row['model bytes'] / 1e6:.0f}",
+            f"{row['beyond the model'] / 1e6:.1f}", f"{row['peak / model']:.3f}",
+            f"{row['peak / model of 48 layers']:.3f}",
+        ]
+        for row in by[MEASURED]
+    ]  # fmt: skip
+    ends = ("at full width, at most", "share that scales", "fixed, MB", "beyond the model, GB", "peak / model")
+    most = [
+        [
+            row["method"], f"{row['share that scales, measured']:.2f}", f"{row['fixed bytes'] / 1e6:.1f}",
+            f"{row['beyond the model'] / 1e9:.2f}", f"{row['peak / model']:.3f}",
+        ]
+        for row in by[AT_MOST]
+    ]  # fmt: skip
+    return "\n\n".join([table(heads, plans, 2), table(columns, found, 2), table(ends, most)])
 
 
 def main() -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.performance_page import PAGE, RESULTS, plan_sentence, plan_table, updated
+from benchmarks import peak
+from benchmarks.performance_page import BY_PLAN, PAGE, RESULTS, peak_tables, plan_sentence, plan_table, updated
 from easyedit_moe.storage.strict_json import read_json
 
 
@@ -42,6 +43,12 @@ def test_figures_that_are_far_are_counted_and_named() -> None:
     assert plan_sentence(far) == (
         "2 of 4 figures are within 15 %; the others are MEMoE's attach - (small); MEMoE's train 1.32 (small)."
     )
+
+
+def test_a_peak_that_does_not_fit_says_so() -> None:
+    assert "not run at size" in peak_tables([])
+    text = peak_tables([{"benchmark": BY_PLAN, **peak.planned("MoE-FT-L", 1000, 50)}])
+    assert "| MoE-FT-L | train | 1.106 | 1.106 | does not fit |  |" in text
 
 
 def test_a_stage_without_a_column_is_named() -> None:
