@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.harness import RESULTS, write_results
+from benchmarks.harness import RESULTS, source, write_results
 from benchmarks.registry import SUITES
 
 
@@ -30,12 +30,13 @@ def main(
         torch.set_num_threads(threads)
     console = Console()
     wide = Console(width=max(console.width, 190))
+    made = source()  # before the first suite: a commit made while it runs is not what it measures
     for name in [suite] if suite != "all" else [n for n, s in SUITES.items() if s.available]:
         rows = SUITES[name].run(quick, device)
         for benchmark in dict.fromkeys(row["benchmark"] for row in rows):
             wide.print(table(benchmark, [row for row in rows if row["benchmark"] == benchmark]))
         # After each suite, so that an interruption keeps what was measured.
-        path = write_results(out, quick, {name: rows})
+        path = write_results(out, quick, {name: rows}, made)
         console.print(f"Written: {path}", highlight=False)
 
 

@@ -18,23 +18,25 @@ ROOM = 0.75
 
 @dataclass(frozen=True)
 class StandIn:
-    """How large it is: width, experts and heads are divided by ``scale``.
+    """How large it is: width and heads are divided by ``scale``, and the experts' number where none is given.
 
     Attributes:
         scale: 1 is the shape itself.
         layers: decoder layers that are wanted.
         device: on which it is built.
         least_vocabulary: tokens of the tokenizer that is used with it.
+        experts: number of experts, whatever the scale.
     """
 
     scale: int
     layers: int
     device: str
     least_vocabulary: int
+    experts: int | None = None
 
     def config(self, layers: int) -> hf.Qwen3MoeConfig:
         """Of so many layers."""
-        experts = max(8, FULL["num_experts"] // self.scale)
+        experts = self.experts or max(8, FULL["num_experts"] // self.scale)
         sizes = {
             **{name: max(1, size // self.scale) for name, size in FULL.items()},
             "head_dim": FULL["head_dim"] if self.scale == 1 else 32,

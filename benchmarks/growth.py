@@ -13,6 +13,7 @@ import torch
 import transformers as hf
 from torch import Tensor
 
+from benchmarks import held
 from benchmarks.end_to_end import random_model, requests
 from benchmarks.harness import interleaved, peak_of
 from benchmarks.shapes import MODELS, QUICK, ModelShape, one_layer_model, random_keys, random_residual
@@ -48,7 +49,7 @@ class Options:
     tokens: str = "1,10,100,1000,10000"
     """Edits solved together, T."""
     made: str = "0,200,1000,4000"
-    """Edits made before, which are remembered."""
+    """Edits made before, which are remembered; see `benchmarks.held`."""
     layers: str = "1,2,3,4,5,6"
     """Numbers of critical layers."""
     passes: int = 4
@@ -58,18 +59,19 @@ class Options:
 def run(options: Options) -> list[dict[str, Any]]:
     """Rows of "growth with E", "growth with T", "growth with edits made" and "growth with layers"."""
     if options.quick:
-        options = replace(options, experts="4,8", tokens="1,8", made="0,4", layers="1", repeats=1)
+        options = replace(options, experts="4,8", tokens="1,8", made="0,40", layers="1", repeats=1)
     shape = QUICK if options.quick else HALF if options.device == "cpu" else MODELS["qwen3-30b-a3b"]
     rows = []
     for experts in _numbers(options.experts):
         ranks = (min(experts, shape.ranks[0]), *shape.ranks[1:])
         wide = replace(shape, experts=experts, active=min(experts, shape.active), ranks=ranks)
-        rows += _solve("growth with E", wide, 8 if options.quick else 200, 0, options)
+        rows += _solve("growth with E", wide, 8 if options.quick else 200, options)
         rows.append(_write(wide, options))
     for tokens in _numbers(options.tokens):
-        rows += _solve("growth with T", shape, tokens, 0, options)
+        rows += _solve("growth with T", shape, tokens, options)
+    basis, new = random_basis(shape, options.device), 4 if options.quick else 50
     for made in _numbers(options.made):
-        rows += _solve("growth with edits made", shape, 4 if options.quick else 50, made, options)
+        rows += held.run(shape, new, made, basis, LAMBDA, options.repeats, options.device)
     return rows + _layers(options)
 
 
@@ -77,12 +79,10 @@ def _numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def _solve(benchmark: str, shape: ModelShape, new: int, made: int, options: Options) -> list[dict[str, Any]]:
-    """Seconds and bytes of every solver; remembered edits are columns with zero residual."""
-    tokens = new + made
+def _solve(benchmark: str, shape: ModelShape, tokens: int, options: Options) -> list[dict[str, Any]]:
+    """Seconds and bytes of every solver."""
     keys = random_keys(shape, tokens, options.device)
     residual = random_residual(shape, tokens, options.device)
-    residual[:made] = 0
     metric, basis = IdentityMetric(), random_basis(shape, options.device)
     factors = TuckerFactors.of(basis, metric)
     orders = expert_orders(shape.experts, options.passes)
@@ -109,7 +109,7 @@ def _solve(benchmark: str, shape: ModelShape, new: int, made: int, options: Opti
     return [
         {
             "benchmark": benchmark, "device": options.device, "E": shape.experts, "d": shape.d_model,
-            "h": shape.d_hidden, "T": tokens, "made before": made, "what": name, "form": planned[1],
+            "h": shape.d_hidden, "T": tokens, "what": name, "form": planned[1],
             "seconds": times[name]["seconds"], "runs": times[name]["runs"], "peak bytes": peaks[name][1],
             "planned bytes": planned[0],
         }

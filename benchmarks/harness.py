@@ -7,8 +7,11 @@ import os
 import platform
 import re
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from easyedit_moe import __version__
 from easyedit_moe.measure import peak_memory_bytes, reset_peak_memory, synchronise
 from easyedit_moe.storage.strict_json import write_json
 
+ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 SCHEMA = 1
 
@@ -55,19 +59,60 @@ def timed(run: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-def peak_of(run: Callable[[], Any]) -> tuple[float, int, Any]:
-    """Seconds of one call, bytes at its peak beyond what was held before, and what it returned.
+@dataclass(frozen=True)
+class Measured:
+    """Seconds of one call, bytes at its peak and at its end beyond what was held before, and what it returned."""
+
+    seconds: float
+    peak: int
+    left: int
+    result: Any
+
+
+def measured(run: Callable[[], Any]) -> Measured:
+    """Measure one call.
 
     On a GPU by the allocator, on a CPU by the blocks that torch allocates (`benchmarks.allocations`, which says what it
     does not see): the memory of the process would not show what the allocator uses again.
     """
     if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
         found, (seconds, result) = tracked(lambda: timed(run))
-        return seconds, found.peak, result
+        return Measured(seconds, found.peak, found.left, result)
     reset_peak_memory()
     before = peak_memory_bytes()
     seconds, result = timed(run)
-    return seconds, max(0, peak_memory_bytes() - before), result
+    peak = max(0, peak_memory_bytes() - before)
+    reset_peak_memory()
+    return Measured(seconds, peak, peak_memory_bytes() - before, result)
+
+
+def peak_of(run: Callable[[], Any]) -> tuple[float, int, Any]:
+    """Seconds of one call, bytes at its peak beyond what was held before, and what it returned; see `measured`."""
+    found = measured(run)
+    return found.seconds, found.peak, found.result
+
+
+def source() -> dict[str, Any]:
+    """Which code is being measured, and when.
+
+    ``commit`` is None where the package does not lie in a git checkout; ``changed``: whether the code differs from it.
+    """
+    commit, changed = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--", "easyedit_moe", "benchmarks/*.py")
+    return {
+        "easyedit_moe": __version__,
+        "commit": commit,
+        "changed": None if commit is None else bool(changed),
+        "date": datetime.now(timezone.utc).date().isoformat(),
+    }
+
+
+def _git(*words: str) -> str | None:
+    """What git says in the checkout; None where there is no git, or no checkout."""
+    try:
+        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
 
 
 def machine() -> dict[str, Any]:
@@ -108,11 +153,17 @@ def results_path(folder: Path, quick: bool, about: Mapping[str, Any]) -> Path:
     return folder / f"{label}{'-quick' if quick else ''}.json"
 
 
-def write_results(folder: Path, quick: bool, suites: Mapping[str, list[dict[str, Any]]]) -> Path:
-    """Put the rows of the suites that ran into the machine's file; other suites' rows in it stay."""
+def write_results(
+    folder: Path, quick: bool, suites: Mapping[str, list[dict[str, Any]]], made: Mapping[str, Any] | None = None
+) -> Path:
+    """Put the rows of the suites that ran into the machine's file; other suites' rows in it stay.
+
+    Each suite's entry says on what machine and by which code (``made``, by default `source` now) its rows were made.
+    """
     about = machine()
     path = results_path(folder, quick, about)
     kept = json.loads(path.read_text(encoding="utf-8"))["suites"] if path.exists() else {}
-    kept.update({name: {"machine": about, "rows": rows} for name, rows in suites.items()})
+    by = dict(made or source())
+    kept.update({name: {"machine": about, "source": by, "rows": rows} for name, rows in suites.items()})
     content = {"schema": SCHEMA, "quick": quick, "suites": kept}
     return write_json(path, content)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.pages import filled, table
 from easyedit_moe.storage.files import write_text
 from easyedit_moe.storage.strict_json import read_json
 
@@ -42,14 +43,7 @@ def updated(text: str, content: Mapping[str, Any]) -> str:
         "tuning": tuning_table(content["tuning"]), "protected": protected_table(content["protected"]),
         "settings": settings_table(runs),
     }  # fmt: skip
-    for name, found in tables.items():
-        start, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
-        before, _, rest = text.partition(start)
-        _, closed, after = rest.partition(end)
-        if not closed:
-            raise ValueError(f"The page has no place for {name!r}.")
-        text = before + start + "\n" + found + "\n" + end + after
-    return text
+    return filled(text, tables)
 
 
 def shared_line(found: Mapping[str, Any]) -> str:
@@ -227,12 +221,6 @@ def settings_table(runs: Mapping[str, Run]) -> str:
         )
         rows.append([label, settings["method"], changes])
     return table(("run", "method", "beside its YAML"), rows)
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """In Markdown, texts to the left and all else to the right."""
-    lines = ["| " + " | ".join(columns) + " |", "|---|" + "---:|" * (len(columns) - 1)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def main() -> None:

@@ -137,7 +137,7 @@ def _hparams(size: Size, method: str, stats: Path, device: str) -> Any:
     """The method's settings that ship for the model, at layers that the stand-in has."""
     given = load_hyperparams(f"{method}/qwen3-30b-a3b")
     corpus = stats / "corpus.txt"
-    corpus.write_text("\n".join(_texts(65)), encoding="utf-8")
+    corpus.write_text("\n".join(corpus_texts(65)), encoding="utf-8")
     values = {
         "layers": [2] if len(given.layers) == 1 else [1, 2, 3], "device": device, "dtype": size.dtype,
         "stats_dir": str(stats), "batch_size": size.edits, **STEPS,
@@ -147,7 +147,7 @@ def _hparams(size: Size, method: str, stats: Path, device: str) -> Any:
     return load_hyperparams(f"{method}/qwen3-30b-a3b", **known)
 
 
-def _texts(count: int) -> list[str]:
+def corpus_texts(count: int) -> list[str]:
     """Texts that are longer than they are cut, so that batches are as large as they get."""
     draw = random.Random(0)
     return [" ".join("".join(draw.choices(string.ascii_lowercase, k=2)) for _ in range(200)) for _ in range(count)]

@@ -43,6 +43,7 @@ SUITES = {
     "checkpoints": Suite("benchmarks.checkpoints"),
     "endurance": Suite("benchmarks.endurance"),
     "plan": Suite("benchmarks.plan"),
+    "peak": Suite("benchmarks.peak"),
     "dense-bcd": Suite("benchmarks.dense_bcd"),
     "prepare": Suite("benchmarks.prepare"),
 }

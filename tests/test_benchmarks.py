@@ -12,7 +12,21 @@ import torch
 from typer import Typer
 from typer.testing import CliRunner
 
-from benchmarks import cores, dense_bcd, end_to_end, endurance, growth, harness, prepare, registry, shapes, solvers
+from benchmarks import (
+    cores,
+    dense_bcd,
+    end_to_end,
+    endurance,
+    figure,
+    growth,
+    harness,
+    held,
+    peak,
+    prepare,
+    registry,
+    shapes,
+    solvers,
+)
 from benchmarks.__main__ import main
 from benchmarks.allocations import stage, tracked
 from easyedit_moe.algebra.bcd import expert_orders, solve_bcd
@@ -60,6 +74,12 @@ def test_results_describe_the_machine_and_name_no_host(tmp_path: Path) -> None:
     about = json.loads(path.read_text(encoding="utf-8"))["suites"]["first"]["machine"]
     assert {"cpu", "cores", "threads", "torch"} <= set(about)
     assert about["threads"] == torch.get_num_threads()
+    source = json.loads(path.read_text(encoding="utf-8"))["suites"]["first"]["source"]
+    assert source["easyedit_moe"] == about["easyedit_moe"]
+    assert source["commit"] is None or len(source["commit"]) == 40
+    told = {"easyedit_moe": "9", "commit": "a" * 40, "changed": False, "date": "2026-01-01"}
+    harness.write_results(tmp_path, False, {"first": []}, told)
+    assert json.loads(path.read_text(encoding="utf-8"))["suites"]["first"]["source"] == told
     if len(platform.node()) > 3:
         assert platform.node() not in path.read_text(encoding="utf-8") + path.name
 
@@ -114,12 +134,29 @@ def test_requests_are_all_different() -> None:
     assert all(fact.subject in fact.prompt for fact in facts)
 
 
-def test_growth_in_reduced_mode() -> None:
-    rows = growth.run(growth.Options(quick=True))
+@pytest.fixture(scope="module")
+def grown() -> list[dict[str, Any]]:
+    return growth.run(growth.Options(quick=True))
+
+
+def test_growth_in_reduced_mode(grown: list[dict[str, Any]]) -> None:
+    rows = grown
     assert {row["benchmark"] for row in rows} == {
         "growth with E", "growth with T", "growth with edits made", "growth with layers",
     }  # fmt: skip
     assert {row["what"] for row in rows} == {"exact", "BCD, 4 passes", "MoTE", "write", "Global"}
+    made = [row for row in rows if row["benchmark"] == "growth with edits made"]
+    ways = [(row["what"], row["metric"], row["made before"], row["way"]) for row in made]
+    assert len(set(ways)) == len(ways) == 2 * 5 * 2
+    by = dict(zip(ways, made, strict=True))
+    unknowns = 8 * growth.QUICK.d_hidden // 16
+    few = by["BCD, 4 passes", "identity", 40, held.HELD]
+    many = by["BCD, 4 passes", "null space", 40, held.HELD]
+    assert (few["form"], many["form"]) == ("growing columns", f"{unknowns} unknowns")
+    assert by["exact", "identity", 40, held.HELD]["form"] == "40 held tokens"
+    assert by["exact", "null space", 40, held.HELD]["form"] == f"{unknowns} unknowns"
+    # Both ways make the same update.
+    assert all(row["difference"] < 1e-5 for row in made if row["way"] == held.HELD)
 
 
 def test_cores_hold_less_than_the_factors_of_every_expert() -> None:
@@ -131,9 +168,8 @@ def test_cores_hold_less_than_the_factors_of_every_expert() -> None:
         assert own["file bytes"] <= others["file bytes"] + 200
 
 
-def test_every_peak_is_of_what_was_allocated() -> None:
-    rows = growth.run(growth.Options(quick=True))
-    assert all(row["peak bytes"] > 0 for row in rows if "peak bytes" in row)
+def test_every_peak_is_of_what_was_allocated(grown: list[dict[str, Any]]) -> None:
+    assert all(row["peak bytes"] > 0 for row in grown if "peak bytes" in row)
 
 
 def test_blocks_are_counted_by_the_stage_that_made_them() -> None:
@@ -159,6 +195,18 @@ def test_dense_updates_with_a_running_residual_are_ours_to_rounding() -> None:
     assert all(row["difference to ours"] < 1e-5 for row in list(rows.values())[1:])
 
 
+def test_the_figure_compares_bcd_with_the_running_residual_first() -> None:
+    ways = {dense_bcd.OURS: 1.0, dense_bcd.WRITTEN: 2.0, dense_bcd.RUNNING: 5.0}
+    dense = [{"way": way, "seconds": seconds, "model": "m"} for way, seconds in ways.items()]
+    naive = {"solver": "naive BCD, 4 passes", "model": "m", "tokens": 50, "seconds": 90.0}
+    bars = figure.bcd_bars(dense, [naive, naive | {"model": "n"}, {"solver": "exact", "model": "m", "tokens": 50}])
+    assert [seconds for _, seconds, _ in bars] == [1.0, 2.0, 5.0, 90.0]
+    assert "another run" in bars[-1][0]
+    both = figure.bcd_bars([*dense, {"way": dense_bcd.ANEW, "seconds": 80.0, "model": "m"}], [naive])
+    assert [seconds for _, seconds, _ in both] == [1.0, 2.0, 5.0, 80.0]
+    assert "another run" not in both[-1][0]
+
+
 def test_what_is_cached_is_read_whole() -> None:
     rows = {row["what"]: row for row in prepare.run(prepare.Options(quick=True))}
     shape = shapes.QUICK
@@ -169,6 +217,35 @@ def test_what_is_cached_is_read_whole() -> None:
     assert all(row["seconds"] > 0 for row in rows.values())
     assert rows["corpus, read anew"]["bytes"] > 100 * rows["corpus, found by its record"]["bytes"]
     assert rows["corpus, found by its record"]["layers"] == 1
+
+
+def test_the_peak_of_a_long_run_is_planned_and_measured() -> None:
+    rows = peak.run(peak.Options(quick=True))
+    plans = [row for row in rows if row["benchmark"] == "peak by plan"]
+    assert [row["method"] for row in plans] == ["Global", "MoTE", "MoE-FT-L"]
+    for row in plans:
+        assert 60e9 < row["model bytes"] < 62e9
+        assert row["beyond the model"] == pytest.approx((row["peak / model"] - 1) * row["model bytes"])
+        assert 1 < row["z ready, edits alone / model"] <= row["peak / model"]
+        assert row["fits"] == (row["within the room / model"] <= 1.1)
+    small, large = (row for row in rows if row["benchmark"] == "peak measured")
+    for row in (small, large):
+        assert row["beyond the model"] == max(row["peak of preparing"], row["prepared"] + row["peak of edits"]) > 0
+        assert row["peak / model"] > row["peak / model of 48 layers"] > 1
+    (most,) = [row for row in rows if row["benchmark"] == peak.AT_MOST]
+    for row in (small, large):
+        at = most["fixed bytes"] + most["bytes that scale"] / row["widths divided by"] ** 2
+        assert at == pytest.approx(row["beyond the model"])
+    assert 0 < most["share that scales, measured"] <= 1
+
+
+def test_a_run_that_needs_too_much_is_fitted_to_the_room() -> None:
+    row = peak.planned("Global", 1000, 50)
+    assert row["largest stage"] == "targets"
+    assert row["peak / model"] > 1.1
+    assert row["fits"]
+    assert row["target_batch_size"] < 256
+    assert row["z ready, edits alone / model"] < 1.1
 
 
 def test_unknown_suites_are_refused(tmp_path: Path) -> None:
@@ -192,4 +269,27 @@ def test_hundreds_of_edits_and_the_way_back() -> None:
         assert [row["made"] for row in done] == ([2, 4, 6] if undone["size"] == 1 else [1, 2, 3])
         assert undone["as before"]
         assert len({row["disk bytes"] for row in (*done, undone)}) == 1, "edits write nothing to the disk"
-        assert all(row["seconds"] > 0 for row in rows)
+        assert all(row["seconds"] > 0 and row["remember_edits"] for row in (*done, undone))
+    (asked,) = [row for row in rows if row["benchmark"] == "first and last edits"]
+    assert (asked["what"], asked["part"], asked["edits"]) == ("MoTE", 2, 6)
+
+
+def test_every_method_with_and_without_memory_has_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def parts(_: endurance.Options, series: endurance.Series) -> list[dict[str, Any]]:
+        about = {"benchmark": series.benchmark, "device": "cpu", "what": series.method}
+        made = [(50, 0.2, 7), (series.count, 0.3, 8), (0, 0.1, 9)]
+        return [
+            about | {"remember_edits": series.remember, "made": n, "seconds": s, "resident bytes": size}
+            for n, s, size in made
+        ]
+
+    monkeypatch.setattr(endurance, "_apart", parts)
+    rows = endurance.run(endurance.Options())
+    asked = [row for row in rows if row["benchmark"] == "first and last edits"]
+    methods = ("Global", "MoTE", "MoEEdit-BCD")
+    assert [(r["what"], r["remember_edits"]) for r in asked] == [
+        (m, memory) for m in methods for memory in (False, True)
+    ]
+    for row in asked:
+        assert (row["part"], row["seconds of the first"], row["resident bytes after the first"]) == (50, 0.2, 7)
+        assert (row["edits"], row["seconds of the last"], row["resident bytes after the last"]) == (500, 0.3, 8)

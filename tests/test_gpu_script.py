@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import gpu
 from benchmarks.gpu_model import FULL, StandIn
 from benchmarks.syncs import counted_syncs
 from easyedit_moe.moe.layers import MoELayerView
@@ -45,6 +47,63 @@ def test_every_stage_is_measured_beside_its_plan(found: dict[str, Any]) -> None:
     edited = found["stages"][-1]
     assert (edited["edits"], edited["batch"]) == (3, 2)
     assert 0 < edited["seconds of solve"] < edited["seconds"]
+
+
+def test_every_stage_is_complete_and_says_of_which_code(found: dict[str, Any]) -> None:
+    methods = ("Global", "MoEEdit-BCD", "MoTE")
+    edited = [f"{method}: {what}" for method in methods for what in ("prepare", "edits, z ready")]
+    assert found["complete"] == ["model", "targets", *edited, "profile"]
+    assert (found["left out"], found["under way"]) == ([], None)
+    assert {"easyedit_moe", "commit", "changed", "date"} == set(found["source"])
+
+
+def test_what_is_cached_is_not_planned_again(found: dict[str, Any]) -> None:
+    rows = {row["stage"]: row for row in found["stages"]}
+    assert rows["Global: prepare"]["read from files"] == []
+    for method in ("MoEEdit-BCD", "MoTE"):
+        assert rows[f"{method}: prepare"]["read from files"] == ["statistics", "metric"]
+    first, second = (rows[f"{method}: prepare"] for method in ("Global", "MoEEdit-BCD"))
+    assert second["planned bytes"] < first["planned bytes"] / 2
+    # The plan holds the moments beside every layer's null space, which takes half of its room at most.
+    assert 0.8 < second["planned bytes"] / second["peak bytes beyond before"] < 2
+
+
+def test_the_peak_of_all_edits_stands_beside_the_model(found: dict[str, Any]) -> None:
+    rows = {row["stage"]: row for row in found["stages"]}
+    assert [row["method"] for row in found["peaks"]] == ["Global", "MoEEdit-BCD", "MoTE"]
+    for row in found["peaks"]:
+        beyond = rows[f"{row['method']}: edits, z ready"]["peak bytes beyond before"]
+        assert row["what"] == "peak of 3 edits against the model's bytes"
+        assert row["prepared bytes"] > 0
+        assert row["peak bytes"] == row["model bytes"] + row["prepared bytes"] + beyond
+        assert 1 < row["peak / model"] <= row["with targets and preparation / model"]
+        assert row["within"] == (row["with targets and preparation / model"] <= 1.1)
+
+
+def test_no_stage_is_begun_after_the_minutes(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    options = gpu.Options("cpu", 16, 3, 3, 2, 24, 2, ("Global",), 0.0)
+    assert gpu.run(options, out) == out
+    content = json.loads(out.read_text(encoding="utf-8"))
+    wanted = ["model", "targets", "Global: prepare", "Global: edits, z ready", "profile"]
+    assert (content["complete"], content["left out"]) == ([], wanted)
+    assert content["stages"] == []
+
+
+def test_what_was_measured_is_there_when_a_stage_is_ended(tmp_path: Path) -> None:
+    report = gpu.Report(tmp_path / "gpu.json", {"stages": []}, math.inf)
+    report.stage("model", lambda: report.content["stages"].append(1))
+
+    def killed() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        report.stage("targets", killed)
+    report.end = 0.0
+    content = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
+    assert content == {"stages": [1], "complete": ["model"], "under way": "targets", "left out": []}
+    assert report.stage("prepare", killed) is None
+    assert report.left_out == ["prepare"]
 
 
 def test_the_slowest_stage_is_profiled(found: dict[str, Any]) -> None:
