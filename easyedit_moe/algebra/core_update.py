@@ -207,8 +207,7 @@ def _own_tokens(core: FactoredCore, factors: TuckerFactors) -> FactoredUpdate:
     u_in, u_out = factors.inner.to(core.inner.dtype), factors.outer.to(core.inner.dtype)
     _, slots, width = core.inner.shape
     experts, columns, right = [], [], []
-    for positions in slots_by_expert(RoutedKeys(core.expert, core.inner.any(2), core.inner)):
-        expert = int(core.expert.reshape(-1)[positions[0]])
+    for expert, positions in slots_by_expert(RoutedKeys(core.expert, core.inner.any(2), core.inner)).items():
         experts.append(expert)
         columns.append(positions // slots)
         right.append(factors.project(expert, u_in @ core.inner.reshape(-1, width)[positions].T))
