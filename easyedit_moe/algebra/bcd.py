@@ -74,8 +74,10 @@ def _coordinates(
     rows = moved_together([block.rows for block in blocks], device)
     systems = [k.T @ k if one else k for k, one in zip(operators, primal, strict=True)]
     factors = factor_ridges(systems, lambda_reg)
-    found = zip(blocks, rows, operators, factors, primal, strict=True)
-    return {block.expert: _Coordinate(*own, width) for block, *own in found}
+    return {
+        block.expert: _Coordinate(own, operator, factor, one, width)
+        for block, own, operator, factor, one in zip(blocks, rows, operators, factors, primal, strict=True)
+    }
 
 
 def row_space(wanted: Tensor) -> tuple[Tensor, Tensor | None]:
