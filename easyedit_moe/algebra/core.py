@@ -131,7 +131,7 @@ def _core_gram(core: FactoredCore, keys: RoutedKeys) -> Tensor:
     gram = core.inner.new_zeros(tokens, tokens)
     if _is_orthogonal(core.u_expert):
         flat, slots = core.inner.reshape(-1, width), core.expert.shape[1]
-        for positions in slots_by_expert(keys).values():
+        for positions in keys.slots().values():
             rows, x = positions // slots, flat[positions]
             gram[rows[:, None], rows[None, :]] += x @ x.T
         return gram
@@ -140,15 +140,6 @@ def _core_gram(core: FactoredCore, keys: RoutedKeys) -> Tensor:
         phi = core.features(inner=slice(start, start + step)).flatten(1)
         gram.addmm_(phi, phi.T)
     return gram
-
-
-def slots_by_expert(keys: RoutedKeys) -> dict[int, Tensor]:
-    """Per expert that is hit, in increasing order, its positions among the T * K slots, padded ones left out."""
-    flat = keys.expert.reshape(-1)
-    order = torch.argsort(flat, stable=True)
-    order = order[keys.gate.reshape(-1)[order] != 0]
-    hit, counts = torch.stack(torch.unique_consecutive(flat[order], return_counts=True)).tolist()
-    return dict(zip(hit, order.split(counts), strict=True))
 
 
 def solve_mote(
