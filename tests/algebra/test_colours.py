@@ -13,7 +13,7 @@ from easyedit_moe.algebra.colours import colours
 from easyedit_moe.algebra.metric import IdentityMetric, Metric, covariance_metric
 from easyedit_moe.algebra.nullspace import null_space
 from easyedit_moe.algebra.routed_keys import RoutedKeys
-from easyedit_moe.algebra.systems import factor_ridge, factor_ridges
+from easyedit_moe.algebra.systems import LARGEST, factor_ridge, factor_ridges, packed, size_classes, unpacked
 from easyedit_moe.errors import HyperParamsError, NumericalError
 
 # (T, E, K, d, h)
@@ -126,3 +126,19 @@ def test_a_singular_or_non_finite_one_among_others_is_told(scale: float) -> None
             solve([good, good / 0])
     with pytest.raises(HyperParamsError):
         factor_ridges([good], -1.0)
+
+
+def test_what_fills_up_a_size_class_is_bounded() -> None:
+    sizes = [*range(2000)][::-1]
+    found = size_classes(sizes)
+    assert sorted(place for some in found for place in some) == list(range(2000))
+    for some in found:
+        own = [sizes[place] for place in some]
+        assert max(own) <= LARGEST or max(own) ** 2 <= 1.27 * min(own) ** 2
+    assert len(found) <= 1 + 8 * 6
+
+
+def test_packed_tensors_come_back_as_they_were() -> None:
+    tensors = [torch.arange(6.0).view(2, 3).mT, torch.zeros(0, 4), torch.tensor(7.0), torch.arange(4.0)]
+    back = unpacked(packed(tensors), [tensor.shape for tensor in tensors])
+    assert all(torch.equal(one, other) for one, other in zip(back, tensors, strict=True))
