@@ -16,8 +16,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _OWN = f"{Path(__file__).parent.parent / 'easyedit_moe'}/"
-_WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::bincount"}
-"""Operations whose value, or whose result's size, the CPU needs to go on."""
+_WAITING = {
+    "aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::masked_select", "aten::_unique2",
+    "aten::unique_consecutive", "aten::unique_dim", "aten::bincount", "aten::repeat_interleave",
+    "aten::_linalg_eigh", "aten::_linalg_svd", "aten::_linalg_check_errors", "aten::cholesky_inverse",
+}  # fmt: skip
+"""Operations whose value, whose result's size or whether they failed the CPU needs to go on."""
+_INDEXING = {"aten::index", "aten::index_put", "aten::index_put_"}
 _READING = {Tensor.tolist, Tensor.numpy, Tensor.cpu}
 """Ways to the CPU that are no operation where the tensor lies there already."""
 
@@ -27,8 +32,9 @@ def counted_syncs(device: str) -> Iterator[Counter[str]]:
     """Counts, by file and line of this package, what makes the CPU wait for the device inside.
 
     On CUDA these are the warnings of ``torch.cuda.set_sync_debug_mode``. On a CPU they are the operations that would
-    wait on a GPU: values read (``item``, ``bool``, ``tolist``, ``cpu``, ``numpy``), and results whose size depends on
-    values.
+    wait on a GPU: values read (``item``, ``bool``, ``tolist``, ``cpu``, ``numpy``), results whose size depends on
+    values (masks as indices, too), decompositions that say whether they failed, and lists that become tensors of a
+    given device. Of copies from device to device nothing is seen there.
     """
     found: Counter[str] = Counter()
     with ExitStack() as stack:
@@ -63,7 +69,10 @@ class _Operations(TorchDispatchMode):
         self.found = found
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._schema.name in _WAITING:
+        name = func._schema.name
+        # Where a count of repeats is given along with its sum, the result's size is known.
+        sized = name == "aten::repeat_interleave" and (kwargs or {}).get("output_size") is not None
+        if (name in _WAITING and not sized) or (name in _INDEXING and _by_mask(*args)):
             self.found[_place()] += 1
         return func(*args, **(kwargs or {}))
 
@@ -74,9 +83,17 @@ class _Reads(TorchFunctionMode):
         self.found = found
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _READING:
+        listed = func is torch.tensor and (kwargs or {}).get("device") is not None
+        moved = func is Tensor.to and any(isinstance(one, str) and one == "cpu" for one in args[1:])
+        if func in _READING or listed or moved:
             self.found[_place()] += 1
         return func(*args, **(kwargs or {}))
+
+
+def _by_mask(_: Any, indices: Any, values: Any = None, *rest: Any) -> bool:
+    """Whether a mask picks what is read or written; one number for all of it is written without a look at the mask."""
+    masks = any(one is not None and one.dtype in (torch.bool, torch.uint8) for one in indices)
+    return masks and (values is None or values.numel() != 1)
 
 
 def _place() -> str:

@@ -129,12 +129,10 @@ def add_subjects(model: nn.Module, tok: PreTrainedTokenizerBase, adapter: MoEAda
         table = input_embeddings(model)
         device = table.weight.device
         with torch.no_grad():
-            rows = [
-                table(torch.tensor(encode_target(tok, s), device="cpu" if device.type == "meta" else device))
-                .float()
-                .mean(0)
-                for s in new
-            ]
+            ids = [encode_target(tok, subject) for subject in new]
+            # One copy to the device for all of them.
+            every = torch.tensor([one for own in ids for one in own], device="cpu" if device.type == "meta" else device)
+            rows = [own.float().mean(0) for own in table(every).split([len(own) for own in ids])]
         adapter.add_subjects(new, torch.stack(rows))
     adapter.matcher = SubjectMatcher(tok, adapter.subjects)
 
@@ -182,7 +180,7 @@ class _Attachment:
         if self.adapter.config.use_anchors:
             matcher = cast(SubjectMatcher, self.adapter.matcher)  # an attached adapter has one
             for i, row in enumerate(self.history.rows()):
-                full[i, self.history.mask[i]] = torch.tensor(matcher.anchors(row), dtype=torch.long)
+                full[i].masked_scatter_(self.history.mask[i], torch.tensor(matcher.anchors(row), dtype=torch.long))
         self.anchors = full[:, full.shape[1] - ids.shape[1] :]
 
     def _within(self, module: nn.Module, ids: Any) -> bool:

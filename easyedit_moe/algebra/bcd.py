@@ -7,15 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from easyedit_moe.algebra.colours import LARGEST, LEAST_WIDTH, PaddedBlocks, colours
+from easyedit_moe.algebra.colours import LEAST_WIDTH, PaddedBlocks, colours, copied_steps
 from easyedit_moe.algebra.metric import ExpertBlock, Metric, expert_blocks, transposed_root
 from easyedit_moe.algebra.routed_keys import FactoredUpdate, RoutedKeys
 from easyedit_moe.algebra.systems import (
-    check_dual_ridge,
+    LARGEST,
+    check_dual_ridges,
     check_lambda,
-    factor_ridge_,
     factor_ridges,
     finite_residual,
+    moved_together,
     solve_factored,
 )
 from easyedit_moe.errors import HyperParamsError
@@ -40,27 +41,10 @@ def expert_orders(num_experts: int, num_passes: int, seed: int = 42) -> list[Ten
 class _Coordinate:
     """One expert's block of a BCD solution: T_j x r by push-through, or n_j x r where that is smaller."""
 
-    def __init__(
-        self,
-        block: ExpertBlock,
-        lambda_reg: float,
-        width: int,
-        device: torch.device,
-        known: tuple[Tensor, Tensor] | None = None,
-    ) -> None:
-        """``known`` are K_j and the factor of ``K_j + lambda I``, where others' were made along with them."""
-        root = block.root
-        self.primal = _is_primal(block, lambda_reg)
-        if known is not None:
-            self.operator, self.factor = known
-        else:
-            if self.primal:
-                check_dual_ridge((root**2).sum(0), root.shape[0], lambda_reg)
-            self.operator = (root.T if self.primal else root.T @ root).to(device)
-            system = root @ root.T if self.primal else self.operator
-            self.factor = factor_ridge_(system.to(device, copy=True).contiguous(), lambda_reg)
-        self.rows = block.rows.to(device)
-        self.solution = torch.zeros(self.operator.shape[1], width, dtype=root.dtype, device=device)
+    def __init__(self, rows: Tensor, operator: Tensor, factor: Tensor, primal: bool, width: int) -> None:
+        """``operator`` is K_j, or F_j^T where it is ``primal``; ``factor`` that of the block's system."""
+        self.rows, self.operator, self.factor, self.primal = rows, operator, factor, primal
+        self.solution = operator.new_zeros(operator.shape[1], width)
 
     def visit(self, running: Tensor) -> None:
         """Give the running residual this block's part back, solve for the block anew, and take the new part away."""
@@ -80,12 +64,20 @@ def _is_primal(block: ExpertBlock, lambda_reg: float) -> bool:
 def _coordinates(
     blocks: list[ExpertBlock], lambda_reg: float, width: int, device: torch.device
 ) -> dict[int, _Coordinate]:
-    """By expert; small systems are factored together."""
-    small = [b for b in blocks if len(b.rows) <= LARGEST and not _is_primal(b, lambda_reg)]
-    operators = [(b.root.T @ b.root).to(device) for b in small]
-    factors = factor_ridges(operators, lambda_reg)
-    known = {b.expert: (k, f) for b, k, f in zip(small, operators, factors, strict=True)}
-    return {b.expert: _Coordinate(b, lambda_reg, width, device, known.get(b.expert)) for b in blocks}
+    """By expert; all systems are factored together, and all that goes to another device goes at once."""
+    primal = [_is_primal(block, lambda_reg) for block in blocks]
+    energies = [(b.root**2).sum(0) for b, one in zip(blocks, primal, strict=True) if one]
+    unknowns = [b.unknowns for b, one in zip(blocks, primal, strict=True) if one]
+    check_dual_ridges(energies, unknowns, lambda_reg)
+    parts = [b.root.T if one else b.root.T @ b.root for b, one in zip(blocks, primal, strict=True)]
+    operators = moved_together(parts, device)
+    rows = moved_together([block.rows for block in blocks], device)
+    systems = [k.T @ k if one else k for k, one in zip(operators, primal, strict=True)]
+    factors = factor_ridges(systems, lambda_reg)
+    return {
+        block.expert: _Coordinate(own, operator, factor, one, width)
+        for block, own, operator, factor, one in zip(blocks, rows, operators, factors, primal, strict=True)
+    }
 
 
 def row_space(wanted: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -135,8 +127,8 @@ def solve_bcd(
     coordinates = _coordinates(blocks, lambda_reg, running.shape[1], device)
     sweeps = _Sweeps(coordinates, orders, running)
 
-    def objective() -> float:
-        return float((running**2).sum() + lambda_reg * sweeps.penalty())
+    def objective() -> Tensor:
+        return (running**2).sum() + lambda_reg * sweeps.penalty()
 
     history = [objective()]
     for number in range(len(orders)):
@@ -144,7 +136,7 @@ def solve_bcd(
         history.append(objective())
     sweeps.finish()
     update = _update(keys, metric, blocks, coordinates, basis, wanted)
-    return update, BCDReport(tuple(history))
+    return update, BCDReport(tuple(torch.stack(history).tolist()))
 
 
 class _Sweeps:
@@ -159,9 +151,13 @@ class _Sweeps:
         for expert, one in coordinates.items():
             self._rows[expert], rows = rows[: len(one.rows)], rows[len(one.rows) :]
         self._places: dict[int, int] = {}
+        self._together: list[list[Tensor]] = []
         self._padded: PaddedBlocks | None = None
         small = {e: c for e, c in coordinates.items() if not c.primal and len(c.rows) <= LARGEST}
-        self._steps = [colours([self._rows[expert] for expert in order]) for order in self.orders]
+        self._steps = [
+            [[order[place] for place in step] for step in colours([self._rows[expert] for expert in order])]
+            for order in self.orders
+        ]
         wide = sum(map(len, self.orders)) >= LEAST_WIDTH * sum(map(len, self._steps))
         if small and wide:
             parts = list(small.values())
@@ -170,19 +166,17 @@ class _Sweeps:
                 running.shape[1],
             )  # fmt: skip
             self._places = {expert: place for place, expert in enumerate(small)}
+            listed = [[[self._places[e] for e in step if e in small] for step in steps] for steps in self._steps]
+            self._together = copied_steps(listed, self.running.device)
 
     def run(self, number: int) -> None:
         """One pass, in its order."""
-        order = self.orders[number]
         if self._padded is None:
-            for expert in order:
+            # One after the other, as each needs what the one before left: nothing is read here, so nothing waits.
+            for expert in self.orders[number]:
                 self.coordinates[expert].visit(self.running)
             return
-        steps = [[order[place] for place in step] for step in self._steps[number]]
-        # One copy to the device for the whole pass.
-        listed = [[self._places[expert] for expert in step if expert in self._places] for step in steps]
-        places = torch.tensor([place for some in listed for place in some], device=self.running.device)
-        for step, together in zip(steps, places.split([len(some) for some in listed]), strict=True):
+        for step, together in zip(self._steps[number], self._together[number], strict=True):
             if len(together):
                 self._padded.visit(together, self.running)
             for expert in step:
@@ -215,9 +209,9 @@ def _update(
     few = {block.expert for block in blocks if basis is not None and rank <= len(coordinates[block.expert].solution)}
     own, start = [wanted.new_zeros(0, rank)], rank if few else 0
     columns, right = [], []
-    for block in blocks:
+    solutions = moved_together([coordinates[block.expert].solution for block in blocks], wanted.device)
+    for block, solution in zip(blocks, solutions, strict=True):
         found = coordinates[block.expert]
-        solution = found.solution.to(wanted.device)
         if found.primal:
             factor = transposed_root(metric, block.expert, block.root, keys.d_hidden)
         else:

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from easyedit_moe.algebra.systems import solve_factored
 
-LARGEST = 32
-"""Largest system that is padded and solved along with others: larger ones fill a device by themselves."""
 LEAST_WIDTH = 3.0
 """Blocks of one colour, on average, from which a sweep by colours is faster than one block after the other."""
 
@@ -37,6 +35,14 @@ def colours(rows: Sequence[Sequence[int]]) -> list[list[int]]:
             found.append([])
         found[colour].append(place)
     return found
+
+
+def copied_steps(passes: Sequence[Sequence[Sequence[int]]], device: torch.device) -> list[list[Tensor]]:
+    """The numbers ``[n]`` int64 of each step of each pass on a device, by one copy, for which the CPU waits once."""
+    sizes = [len(step) for steps in passes for step in steps]
+    everything = torch.tensor([number for steps in passes for step in steps for number in step], device=device)
+    parts = iter(everything.to(torch.int64).split(sizes))
+    return [[next(parts) for _ in steps] for steps in passes]
 
 
 class PaddedBlocks:

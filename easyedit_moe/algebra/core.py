@@ -106,10 +106,14 @@ def core_energy(keys: RoutedKeys, basis: TuckerBasis, metric: Metric) -> float:
     Raises:
         NumericalError: keys or gates that are not finite.
     """
-    core, total = _core_without_left(keys, basis, metric), 0.0
+    core, parts = _core_without_left(keys, basis, metric), []
     step = max(1, CHUNK // (basis.u_expert.shape[1] * basis.u_in.shape[1]))
     for start in range(0, keys.num_tokens, step):
-        total += float((core.features(slice(start, start + step)) ** 2).sum())
+        parts.append((core.features(slice(start, start + step)) ** 2).sum())
+    total = 0.0
+    # Read at once: each read of a device waits for it.
+    for part in torch.stack(parts).tolist() if parts else []:
+        total += part
     return total / max(keys.num_tokens, 1)
 
 
@@ -127,7 +131,7 @@ def _core_gram(core: FactoredCore, keys: RoutedKeys) -> Tensor:
     gram = core.inner.new_zeros(tokens, tokens)
     if _is_orthogonal(core.u_expert):
         flat, slots = core.inner.reshape(-1, width), core.expert.shape[1]
-        for positions in slots_by_expert(keys):
+        for positions in keys.slots().values():
             rows, x = positions // slots, flat[positions]
             gram[rows[:, None], rows[None, :]] += x @ x.T
         return gram
@@ -136,15 +140,6 @@ def _core_gram(core: FactoredCore, keys: RoutedKeys) -> Tensor:
         phi = core.features(inner=slice(start, start + step)).flatten(1)
         gram.addmm_(phi, phi.T)
     return gram
-
-
-def slots_by_expert(keys: RoutedKeys) -> list[Tensor]:
-    """Per expert that is hit, its positions among the T * K slots, padded ones left out."""
-    flat = keys.expert.reshape(-1)
-    order = torch.argsort(flat, stable=True)
-    order = order[keys.gate.reshape(-1)[order] != 0]
-    counts = torch.unique_consecutive(flat[order], return_counts=True)[1].tolist()
-    return list(order.split(counts))
 
 
 def solve_mote(

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from easyedit_moe.algebra.core import FactoredCore, slots_by_expert
+from easyedit_moe.algebra.core import FactoredCore
 from easyedit_moe.algebra.metric import Metric
 from easyedit_moe.algebra.nullspace import ExpertProjector, NullSpace
 from easyedit_moe.algebra.routed_keys import FactoredUpdate, RoutedKeys
@@ -207,8 +207,7 @@ def _own_tokens(core: FactoredCore, factors: TuckerFactors) -> FactoredUpdate:
     u_in, u_out = factors.inner.to(core.inner.dtype), factors.outer.to(core.inner.dtype)
     _, slots, width = core.inner.shape
     experts, columns, right = [], [], []
-    for positions in slots_by_expert(RoutedKeys(core.expert, core.inner.any(2), core.inner)):
-        expert = int(core.expert.reshape(-1)[positions[0]])
+    for expert, positions in RoutedKeys(core.expert, core.inner.any(2), core.inner).slots().items():
         experts.append(expert)
         columns.append(positions // slots)
         right.append(factors.project(expert, u_in @ core.inner.reshape(-1, width)[positions].T))

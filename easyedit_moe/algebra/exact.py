@@ -11,7 +11,7 @@ from easyedit_moe.algebra.metric import ExpertBlock, Metric, expert_blocks, tran
 from easyedit_moe.algebra.routed_keys import FactoredUpdate, RoutedKeys
 from easyedit_moe.algebra.systems import (
     CHUNK,
-    check_dual_ridge,
+    check_dual_ridges,
     check_lambda,
     factor_ridge_,
     finite_residual,
@@ -78,14 +78,15 @@ def _exact_primal(
     energy = wanted.new_zeros(tokens)
     for block in blocks:
         energy.index_add_(0, block.rows, (block.root**2).sum(0))
-    check_dual_ridge(energy, total, lambda_reg)
+    check_dual_ridges([energy], [total], lambda_reg)
     gram, moved = wanted.new_zeros(total, total), wanted.new_zeros(total, wanted.shape[1])
     step = max(1, CHUNK // max(total, 1))
-    for start in range(0, tokens, step):
+    bounds = _first_places(blocks, tokens, step)
+    for number, start in enumerate(range(0, tokens, step)):
         stop, offset = min(start + step, tokens), 0
         phi = wanted.new_zeros(stop - start, total)
-        for block, size in zip(blocks, sizes, strict=True):
-            low, high = torch.searchsorted(block.rows, torch.tensor([start, stop], device=block.rows.device)).tolist()
+        for block, size, places in zip(blocks, sizes, bounds, strict=True):
+            low, high = places[number], places[number + 1]
             phi[block.rows[low:high] - start, offset : offset + size] = block.root[:, low:high].T
             offset += size
         gram.addmm_(phi.T, phi)
@@ -95,3 +96,11 @@ def _exact_primal(
     columns = torch.arange(total, device=wanted.device).split(sizes)
     right = tuple(transposed_root(metric, b.expert, b.root, keys.d_hidden) for b in blocks)
     return FactoredUpdate(left, tuple(b.expert for b in blocks), tuple(columns), right)
+
+
+def _first_places(blocks: list[ExpertBlock], tokens: int, step: int) -> list[list[int]]:
+    """Per block, the place of its first row in each chunk of ``step`` tokens, and their number: read all at once."""
+    if not blocks:
+        return []
+    starts = torch.arange(0, tokens + step, step, device=blocks[0].rows.device)
+    return torch.stack([torch.searchsorted(block.rows, starts) for block in blocks]).tolist()

@@ -8,11 +8,18 @@ import torch
 from torch import Tensor
 
 from easyedit_moe.algebra.bcd import BCDReport
-from easyedit_moe.algebra.colours import LEAST_WIDTH, colours
+from easyedit_moe.algebra.colours import LEAST_WIDTH, colours, copied_steps
 from easyedit_moe.algebra.coordinates import ExpertCoordinates
 from easyedit_moe.algebra.held import HeldMoment
 from easyedit_moe.algebra.routed_keys import FactoredUpdate, RoutedKeys
-from easyedit_moe.algebra.systems import CHUNK, check_lambda, factor_ridges, finite_residual, solve_factored
+from easyedit_moe.algebra.systems import (
+    CHUNK,
+    check_factored,
+    check_lambda,
+    factor_stack_,
+    finite_residual,
+    solve_factored,
+)
 from easyedit_moe.errors import HyperParamsError
 
 
@@ -113,12 +120,14 @@ class _Blocks:
 
     def _factored(self, free: Tensor, lambda_reg: float) -> Tensor:
         found, step = torch.empty_like(self.own), max(1, CHUNK // max(1, self.own[:1].numel()))
+        added, parts = found.new_full(free.shape, lambda_reg).masked_fill_(free, 1.0), []
         for start in range(0, len(self.experts), step):
             some = slice(start, start + step)
-            systems = torch.baddbmm(self.own[some], self.roots[some], self.roots[some].mT)
-            systems += torch.diag_embed(free[some].to(systems) * (1 - lambda_reg))
-            found[some] = torch.stack(factor_ridges(list(systems), lambda_reg))
-        return found
+            systems = torch.baddbmm(self.own[some], self.roots[some], self.roots[some].mT, out=found[some])
+            torch.diagonal(systems, dim1=1, dim2=2).add_(added[some])
+            parts.append(factor_stack_(systems))
+        check_factored(parts, self.sizes, lambda_reg)
+        return found.mT  # in which they lie, see `factor_stack_`
 
     def visit(self, place: int, state: _State) -> None:
         """Solve for one block anew."""
@@ -175,18 +184,19 @@ class _Sweeps:
         self.steps: list[list[list[int]]] = []
         if place:
             shared = blocks.shared(state.moment, len(state.running))
-            self.steps = [colours([shared[number] for number in order]) for order in self.orders]
+            self.steps = [
+                [[order[number] for number in step] for step in colours([shared[number] for number in order])]
+                for order in self.orders
+            ]
         self.wide = sum(map(len, self.orders)) >= LEAST_WIDTH * max(1, sum(map(len, self.steps)))
+        self.together = copied_steps(self.steps, state.moment.device) if self.wide else []
 
     def run(self, number: int) -> None:
         """One pass, in its order."""
-        order = self.orders[number]
         if not self.wide:
-            for place in order:
+            # One after the other, as each needs what the one before left: nothing is read here, so nothing waits.
+            for place in self.orders[number]:
                 self.blocks.visit(place, self.state)
             return
-        steps = [[order[place] for place in step] for step in self.steps[number]]
-        # One copy to the device for the whole pass.
-        places = torch.tensor([place for step in steps for place in step], device=self.state.moment.device)
-        for together in places.split([len(step) for step in steps]):
+        for together in self.together[number]:
             self.blocks.visit_together(together, self.state)

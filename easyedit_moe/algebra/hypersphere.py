@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from easyedit_moe.algebra.nullspace import leading_directions
+from easyedit_moe.algebra.ranks import leading_directions_of
 from easyedit_moe.algebra.routed_keys import FactoredUpdate
 from easyedit_moe.errors import HyperParamsError, NumericalError
 
@@ -23,13 +23,22 @@ def principal_directions(weight: Tensor, energy: float) -> Tensor:
     Raises:
         HyperParamsError: a share out of range. NumericalError: weights that are not finite.
     """
+    return principal_directions_of(lambda _: weight, 1, energy)[0]
+
+
+def principal_directions_of(read: Callable[[int], Tensor], count: int, energy: float) -> tuple[Tensor, ...]:
+    """`principal_directions` of experts 0 to ``count - 1``, whose weights ``read`` returns; raises as there."""
     if not 0 < energy <= 1:
         raise HyperParamsError(f"sphere_energy must lie in (0, 1]; found {energy}.")
-    w = weight.to(torch.float64)
-    if not torch.isfinite(w).all():
+    if not torch.stack([torch.isfinite(read(expert)).all() for expert in range(count)]).all():
         raise NumericalError("An expert's weights hold NaN or infinity, so they have no principal directions.")
-    values, vectors = torch.linalg.eigh(w.T @ w / w.shape[0])
-    return vectors[:, len(values) - leading_directions(values.flip(0), energy) :]
+    found = []
+    for expert in range(count):
+        w = read(expert).to(torch.float64)
+        # A decomposition says at once whether it failed, and several side by side would need the memory of several.
+        found.append(torch.linalg.eigh(w.T @ w / w.shape[0]))
+    kept = leading_directions_of(torch.stack([values.flip(0) for values, _ in found]), energy)
+    return tuple(vectors[:, len(values) - number :] for (values, vectors), number in zip(found, kept, strict=True))
 
 
 def projected(update: FactoredUpdate, directions: Sequence[Tensor], strength: float) -> FactoredUpdate:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from easyedit_moe.algebra.nullspace import resolve_coverage
 from easyedit_moe.algebra.routed_keys import FactoredUpdate, RoutedKeys
-from easyedit_moe.algebra.systems import SYSTEM_DTYPE, cholesky_, keys_not_finite
+from easyedit_moe.algebra.systems import SYSTEM_DTYPE, factor_stack_, keys_not_finite, regular
 from easyedit_moe.errors import HyperParamsError, NumericalError
 
 
@@ -101,21 +101,27 @@ def covariance_metric(
     traces = torch.diagonal(moments, dim1=-2, dim2=-1).to(torch.float64).mean(-1)
     scale = float((traces * weights).sum() / weights.sum().clamp_min(1))
     eye = torch.eye(size, dtype=torch.float64, device=moments.device)
-    factors: list[Tensor | None] = []
-    for expert, moment in enumerate(resolved):
-        if isinstance(moment, str):
-            if moment == "identity" and scale == 0:
-                raise NumericalError("All covariances are zero: they give identity no scale. Use a larger corpus.")
-            factors.append(None if moment == "frozen" else eye * scale**0.5)
-            continue
-        factor = cholesky_(moment + ridge * scale * eye, ridge * scale)
-        if factor is None:
+    if scale == 0 and any(isinstance(moment, str) and moment == "identity" for moment in resolved):
+        raise NumericalError("All covariances are zero: they give identity no scale. Use a larger corpus.")
+    parts = {
+        expert: factor_stack_((moment + ridge * scale * eye)[None])
+        for expert, moment in enumerate(resolved)
+        if isinstance(moment, Tensor)
+    }
+    _, good = regular(list(parts.values()), [size] * len(parts), ridge * scale)
+    for expert, fine in zip(parts, good, strict=True):
+        if not fine:
             raise NumericalError(
                 f"The covariance of expert {expert} ({int(counts[expert])} tokens, h = {size}) is not positive "
                 f"definite with covariance_ridge {ridge}. Raise it, or use a larger corpus."
             )
-        factors.append(factor)
+    factors = [parts[j].factors[0] if j in parts else _stand_in(one, scale, eye) for j, one in enumerate(resolved)]
     return CovarianceMetric(tuple(factors))
+
+
+def _stand_in(coverage: Tensor | str, scale: float, eye: Tensor) -> Tensor | None:
+    """The factor of an expert that has no moment of its own."""
+    return None if coverage == "frozen" else eye * scale**0.5
 
 
 @dataclass(frozen=True)
@@ -152,8 +158,9 @@ def mean_energy(keys: RoutedKeys, metric: Metric) -> float:
     Raises:
         NumericalError: keys or gates that are not finite.
     """
-    total = sum(float((block.root**2).sum()) for block in expert_blocks(keys, metric))
-    return total / max(keys.num_tokens, 1)
+    parts = [(block.root**2).sum() for block in expert_blocks(keys, metric)]
+    # Read at once, and added up in the order of the experts.
+    return sum(torch.stack(parts).tolist() if parts else [], 0.0) / max(keys.num_tokens, 1)
 
 
 def transposed_root(metric: Metric, expert: int, like: Tensor, d_hidden: int) -> Tensor:
@@ -164,8 +171,8 @@ def transposed_root(metric: Metric, expert: int, like: Tensor, d_hidden: int) ->
 def objective(keys: RoutedKeys, residual: Tensor, lambda_reg: float, metric: Metric, update: FactoredUpdate) -> float:
     """The objective at ``Delta_j = B_j V_j^T`` of any solver here, whose V_j lie in the range of M_j."""
     left = residual.to(SYSTEM_DTYPE) - update.apply(keys)
-    total = float((left**2).sum())
+    parts = [(left**2).sum()]
     for expert, columns, right in zip(update.experts, update.columns, update.right, strict=True):
         b = update.left[:, columns]
-        total += lambda_reg * float((b * (b @ (right.T @ metric.inverse(expert, right)))).sum())
-    return total
+        parts.append(lambda_reg * (b * (b @ (right.T @ metric.inverse(expert, right)))).sum())
+    return sum(torch.stack(parts).tolist(), 0.0)

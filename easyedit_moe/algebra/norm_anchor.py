@@ -36,16 +36,19 @@ def anchored(
     """
     if not factor >= 1:
         raise HyperParamsError(f"norm_anchor must be at least 1; found {factor}.")
-    scales, right = [], []
+    parts = []
     for expert, columns, old in zip(update.experts, update.columns, update.right, strict=True):
         left, v = update.left[:, columns].to(torch.float64), old.to(torch.float64)
         w = weights[expert].to(left)
-        square = float(((left.T @ left) * (v.T @ v)).sum().clamp_min(0))
-        inner, size = float(((w @ v) * left).sum()), float((w * w).sum())
-        bound = max((factor * float(norms[expert])) ** 2, size)
-        scale = _largest_step(square, inner, size - bound)
-        scales.append(scale)
-        right.append(old * scale if scale < 1 else old)
+        square = ((left.T @ left) * (v.T @ v)).sum().clamp_min(0)
+        parts.append(torch.stack([square, ((w @ v) * left).sum(), (w * w).sum()]))
+    # Read at once: each read of a device waits for it.
+    numbers, first = torch.stack(parts).tolist() if parts else [], norms.tolist()
+    scales = []
+    for expert, (square, inner, size) in zip(update.experts, numbers, strict=True):
+        bound = max((factor * first[expert]) ** 2, size)
+        scales.append(_largest_step(square, inner, size - bound))
+    right = [old * scale if scale < 1 else old for old, scale in zip(update.right, scales, strict=True)]
     return replace(update, right=tuple(right)), torch.tensor(scales, dtype=torch.float64)
 
 

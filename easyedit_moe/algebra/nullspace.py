@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from easyedit_moe.algebra.ranks import leading_directions, resolve_rank
+from easyedit_moe.algebra.ranks import leading_directions_of, resolve_rank
 from easyedit_moe.errors import HyperParamsError, NumericalError
 
 CHUNK = 2**25
@@ -150,12 +150,13 @@ def null_space(
     }
     own = [expert for expert in range(len(resolved)) if expert not in found]
     step = max(1, CHUNK // size**2)
+    # Each chunk waits for its eigenvalues: those of all experts at once would take more memory than there may be.
     for chunk in (own[start : start + step] for start in range(0, len(own), step)):
         values, vectors = _decomposed({expert: resolved[expert] for expert in chunk})
         if wanted is not None:
             free = [wanted] * len(chunk)
         elif energy is not None:
-            free = [size - leading_directions(some.flip(0), energy) for some in values]
+            free = [size - count for count in leading_directions_of(values.flip(1), energy)]
         else:
             limit = values[:, -1:].clamp_min(0) if relative else torch.ones_like(values[:, -1:])
             free = (values <= (threshold or 0.0) * limit).sum(1).tolist()

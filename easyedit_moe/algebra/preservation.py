@@ -32,15 +32,20 @@ def preservation_loss(drift: Tensor, moments: Tensor, counts: Tensor) -> float:
     Raises:
         NumericalError: no token at all, or a loss that is not finite.
     """
-    shares = counts.to(torch.float64)
-    if not float(shares.sum()) > 0:
+    tokens = counts.to(torch.float64).tolist()
+    every = sum(tokens)
+    if not every > 0:
         raise NumericalError("No token reached any expert, so nothing is preserved. Use a larger corpus.")
-    shares = shares / shares.sum()
-    total = 0.0
-    for one, moment, share in zip(drift, moments, shares.tolist(), strict=True):
-        if share:
+    shares, losses = [], []
+    for one, moment, count in zip(drift, moments, tokens, strict=True):
+        if count:
             d = one.to(torch.float64)
-            total += share * float(((d @ moment.to(d)) * d).sum())
+            shares.append(count / every)
+            losses.append(((d @ moment.to(d)) * d).sum())
+    # Read at once: each read of a device waits for it.
+    total = 0.0
+    for share, loss in zip(shares, torch.stack(losses).tolist(), strict=True):
+        total += share * loss
     if not abs(total) < float("inf"):
         raise NumericalError("The preservation loss is NaN or infinite.")
     return max(total, 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from easyedit_moe.errors import HyperParamsError
@@ -31,8 +32,14 @@ def leading_directions(values: Tensor, energy: float) -> int:
         values: ``[n]``, eigenvalues in decreasing order; negative ones, which are rounding, count as 0.
         energy: share in (0, 1].
     """
-    held = values.clamp_min(0).cumsum(0)
-    if len(held) == 0 or held[-1] <= 0:
-        return 0
+    return leading_directions_of(values[None], energy)[0]
+
+
+def leading_directions_of(values: Tensor, energy: float) -> list[int]:
+    """`leading_directions` of each of several spectra ``[c, n]``, read from their device at once."""
+    if values.numel() == 0:
+        return [0] * len(values)
+    held = values.clamp_min(0).cumsum(1)
     # At energy 1 rounding of the sum must not ask for directions that hold nothing.
-    return int((held < energy * held[-1] * (1 - 1e-12)).sum()) + 1
+    count = (held < energy * held[:, -1:] * (1 - 1e-12)).sum(1) + 1
+    return torch.where(held[:, -1] > 0, count, 0).tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -40,20 +41,34 @@ class RoutedKeys:
 
         Slots with a zero gate are left out: a padded slot names an expert that its token may also really use.
         """
-        flat = self.expert.reshape(-1)
-        order = torch.argsort(flat, stable=True)
-        order = order[self.gate.reshape(-1)[order] != 0]
-        hit, counts = torch.unique_consecutive(flat[order], return_counts=True)
+        order, counts = self._sorted()
         width = self.expert.shape[1]
         # Sorted first and scaled in place: the blocks are views, and only one copy in ``dtype`` exists.
         scaled = self.key.reshape(-1, self.d_hidden)[order].to(dtype)
         scaled *= self.gate.reshape(-1)[order].to(dtype).unsqueeze(-1)
         blocks, start = [], 0
-        for expert, count in torch.stack([hit, counts], dim=1).tolist():
+        for expert, count in counts.items():
             chosen = slice(start, start + count)
             blocks.append(ExpertDesign(expert, order[chosen] // width, scaled[chosen].T, order[chosen]))
             start += count
         return blocks
+
+    def slots(self) -> dict[int, Tensor]:
+        """Per expert that is hit, in increasing order, its slots ``[T_j]`` int64 of the T * K, padded ones left out."""
+        order, counts = self._sorted()
+        return dict(zip(counts, order.split(list(counts.values())), strict=True))
+
+    def _sorted(self) -> tuple[Tensor, dict[int, int]]:
+        """Places of all slots but padded ones, by expert and then as they are, and how many each expert has.
+
+        The device is read once: neither masks nor unique values, each of which it would be read for.
+        """
+        padded = torch.iinfo(torch.int64).max
+        marked = torch.where(self.gate != 0, self.expert, padded).reshape(-1)
+        order = torch.argsort(marked, stable=True)
+        counts = Counter(marked[order].tolist())
+        unused = counts.pop(padded, 0)
+        return order[: len(order) - unused], dict(counts)
 
     def dense(self, num_experts: int, dtype: torch.dtype = torch.float64) -> Tensor:
         """``psi`` as ``[T, E * h]``: for tests and small problems only."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ SYSTEM_DTYPE = torch.float64
 
 CHUNK = 2**23
 """Numbers in a temporary of the accumulated Gram matrices (64 MB in float64)."""
+LARGEST = 32
+"""Largest system that is padded and solved along with others: larger ones fill a device by themselves."""
 
 
 def inflation_limit(size: int) -> float:
@@ -70,31 +73,118 @@ def factor_ridge_(gram: Tensor, lambda_reg: float) -> Tensor:
     return factor
 
 
-def factor_ridges(grams: Sequence[Tensor], lambda_reg: float) -> list[Tensor]:
-    """`factor_ridge` of several small matrices on one device, padded and at once; raises as there, for the first."""
-    check_lambda(lambda_reg)
-    if not grams:
-        return []
-    sizes = [len(gram) for gram in grams]
-    side, device = max(sizes), grams[0].device
-    pad = torch.nn.functional.pad
-    stacked = torch.stack([pad(gram, (0, side - n, 0, side - n)) for gram, n in zip(grams, sizes, strict=True)])
-    if not torch.isfinite(stacked).all():
+@dataclass(frozen=True)
+class Factored:
+    """Cholesky factors of several matrices side by side; whether there are any is not known before `regular` reads it.
+
+    Attributes:
+        factors: ``[c, n, n]``, lower.
+        diagonal: ``[c, n]``, the matrices' own.
+        finite: ``[c]`` bool, whether a matrix holds no NaN or infinity.
+        failed: ``[c]`` int32, 0 where LAPACK found a factor.
+    """
+
+    factors: Tensor
+    diagonal: Tensor
+    finite: Tensor
+    failed: Tensor
+
+
+def factor_stack_(matrices: Tensor) -> Factored:
+    """Factors of ``matrices [c, n, n]`` (contiguous) in their memory; the CPU waits for nothing."""
+    diagonal = torch.diagonal(matrices, dim1=1, dim2=2).clone()
+    finite = torch.isfinite(matrices).flatten(1).all(1)
+    # As in `cholesky_`, in LAPACK's order.
+    target = matrices.mT
+    failed = torch.empty(len(matrices), dtype=torch.int32, device=matrices.device)
+    factors, failed = torch.linalg.cholesky_ex(target, out=(target, failed))
+    return Factored(factors, diagonal, finite, failed)
+
+
+def regular(parts: Sequence[Factored], sizes: Sequence[int], floor: float) -> tuple[list[bool], list[bool]]:
+    """Per matrix of all parts whether it is finite, and whether it is positive definite to working precision.
+
+    Args:
+        parts: on one device; matrices may be filled up with ones on the diagonal.
+        sizes: of each matrix, what fills it up left out.
+        floor: as in `cholesky_`, whose bounds these are.
+    """
+    if not sizes:
+        return [], []
+    limits = torch.tensor([inflation_limit(size) for size in sizes], dtype=SYSTEM_DTYPE, device=parts[0].factors.device)
+    bounds = limits[:, None].split([len(part.factors) for part in parts])
+    settled = [(part.diagonal <= bound * floor).all(1) for part, bound in zip(parts, bounds, strict=True)]
+    flags = [torch.stack([p.finite, p.failed == 0, s]) for p, s in zip(parts, settled, strict=True)]
+    finite, found, fine = torch.cat(flags, 1).tolist()
+    # Only what the floor does not settle is inverted, and only then is there a second read.
+    places, asked, start = [], [], 0
+    for part, bound in zip(parts, bounds, strict=True):
+        for number in range(len(part.factors)):
+            if found[start + number] and not fine[start + number]:
+                places.append(start + number)
+                asked.append(_not_inflated(part, number, bound[number], floor))
+        start += len(part.factors)
+    if asked:
+        for place, good in zip(places, torch.stack(asked).tolist(), strict=True):
+            fine[place] = good
+    return finite, [one and other for one, other in zip(found, fine, strict=True)]
+
+
+def check_factored(parts: Sequence[Factored], sizes: Sequence[int], lambda_reg: float) -> None:
+    """NumericalError where what was factored with this ridge is not `regular`; all of it is read at once."""
+    finite, good = regular(parts, sizes, lambda_reg)
+    if not all(finite):
         raise keys_not_finite()
-    free = torch.tensor(sizes, device=device)[:, None] <= torch.arange(side, device=device)
-    diagonal = torch.diagonal(stacked, dim1=1, dim2=2)
-    diagonal.add_(free.to(stacked) + lambda_reg * (~free).to(stacked))
-    factors, failed = torch.linalg.cholesky_ex(stacked)
-    # What was not positive definite has no inverse, and is told below.
-    invertible = torch.where((failed == 0)[:, None, None], factors, torch.eye(side).to(factors))
-    limit = torch.tensor([inflation_limit(n) for n in sizes], dtype=stacked.dtype, device=device)[:, None]
-    inflation = diagonal * torch.diagonal(torch.cholesky_inverse(invertible), dim1=1, dim2=2)
-    # As in `cholesky_`, the bound by the ridge settles it where it can.
-    regular = (inflation <= limit) | (diagonal <= limit * lambda_reg) | free
-    bad = ((failed != 0) | ~regular.all(1)).tolist()
-    if any(bad):
-        raise singular_system(sizes[bad.index(True)], lambda_reg)
-    return [factor[:n, :n] for factor, n in zip(factors, sizes, strict=True)]
+    if not all(good):
+        raise singular_system(sizes[good.index(False)], lambda_reg)
+
+
+def _not_inflated(part: Factored, number: int, limit: Tensor, floor: float) -> Tensor:
+    """Whether one matrix is regular, by its inverse; not `torch.cholesky_inverse`, which says at once if it failed."""
+    factor, diagonal = part.factors[number], part.diagonal[number]
+    unit = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+    half = torch.linalg.solve_triangular(factor, unit, upper=False)
+    inflation = diagonal * torch.linalg.vector_norm(half, dim=0) ** 2
+    return ((inflation <= limit) | (diagonal <= limit * floor)).all()
+
+
+def size_classes(sizes: Sequence[int]) -> list[list[int]]:
+    """Places of matrices that are filled up to one size: small ones, up to `LARGEST`, together, larger ones by an
+    eighth of the power of two below them, so that at most 27 % of their numbers are added.
+    """
+    found: dict[int, list[int]] = {}
+    for place, size in enumerate(sizes):
+        step = LARGEST if size <= LARGEST else 2 ** (size.bit_length() - 4)
+        found.setdefault(max(step, -(-size // step) * step), []).append(place)
+    return list(found.values())
+
+
+def factor_ridges(grams: Sequence[Tensor], lambda_reg: float) -> list[Tensor]:
+    """`factor_ridge` of several matrices on one device, at once by `size_classes`; raises as there.
+
+    However many there are, the CPU waits for the device twice, and once more where lambda is next to nothing.
+    """
+    check_lambda(lambda_reg)
+    sizes = [len(gram) for gram in grams]
+    parts: list[Factored] = []
+    order: list[int] = []
+    for places in size_classes(sizes):
+        side = max(sizes[place] for place in places)
+        most = max(1, CHUNK // max(1, side * side))
+        for start in range(0, len(places), most):
+            some = places[start : start + most]
+            stacked = grams[some[0]].new_zeros(len(some), side, side)
+            for own, place in zip(stacked, some, strict=True):
+                size = sizes[place]
+                own[:size, :size] = grams[place]
+                torch.diagonal(own)[:size].add_(lambda_reg)
+                torch.diagonal(own)[size:].fill_(1)
+            parts.append(factor_stack_(stacked))
+            order += some
+    check_factored(parts, [sizes[place] for place in order], lambda_reg)
+    every = [factor for part in parts for factor in part.factors]
+    found = {place: factor[: sizes[place], : sizes[place]] for place, factor in zip(order, every, strict=True)}
+    return [found[place] for place in range(len(grams))]
 
 
 def check_lambda(lambda_reg: float) -> None:
@@ -138,8 +228,35 @@ def resolve_form(form: str, tokens: int, unknowns: int, lambda_reg: float) -> st
     return form
 
 
-def check_dual_ridge(energy: Tensor, unknowns: int, lambda_reg: float) -> None:
-    """NumericalError where the dual of a primal system, ``energy`` its diagonal, would count as singular."""
-    tokens = len(energy)
-    if tokens > unknowns and float(energy.max()) > inflation_limit(tokens) * lambda_reg:
-        raise singular_system(tokens, lambda_reg)
+def check_dual_ridges(energies: Sequence[Tensor], unknowns: Sequence[int], lambda_reg: float) -> None:
+    """NumericalError where the dual of a primal system would count as singular; all are read at once.
+
+    Args:
+        energies: ``[T]`` of each system, the diagonal of its dual.
+        unknowns: of each, the side of the primal system.
+        lambda_reg: the ridge.
+    """
+    asked = [energy for energy, number in zip(energies, unknowns, strict=True) if len(energy) > number]
+    if not asked:
+        return
+    for energy, largest in zip(asked, torch.stack([energy.max() for energy in asked]).tolist(), strict=True):
+        if largest > inflation_limit(len(energy)) * lambda_reg:
+            raise singular_system(len(energy), lambda_reg)
+
+
+def moved_together(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Tensors of one dtype on another device by one transfer, for which the CPU waits once; there, they are as is."""
+    if all(tensor.device == device for tensor in tensors):
+        return list(tensors)
+    return unpacked(packed(tensors).to(device), [tensor.shape for tensor in tensors])
+
+
+def packed(tensors: Sequence[Tensor]) -> Tensor:
+    """``[n]``, the numbers of all, one after the other."""
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def unpacked(numbers: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """Views of these shapes on `packed` numbers."""
+    parts = numbers.split([shape.numel() for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]

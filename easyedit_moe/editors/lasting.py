@@ -70,7 +70,8 @@ class Carried:
 
     def with_states(self, places: Sequence[Place], states: Tensor) -> Carried:
         """With the states ``[T, d]`` of places that were not edited before."""
-        new = {place: state.cpu().clone() for place, state in zip(places, states, strict=True)}
+        # One copy from the device; then each has memory of its own.
+        new = {place: state.clone() for place, state in zip(places, states.cpu(), strict=True)}
         return replace(self, first={**new, **self.first})
 
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from easyedit_moe.algebra.coordinates import Coordinates
 from easyedit_moe.algebra.core_update import Update
 from easyedit_moe.algebra.held import HeldSystem, ridge_suffices
-from easyedit_moe.algebra.hypersphere import principal_directions
+from easyedit_moe.algebra.hypersphere import principal_directions_of
 from easyedit_moe.algebra.metric import IdentityMetric, Metric, covariance_metric, mean_energy
 from easyedit_moe.algebra.nullspace import NullSpace
 from easyedit_moe.algebra.routed_keys import RoutedKeys
@@ -247,8 +247,7 @@ class SolvingEditor(Editor):
         coverage = None if moments is None else moments.counts
         directions, share = None, self.hparams.sphere_energy
         if share is not None:
-            read = view.layers[layer].experts.read
-            directions = tuple(principal_directions(read(expert), share) for expert in range(experts))
+            directions = principal_directions_of(view.layers[layer].experts.read, experts, share)
         kept = moments.keys if moments is not None and self.hparams.preservation_bound is not None else None
         return PreparedLayer(experts, tail, metric, basis, coverage, ranks, directions, kept)
 

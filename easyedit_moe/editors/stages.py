@@ -7,10 +7,9 @@ from math import comb
 
 import torch
 
-from easyedit_moe.algebra.colours import LARGEST
 from easyedit_moe.algebra.nullspace import CHUNK as EIGH_CHUNK
 from easyedit_moe.algebra.ranks import resolve_rank
-from easyedit_moe.algebra.systems import CHUNK
+from easyedit_moe.algebra.systems import CHUNK, LARGEST
 from easyedit_moe.algebra.tucker import CHUNK_NUMBERS
 from easyedit_moe.hparams import MoTEHyperParams, SolverHyperParams
 from easyedit_moe.moe.activations import inference

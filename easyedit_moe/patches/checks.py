@@ -14,6 +14,7 @@ from easyedit_moe.errors import AlreadyAppliedError, PatchError
 from easyedit_moe.moe.fingerprint import model_fingerprint, plain_fingerprint
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.moe.wrappers import own_parameters
+from easyedit_moe.storage.checksums import checksums_of
 
 Base = nn.Module | Mapping[str, Tensor] | Callable[[str], Tensor]
 """Where originals are read from: a model, a state dict, or a function of a parameter's full name."""
@@ -122,6 +123,12 @@ def check_original(name: str, found: int, expected: int) -> None:
             f"{name} of the base is not what this patch was made on; pass the weights that the model had right before "
             "this patch."
         )
+
+
+def check_originals(layer: int, found: Mapping[int, Tensor], expected: Mapping[int, int]) -> None:
+    """`check_original` of matrices of one layer by expert, whose checksums are read at once."""
+    for expert, value in zip(found, checksums_of(list(found.values())), strict=True):
+        check_original(f"Layer {layer}, expert {expert}", value, expected[expert])
 
 
 def reader_of(base: Base) -> Callable[[str], Tensor]:

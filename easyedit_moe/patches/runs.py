@@ -17,9 +17,8 @@ from torch import Tensor
 
 from easyedit_moe.algebra.core_update import Update
 from easyedit_moe.moe.layers import MoELayerView
-from easyedit_moe.patches.checks import check_original
+from easyedit_moe.patches.checks import check_originals
 from easyedit_moe.patches.groups import add_groups, groups_of
-from easyedit_moe.storage.checksums import checksum
 
 if TYPE_CHECKING:
     from easyedit_moe.patches.tensors import TensorPatch
@@ -49,10 +48,10 @@ def continues(patch: WeightPatch, earlier: WeightPatch | None, keep_originals: b
     left = _left_by(earlier, set(patch.matrices())) if patch.plain else {}
     # What something else wrote in between is not computed again.
     known = {(n, expert) for (n, expert), found in left.items() if found == patch.before[n][expert]}
-    patch.originals = {
-        layer: {e: _in_main_memory(w) for e, w in experts.items() if (layer, e) not in known}
-        for layer, experts in patch.originals.items()
-    }
+    kept = {(n, e): w for n, experts in patch.originals.items() for e, w in experts.items() if (n, e) not in known}
+    patch.originals = {layer: {} for layer in patch.originals}
+    for (layer, expert), weight in zip(kept, _in_main_memory(list(kept.values())), strict=True):
+        patch.originals[layer][expert] = weight
 
 
 def continues_tensors(patch: TensorPatch, run: Sequence[TensorPatch]) -> None:
@@ -92,11 +91,9 @@ def overwritten(patch: WeightPatch, view: MoELayerView, base: Matrices | None = 
             state = {**part.originals.get(layer, {}), **state}
         steps = [update for part in run for number, update in part.steps if number == layer]
         state = replayed(view, layer, state, steps)
-        for number, expert in missing:
-            if number == layer and expert in state:
-                name = f"Layer {layer}, expert {expert}"
-                check_original(name, checksum(state[expert]), patch.before[layer][expert])
-                found.setdefault(layer, {})[expert] = state[expert]
+        again = {expert: state[expert] for number, expert in missing if number == layer and expert in state}
+        check_originals(layer, again, patch.before[layer])
+        found.setdefault(layer, {}).update(again)
     return found
 
 
@@ -141,9 +138,26 @@ def _knows_all(patch: WeightPatch) -> bool:
     return all(expert in patch.before.get(layer, {}) for layer, update in patch.steps for expert in update.experts)
 
 
-def _in_main_memory(weight: Tensor) -> Tensor:
-    """A copy on the CPU, pinned where it comes from a GPU; of a view of a larger allocation, so that this is let go."""
-    if weight.device.type == "cpu":
-        return weight.clone(memory_format=torch.preserve_format)
-    held = torch.empty(weight.shape, dtype=weight.dtype, pin_memory=weight.device.type == "cuda")
-    return held.copy_(weight)
+def put_back(weight: Tensor, original: Tensor) -> None:
+    """Copy an original into a model; the CPU goes on while one in pinned memory is on its way to a GPU."""
+    # Only in this direction: what is copied from a GPU without waiting may be read before it is there.
+    weight.copy_(original, non_blocking=weight.is_cuda)
+
+
+def _in_main_memory(weights: Sequence[Tensor]) -> list[Tensor]:
+    """Copies on the CPU, pinned where they come from a GPU, for which the CPU waits once.
+
+    Each has memory of its own, so that the larger allocation of which it was a view is let go.
+    """
+    found, streams = [], {}
+    for weight in weights:
+        if weight.device.type == "cpu":
+            found.append(weight.clone(memory_format=torch.preserve_format))
+            continue
+        if weight.is_cuda:
+            streams[weight.device] = torch.cuda.current_stream(weight.device)
+        held = torch.empty(weight.shape, dtype=weight.dtype, pin_memory=weight.is_cuda)
+        found.append(held.copy_(weight, non_blocking=weight.is_cuda))
+    for stream in streams.values():
+        stream.synchronize()
+    return found

@@ -30,7 +30,7 @@ from easyedit_moe.patches.checks import (
     check_edited,
     check_model,
     check_not_applied,
-    check_original,
+    check_originals,
     check_unedited,
     no_originals,
     reader_of,
@@ -39,7 +39,7 @@ from easyedit_moe.patches.checks import (
 from easyedit_moe.patches.flips import flipped, flips_between
 from easyedit_moe.patches.groups import add_groups, groups_of, originals_of
 from easyedit_moe.patches.record import ADVICE, PatchRecord, check_id, read_patch
-from easyedit_moe.patches.runs import overwritten, run_of
+from easyedit_moe.patches.runs import overwritten, put_back, run_of
 from easyedit_moe.patches.steps import steps_of, tensors_of
 from easyedit_moe.patches.stored import (
     FLIPS,
@@ -215,7 +215,7 @@ class WeightPatch(PatchRecord):
                 name = f"{moe.experts_name}.{name}"
                 if name not in full:
                     full[name] = parameter.detach().clone()
-                expert_matrix(full[name], expert, moe.experts.layout).copy_(original)
+                put_back(expert_matrix(full[name], expert, moe.experts.layout), original)
         return full
 
     def save(self, path: str | Path, keep_originals: bool = False) -> None:
@@ -306,9 +306,8 @@ class WeightPatch(PatchRecord):
                 layer: {e: flipped(_matrix(view, layer, e), bits) for e, bits in experts.items()}
                 for layer, experts in self.flips.items()
             }
-        for layer, expert in self.matrices():
-            name = f"Layer {layer}, expert {expert}"
-            check_original(name, checksum(found[layer][expert]), self.before[layer][expert])
+        for layer, experts in self.before.items():
+            check_originals(layer, {expert: found[layer][expert] for expert in experts}, experts)
         return found
 
     def _of_base(self, base: Base) -> dict[int, dict[int, Tensor]]:
@@ -506,7 +505,7 @@ def restore(view: MoELayerView, originals: Mapping[int, Mapping[int, Tensor]]) -
                 )
             pairs.append((weight, original))
     with torch.no_grad():
-        do_all(partial(weight.copy_, original) for weight, original in pairs)
+        do_all(partial(put_back, weight, original) for weight, original in pairs)
 
 
 def _matrix(view: MoELayerView, layer: int, expert: int) -> Tensor:

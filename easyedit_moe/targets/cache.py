@@ -21,7 +21,7 @@ from easyedit_moe.moe.config import text_config
 from easyedit_moe.moe.fingerprint import model_fingerprint
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.statistics.cache import statistics_folder
-from easyedit_moe.storage.checksums import checksum
+from easyedit_moe.storage.checksums import checksum, checksums_of
 from easyedit_moe.storage.files import check_writable
 from easyedit_moe.storage.schema import Expected, check_tensors, content_of, read_record
 from easyedit_moe.storage.strict_json import digest
@@ -42,11 +42,10 @@ def weights_hash(view: MoELayerView) -> str:
 
     Parameters that are offloaded can't be read, nor edited.
     """
+    there = {name: p.detach() for name, p in view.model.named_parameters() if not p.is_meta}
     state = hashlib.sha256()
-    for name, parameter in view.model.named_parameters():
-        if parameter.is_meta:
-            continue
-        state.update(f"{name}{checksum(parameter.detach())};".encode())
+    for name, value in zip(there, checksums_of(list(there.values())), strict=True):
+        state.update(f"{name}{value};".encode())
     return state.hexdigest()
 
 

@@ -13,7 +13,7 @@ from easyedit_moe.algebra.colours import colours
 from easyedit_moe.algebra.metric import IdentityMetric, Metric, covariance_metric
 from easyedit_moe.algebra.nullspace import null_space
 from easyedit_moe.algebra.routed_keys import RoutedKeys
-from easyedit_moe.algebra.systems import factor_ridge, factor_ridges
+from easyedit_moe.algebra.systems import LARGEST, factor_ridge, factor_ridges, packed, size_classes, unpacked
 from easyedit_moe.errors import HyperParamsError, NumericalError
 
 # (T, E, K, d, h)
@@ -89,24 +89,26 @@ def test_a_colour_shares_no_row_and_those_that_do_keep_their_order(seed: int) ->
 
 
 def test_a_pass_waits_for_the_device_no_more_than_it_has_to() -> None:
-    """More passes read one objective each."""
+    """However many passes there are, their objectives are read at once."""
     keys, residual, applied = problem("many experts, few tokens", "identity", seed=2)
     counts = []
     for passes in (1, 5):
         with counted_syncs("cpu") as found:
             solve_bcd(keys, residual, 0.2, applied, expert_orders(24, passes))
         counts.append(sum(found.values()))
-    assert counts[1] - counts[0] == 4 * 2  # the objective, and the order itself
+    assert counts[1] - counts[0] == 4  # the order itself, a list of the CPU's own
 
 
 @pytest.mark.parametrize("lambda_reg", [0.0, 0.3])
 def test_systems_factored_together_are_those_of_each(lambda_reg: float) -> None:
     draw = torch.Generator().manual_seed(0)
-    roots = [torch.randn(9, n, generator=draw, dtype=torch.float64) for n in (3, 1, 7, 0, 7)]
+    sides = (3, 1, 65, 7, 33, 0, 7, 36, 35, 80, 32)
+    roots = [torch.randn(90, n, generator=draw, dtype=torch.float64) for n in sides]
     grams = [root.T @ root for root in roots]
     with counted_syncs("cpu") as waits:
         found = factor_ridges(grams, lambda_reg)
-    assert sum(waits.values()) == 2
+    # The bounds, what became of all systems and, where no ridge says that they are regular, their inverses.
+    assert sum(waits.values()) == (2 if lambda_reg else 3)
     for factor, gram in zip(found, grams, strict=True):
         torch.testing.assert_close(factor, factor_ridge(gram, lambda_reg), rtol=1e-12, atol=1e-14)
     assert factor_ridges([], lambda_reg) == []
@@ -124,3 +126,19 @@ def test_a_singular_or_non_finite_one_among_others_is_told(scale: float) -> None
             solve([good, good / 0])
     with pytest.raises(HyperParamsError):
         factor_ridges([good], -1.0)
+
+
+def test_what_fills_up_a_size_class_is_bounded() -> None:
+    sizes = [*range(2000)][::-1]
+    found = size_classes(sizes)
+    assert sorted(place for some in found for place in some) == list(range(2000))
+    for some in found:
+        own = [sizes[place] for place in some]
+        assert max(own) <= LARGEST or max(own) ** 2 <= 1.27 * min(own) ** 2
+    assert len(found) <= 1 + 8 * 6
+
+
+def test_packed_tensors_come_back_as_they_were() -> None:
+    tensors = [torch.arange(6.0).view(2, 3).mT, torch.zeros(0, 4), torch.tensor(7.0), torch.arange(4.0)]
+    back = unpacked(packed(tensors), [tensor.shape for tensor in tensors])
+    assert all(torch.equal(one, other) for one, other in zip(back, tensors, strict=True))
