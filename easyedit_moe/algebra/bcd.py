@@ -14,7 +14,7 @@ from easyedit_moe.algebra.systems import (
     LARGEST,
     check_dual_ridges,
     check_lambda,
-    factor_ridges,
+    factor_made_ridges,
     finite_residual,
     moved_together,
     solve_factored,
@@ -72,8 +72,12 @@ def _coordinates(
     parts = [b.root.T if one else b.root.T @ b.root for b, one in zip(blocks, primal, strict=True)]
     operators = moved_together(parts, device)
     rows = moved_together([block.rows for block in blocks], device)
-    systems = [k.T @ k if one else k for k, one in zip(operators, primal, strict=True)]
-    factors = factor_ridges(systems, lambda_reg)
+    # Of the primal form an operator is F_j^T, and its system is made when its turn comes.
+    factors = factor_made_ridges(
+        [k.shape[1] for k in operators],
+        lambda place: operators[place].T @ operators[place] if primal[place] else operators[place],
+        lambda_reg,
+    )
     return {
         block.expert: _Coordinate(own, operator, factor, one, width)
         for block, own, operator, factor, one in zip(blocks, rows, operators, factors, primal, strict=True)

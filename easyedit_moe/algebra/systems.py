@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -164,8 +164,12 @@ def factor_ridges(grams: Sequence[Tensor], lambda_reg: float) -> list[Tensor]:
 
     However many there are, the CPU waits for the device twice, and once more where lambda is next to nothing.
     """
+    return factor_made_ridges([len(gram) for gram in grams], lambda place: grams[place], lambda_reg)
+
+
+def factor_made_ridges(sizes: Sequence[int], made: Callable[[int], Tensor], lambda_reg: float) -> list[Tensor]:
+    """As `factor_ridges`, of matrices of these sides that are ``made`` one by one, and held as factors only."""
     check_lambda(lambda_reg)
-    sizes = [len(gram) for gram in grams]
     parts: list[Factored] = []
     order: list[int] = []
     for places in size_classes(sizes):
@@ -173,18 +177,22 @@ def factor_ridges(grams: Sequence[Tensor], lambda_reg: float) -> list[Tensor]:
         most = max(1, CHUNK // max(1, side * side))
         for start in range(0, len(places), most):
             some = places[start : start + most]
-            stacked = grams[some[0]].new_zeros(len(some), side, side)
-            for own, place in zip(stacked, some, strict=True):
-                size = sizes[place]
-                own[:size, :size] = grams[place]
+            stacked: Tensor | None = None
+            for number, place in enumerate(some):
+                gram, size = made(place), sizes[place]
+                if stacked is None:
+                    stacked = gram.new_zeros(len(some), side, side)
+                own = stacked[number]
+                own[:size, :size] = gram
                 torch.diagonal(own)[:size].add_(lambda_reg)
                 torch.diagonal(own)[size:].fill_(1)
-            parts.append(factor_stack_(stacked))
-            order += some
+            if stacked is not None:
+                parts.append(factor_stack_(stacked))
+                order += some
     check_factored(parts, [sizes[place] for place in order], lambda_reg)
     every = [factor for part in parts for factor in part.factors]
     found = {place: factor[: sizes[place], : sizes[place]] for place, factor in zip(order, every, strict=True)}
-    return [found[place] for place in range(len(grams))]
+    return [found[place] for place in range(len(sizes))]
 
 
 def check_lambda(lambda_reg: float) -> None:

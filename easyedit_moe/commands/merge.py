@@ -16,7 +16,7 @@ def merge(
         bool, typer.Option(help="One update per layer: smaller where patches are many, the same up to rounding.")
     ] = False,
 ) -> None:
-    """Make one patch of a chain: it gives the bits that applying them one after the other gives."""
+    """Make one patch of a chain: it gives the bits that applying all in order gives (with --fold, up to rounding)."""
     from easyedit_moe.workflow.merge import merge as run
 
     say(f"Written: {out}, patch {run(patches, out, fold).id}")

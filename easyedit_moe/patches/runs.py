@@ -49,9 +49,10 @@ def continues(patch: WeightPatch, earlier: WeightPatch | None, keep_originals: b
     # What something else wrote in between is not computed again.
     known = {(n, expert) for (n, expert), found in left.items() if found == patch.before[n][expert]}
     kept = {(n, e): w for n, experts in patch.originals.items() for e, w in experts.items() if (n, e) not in known}
-    patch.originals = {layer: {} for layer in patch.originals}
+    originals: Matrices = {layer: {} for layer in patch.originals}
     for (layer, expert), weight in zip(kept, _in_main_memory(list(kept.values())), strict=True):
-        patch.originals[layer][expert] = weight
+        originals[layer][expert] = weight
+    patch.originals = originals
 
 
 def continues_tensors(patch: TensorPatch, run: Sequence[TensorPatch]) -> None:

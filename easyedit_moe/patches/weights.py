@@ -39,7 +39,7 @@ from easyedit_moe.patches.checks import (
 from easyedit_moe.patches.flips import flipped, flips_between
 from easyedit_moe.patches.groups import add_groups, groups_of, originals_of
 from easyedit_moe.patches.record import ADVICE, PatchRecord, check_id, read_patch
-from easyedit_moe.patches.runs import overwritten, put_back, run_of
+from easyedit_moe.patches.runs import overwritten, put_back, replayed, run_of
 from easyedit_moe.patches.steps import steps_of, tensors_of
 from easyedit_moe.patches.stored import (
     FLIPS,
@@ -188,8 +188,13 @@ class WeightPatch(PatchRecord):
             else:
                 if not self.after:
                     raise PatchError("This patch is not applied, so there is nothing to revert.")
-                check_edited(self._compared(view))
-                originals = self._found_originals(view, base)
+                compared = self._compared(view)
+                if base is None or self.flips or all(c.found in (c.before, c.after) for c in compared):
+                    check_edited(compared)
+                    originals = self._found_originals(view, base)
+                else:  # as where another machine rounds otherwise, or steps were folded
+                    originals = self._found_originals(view, base)
+                    check_edited(self._compared(view, self._written_on(view, originals)))
             with uninterrupted():
                 restore(view, originals)
                 self.forget()
@@ -309,6 +314,14 @@ class WeightPatch(PatchRecord):
         for layer, experts in self.before.items():
             check_originals(layer, {expert: found[layer][expert] for expert in experts}, experts)
         return found
+
+    def _written_on(self, view: MoELayerView, originals: Mapping[int, dict[int, Tensor]]) -> Checksums:
+        """Checksums of what the steps make of the originals on this machine."""
+        written = {}
+        for layer, experts in originals.items():
+            steps = [update for number, update in self.steps if number == layer]
+            written[layer] = _checked(replayed(view, layer, experts, steps))
+        return written
 
     def _of_base(self, base: Base) -> dict[int, dict[int, Tensor]]:
         """Every matrix of the patch, and of those before it in its run, as a base has it."""

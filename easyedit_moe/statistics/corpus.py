@@ -85,7 +85,7 @@ def source_stamp(source: str | Path) -> tuple[Any, ...] | None:
     else:
         files = [path] if is_file(path) else []
     # Of a link both names count: the one that is given says how the file is read.
-    states = [(str(file.absolute()), str(file.resolve()), file.stat()) for file in files]
+    states = [(_readable(file.absolute()), _readable(file.resolve()), file.stat()) for file in files]
     return tuple((*names, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for *names, s in states) or None
 
 
@@ -97,11 +97,14 @@ class Origin:
         place: of files their path; of a dataset by name its path, configuration and split.
         state: hash of `source_stamp`, or the dataset's revision; None where the hub could not be asked for it.
         reason: why it could not be asked.
+        files: whether it is files, whose state is of the very bits that are read; of a dataset, what is read may be
+            another revision than the hub's, as where ``datasets`` falls back on what it has.
     """
 
     place: tuple[str, ...]
     state: str | None
     reason: str = ""
+    files: bool = False
 
 
 def origin_of(source: str) -> Origin | None:
@@ -112,7 +115,8 @@ def origin_of(source: str) -> Origin | None:
     """
     stamp = source_stamp(source)
     if stamp is not None:
-        return Origin((str(_path_of(source).absolute()),), digest(stamp))
+        # A path may hold bytes that no text does.
+        return Origin((_readable(_path_of(source).absolute()),), digest(stamp), files=True)
     if source == GENERATED or is_folder(_path_of(source)) or _is_path(source):
         return None
     dataset = named_dataset(source)
@@ -133,6 +137,11 @@ def corpus_hash(texts: list[str]) -> str:
 
 def _path_of(name: str) -> Path:
     return factworld.data_path("corpus.txt") if name == factworld.MODEL_NAME else Path(name)
+
+
+def _readable(path: Path) -> str:
+    """A path as a text that can be written as UTF-8, another one for each path."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _is_path(name: str) -> bool:

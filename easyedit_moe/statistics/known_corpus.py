@@ -23,6 +23,7 @@ from easyedit_moe.facts.tokens import encode_text
 from easyedit_moe.statistics.corpus import corpus_hash, iterate_texts, load_texts, origin_of
 from easyedit_moe.statistics.moments import encode_cut
 from easyedit_moe.statistics.token_cache import rules_hash
+from easyedit_moe.storage.files import is_file
 from easyedit_moe.storage.schema import Described, content_of, read_record
 from easyedit_moe.storage.strict_json import digest, read_checked_json, write_checked_json
 from easyedit_moe.storage.tensors import SCHEMA, check_key, read_or_warn
@@ -76,6 +77,10 @@ class _TokensRecord(Described):
     tokens: str
 
 
+_FOUND: dict[tuple[_TextsKey, str | None], tuple[str, int]] = {}
+"""Hash and number of the texts that this process read in a source's state, for where no record can be written."""
+
+
 class KnownCorpus:
     """The texts of a source, which are read when `texts` is called, and before only if no record holds.
 
@@ -125,6 +130,8 @@ class KnownCorpus:
         if key is None or self._origin is None:
             return None
         path = self._file("texts", key)
+        if (key, self._origin.state) in _FOUND and not is_file(path):
+            return _FOUND[key, self._origin.state]
         record = read_or_warn(path, partial(_record_in, key=key, kind="corpus", record=_TextsRecord))
         if record is None or (self._origin.state is not None and record.state != self._origin.state):
             return None
@@ -149,13 +156,14 @@ class KnownCorpus:
         self._texts, name = texts, corpus_hash(texts)
         if key is not None and self._is_as_found():
             state = None if self._origin is None else self._origin.state
-            self._keep("texts", key, "corpus", {"state": state, "corpus": name, "count": len(texts)})
+            if not self._keep("texts", key, "corpus", {"state": state, "corpus": name, "count": len(texts)}):
+                _FOUND[key, state] = name, len(texts)
         return name, len(texts)
 
     def _read_again(self, count: int) -> list[str]:
         """The first texts, at least ``count``, of a corpus that was found by its record."""
         texts = load_texts(self._source, count)
-        if self._is_as_found():
+        if self._origin is not None and self._origin.files and self._is_as_found():
             return texts
         texts = texts if count == self.count else load_texts(self._source, self.count)
         if corpus_hash(texts) != self.name:
@@ -187,13 +195,15 @@ class KnownCorpus:
     def _file(self, kind: str, key: _TextsKey | _TokensKey) -> Path:
         return self._folder / f"{kind}-{digest(asdict(key))[:16]}.json"
 
-    def _keep(self, name: str, key: _TextsKey | _TokensKey, kind: str, content: Mapping[str, Any]) -> None:
-        """Write a record; where that can't be done, the corpus is read again next time, and the log says so."""
+    def _keep(self, name: str, key: _TextsKey | _TokensKey, kind: str, content: Mapping[str, Any]) -> bool:
+        """Write a record; False where that can't be done: the next process reads the corpus again. The log says so."""
         try:
             record = {"schema": SCHEMA, "kind": kind, "key": asdict(key), **content}
             write_checked_json(self._file(name, key), record)
         except WriteError as error:
             logger.info("What was found of the corpus %s is not kept: %s", self._source, error)
+            return False
+        return True
 
 
 def _record_in(path: Path, key: Any, kind: str, record: type[Any]) -> Any:

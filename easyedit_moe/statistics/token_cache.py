@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -18,6 +19,8 @@ from easyedit_moe.statistics.moments import ListedShards, encode_cut, shards_of
 from easyedit_moe.storage.schema import Described, Expected, check_tensors, content_of, read_record
 from easyedit_moe.storage.strict_json import digest
 from easyedit_moe.storage.tensors import SCHEMA, check_key, read_or_warn, read_safetensors, write_safetensors
+
+logger = logging.getLogger(__name__)
 
 _ADVICE = "delete it, and the corpus is tokenised anew"
 _PROBE = 'Zoë said, "It\'s 3.14";\n\ttwo  spaces, 東京, Москва.'
@@ -52,19 +55,24 @@ def tokenizer_hash(tok: PreTrainedTokenizerBase, some_tokens: str) -> str:
 def rules_hash(tok: PreTrainedTokenizerBase) -> str | None:
     """Of all that decides which tokens a text has, so that no text is needed to tell two tokenizers apart.
 
-    None for a tokenizer whose rules are Python code, which can't be compared.
+    None for a tokenizer whose rules are Python code, which can't be compared, or can't be written down or tried.
     """
     backend, kind = getattr(tok, "backend_tokenizer", None), type(tok)
     if backend is None or kind.__module__.partition(".")[0] != "transformers":
         return None
-    rules = backend.to_str()
-    if backend.truncation is not None or backend.padding is not None:  # left over from the last call; none here
-        plain = type(backend).from_str(rules)
-        plain.no_truncation()
-        plain.no_padding()
-        rules = plain.to_str()
+    try:
+        rules = backend.to_str()
+        if backend.truncation is not None or backend.padding is not None:  # left over from the last call; none here
+            plain = type(backend).from_str(rules)
+            plain.no_truncation()
+            plain.no_padding()
+            rules = plain.to_str()
+        probe = encode_text(tok, _PROBE)
+    except Exception as error:  # tokenizers raises no other type, as where a vocabulary has no word for the probe
+        logger.debug("The rules of the tokenizer %s can't be told: %s", kind.__name__, error)
+        return None
     splits = getattr(tok, "split_special_tokens", False)
-    return digest([kind.__name__, rules, str(tok.special_tokens_map), splits, encode_text(tok, _PROBE)])
+    return digest([kind.__name__, rules, str(tok.special_tokens_map), splits, probe])
 
 
 class TokenisedTexts:

@@ -19,6 +19,7 @@ from torch import nn
 from easyedit_moe.editor import MoEEditor
 from easyedit_moe.errors import EditingWarning, PatchError, RequestError
 from easyedit_moe.moe.layers import MoELayerView
+from easyedit_moe.patches.files import load_patch
 from easyedit_moe.patches.merging import folded, merge_weights, revert_run
 from easyedit_moe.patches.runs import continues
 from easyedit_moe.patches.weights import WeightPatch
@@ -228,4 +229,26 @@ def test_a_run_folds_into_one_step_per_layer() -> None:
     for name, weight in again.named_parameters():
         torch.testing.assert_close(model.get_parameter(name), weight, rtol=0, atol=1e-5)
     small.revert(model)
+    assert_same_state(state_of(base), state_of(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_folded_patch_is_taken_back_by_who_has_it_from_a_file_and_the_base(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    model, base, path = tiny_model().to(dtype), tiny_model().to(dtype), tmp_path / "p.safetensors"
+    patches = run_of(model, 12)
+    folded(merge_weights(patches)).save(path)
+    revert_run(patches, model)
+    with pytest.warns(EditingWarning, match="The patch is folded"):
+        load_patch(path).apply(model)
+    edited = state_of(model)
+    with pytest.raises(PatchError, match="later patch first"):
+        load_patch(path).revert(model)
+    later = write(model, seed=99, experts=(1, 2))
+    with pytest.raises(PatchError, match="later patch first"):
+        load_patch(path).revert(model, base)
+    later.revert(model)
+    assert_same_state(edited, state_of(model))
+    load_patch(path).revert(model, base)
     assert_same_state(state_of(base), state_of(model))

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from tiny import TEXTS, flipped_byte, tiny_model, tiny_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from easyedit_moe.errors import (
     CorpusNotComparedWarning,
@@ -315,6 +317,8 @@ def test_a_folder_that_takes_no_record_is_no_obstacle(corpus: Corpus, monkeypatc
     assert same(corpus(), first)
     assert corpus.read
     assert corpus.records() == []
+    assert same(corpus(), first)
+    assert corpus.hashed == [8], "this process knows the texts; what the tokenizer makes of the first few is cheap"
 
 
 def test_several_at_once_write_one_record(corpus: Corpus) -> None:
@@ -374,6 +378,31 @@ def test_a_tokenizer_with_rules_in_python_is_tried_on_the_first_texts(corpus: Co
     corpus(tok, mom2_n_tokens=40)
     corpus(tok, mom2_n_tokens=40)
     assert corpus.tokenised, "how far a budget goes is not known without it"
+
+
+def test_a_tokenizer_without_a_word_for_the_probe_is_tried_on_the_texts(corpus: Corpus) -> None:
+    words = sorted({word for text in MANY for word in text.split()})
+    level = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}))
+    level.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tok = PreTrainedTokenizerFast(tokenizer_object=level)
+    assert rules_hash(tok) is None
+    first = corpus(tok)
+    assert first.num_tokens == sum(len(text.split()) for text in MANY)
+    assert same(corpus(tok), first)
+
+
+def test_a_folder_may_have_a_name_that_is_no_text(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = os.fsencode(corpus.folder) + b"/caf\xe9"
+    try:
+        os.mkdir(folder)
+    except OSError as error:
+        pytest.skip(f"this file system wants names in UTF-8: {error}")
+    monkeypatch.chdir(os.fsdecode(folder))
+    Path("c.txt").write_text("\n".join(MANY), encoding="utf-8")
+    corpus.source = "c.txt"
+    first = corpus()
+    assert same(corpus(), first)
+    assert corpus.nothing_was_read()
 
 
 # ---------------------------------------------------------------- datasets by name
@@ -450,6 +479,14 @@ def test_texts_of_a_dataset_that_was_not_compared_are(changed: bool, hub: Hub, c
     with pytest.warns(CorpusNotComparedWarning):
         again = corpus(fresh=True)
     assert same(again, first)
+
+
+def test_rows_of_another_revision_than_the_hub_says_are_not_taken_for_it(hub: Hub, corpus: Corpus) -> None:
+    """``datasets`` may fall back on an older copy, although the hub was asked and answered."""
+    corpus()
+    hub.texts = MANY[1:] + MANY[:1]
+    with pytest.raises(DataError, match="holds other texts"):
+        corpus(fresh=True)
 
 
 def test_without_a_record_a_hub_that_is_away_is_the_datasets_matter(hub: Hub, corpus: Corpus) -> None:
