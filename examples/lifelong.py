@@ -254,7 +254,8 @@ def plot(runs: dict[str, dict[str, Any]], path: Path) -> None:
             points = run["points"]
             values = [max(p[kind].values()) if isinstance(p[kind], dict) else p[kind] for p in points]
             numbers = [math.nan if value is None else value for value in values]
-            axis.plot([p["edits"] for p in points], numbers, color=colours[number % 20], marker=".")
+            style = "-" if number < len(colours) else "--"
+            axis.plot([p["edits"] for p in points], numbers, style, color=colours[number % len(colours)], marker=".")
         axis.set(title=kind.replace("per layer", "(largest layer)"), xlabel="edits")
         if kind in ("perplexity", "norm growth per layer"):
             axis.set_yscale("log")
