@@ -72,6 +72,28 @@ Row = tuple[Remembered, int]
 """One remembered fact: the solve that it was part of, and its place there."""
 
 
+class _Rows(Mapping[Row, RoutedKeys]):
+    """Keys of remembered facts at a layer, taken out when they are asked for: of most only their names are."""
+
+    def __init__(self, layer: int, names: dict[Row, None]) -> None:
+        self._layer, self._names = layer, names
+
+    def __getitem__(self, row: Row) -> RoutedKeys:
+        if row not in self._names:
+            raise KeyError(row)
+        solve, fact = row
+        return solve.of(self._layer, fact)
+
+    def __contains__(self, row: object) -> bool:
+        return row in self._names
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 class EditMemory:
     """What a batch knows of earlier ones; a value: passed in, and returned extended.
 
@@ -114,10 +136,15 @@ class EditMemory:
         log = [solve if len(facts) == len(solve.prompts) else solve.only(facts) for solve, facts in kept.items()]
         return EditMemory(log, self.edits, carried=self.carried)
 
-    def rows(self, layer: int, superseded: Sequence[Name] = ()) -> dict[Row, RoutedKeys]:
+    def rows(self, layer: int, superseded: Sequence[Name] = ()) -> Mapping[Row, RoutedKeys]:
         """Keys of each fact that was solved for at a layer, without facts of these names; oldest first."""
-        found = [(row, row[0].of(layer, row[1])) for row in self._current(superseded) if layer in row[0].keys]
-        return dict(reversed(found))
+        found = [row for row in self._current(superseded) if layer in row[0].keys]
+        return _Rows(layer, dict.fromkeys(reversed(found)))
+
+    def num_rows(self, layer: int) -> int:
+        """How many rows `rows` has of a layer, all contexts counted."""
+        there = [solve for solve, _ in self._current() if layer in solve.keys]
+        return sum(solve.keys[layer].num_tokens // len(solve.prompts) for solve in there)
 
     @property
     def keys(self) -> dict[int, list[RoutedKeys]]:
