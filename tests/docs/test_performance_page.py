@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks import peak
-from benchmarks.performance_page import BY_PLAN, PAGE, RESULTS, peak_tables, plan_sentence, plan_table, updated
-from easyedit_moe.storage.strict_json import read_json
+from benchmarks.performance_page import (
+    BY_PLAN,
+    PAGE,
+    RESULTS,
+    newest_suites,
+    peak_tables,
+    plan_sentence,
+    plan_table,
+    updated,
+)
+from easyedit_moe.storage.strict_json import write_json
 
 
 @pytest.fixture
 def suites() -> dict[str, Any]:
-    found: dict[str, Any] = read_json(RESULTS)["suites"]
-    return found
+    return newest_suites(RESULTS)
 
 
 def test_the_page_is_what_the_generator_makes(suites: dict[str, Any]) -> None:
@@ -30,6 +39,25 @@ def test_another_figure_is_noticed(suites: dict[str, Any]) -> None:
         for row in other[name]["rows"]:
             row[column] = 7.77
         assert updated(text, other) != text, name
+
+
+def test_of_each_suite_the_rows_that_were_made_last_count(tmp_path: Path) -> None:
+    def suite(date: str, commit: str | None, rows: int) -> dict[str, Any]:
+        return {"source": {"date": date, "commit": commit}, "rows": [{}] * rows}
+
+    files = {
+        "a": (False, {"plan": suite("2026-11-29", "abc", 1), "peak": suite("2026-11-02", None, 2)}),
+        "b": (
+            False,
+            {"plan": suite("2026-11-29", None, 3), "peak": suite("2026-11-03", None, 4), "cores": {"rows": []}},
+        ),
+        "c": (True, {"plan": suite("2026-12-01", "abc", 5)}),
+    }
+    for name, (quick, found) in files.items():
+        write_json(tmp_path / f"{name}.json", {"schema": 2, "quick": quick, "suites": found})
+    assert {name: len(one["rows"]) for name, one in newest_suites(tmp_path).items()} == {
+        "plan": 1, "peak": 4, "cores": 0,
+    }  # fmt: skip
 
 
 def row(method: str, stage: str, ratio: float | None) -> dict[str, Any]:
