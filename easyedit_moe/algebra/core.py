@@ -20,6 +20,7 @@ from easyedit_moe.algebra.systems import (
     finite_residual,
     resolve_form,
     solve_factored,
+    total_of,
 )
 from easyedit_moe.algebra.tucker import TuckerBasis
 
@@ -110,11 +111,7 @@ def core_energy(keys: RoutedKeys, basis: TuckerBasis, metric: Metric) -> float:
     step = max(1, CHUNK // (basis.u_expert.shape[1] * basis.u_in.shape[1]))
     for start in range(0, keys.num_tokens, step):
         parts.append((core.features(slice(start, start + step)) ** 2).sum())
-    total = 0.0
-    # Read at once: each read of a device waits for it.
-    for part in torch.stack(parts).tolist() if parts else []:
-        total += part
-    return total / max(keys.num_tokens, 1)
+    return total_of(parts) / max(keys.num_tokens, 1)
 
 
 def _is_orthogonal(matrix: Tensor) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from easyedit_moe.algebra.nullspace import resolve_coverage
 from easyedit_moe.algebra.routed_keys import FactoredUpdate, RoutedKeys
-from easyedit_moe.algebra.systems import SYSTEM_DTYPE, factor_stack_, keys_not_finite, regular
+from easyedit_moe.algebra.systems import SYSTEM_DTYPE, factor_stack_, keys_not_finite, regular, total_of
 from easyedit_moe.errors import HyperParamsError, NumericalError
 
 
@@ -158,9 +158,7 @@ def mean_energy(keys: RoutedKeys, metric: Metric) -> float:
     Raises:
         NumericalError: keys or gates that are not finite.
     """
-    parts = [(block.root**2).sum() for block in expert_blocks(keys, metric)]
-    # Read at once, and added up in the order of the experts.
-    return sum(torch.stack(parts).tolist() if parts else [], 0.0) / max(keys.num_tokens, 1)
+    return total_of([(block.root**2).sum() for block in expert_blocks(keys, metric)]) / max(keys.num_tokens, 1)
 
 
 def transposed_root(metric: Metric, expert: int, like: Tensor, d_hidden: int) -> Tensor:
@@ -175,4 +173,4 @@ def objective(keys: RoutedKeys, residual: Tensor, lambda_reg: float, metric: Met
     for expert, columns, right in zip(update.experts, update.columns, update.right, strict=True):
         b = update.left[:, columns]
         parts.append(lambda_reg * (b * (b @ (right.T @ metric.inverse(expert, right)))).sum())
-    return sum(torch.stack(parts).tolist(), 0.0)
+    return total_of(parts)

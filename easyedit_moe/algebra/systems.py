@@ -252,6 +252,11 @@ def check_dual_ridges(energies: Sequence[Tensor], unknowns: Sequence[int], lambd
             raise singular_system(len(energy), lambda_reg)
 
 
+def total_of(parts: Sequence[Tensor]) -> float:
+    """Sum of numbers on a device in their order; they are read at once, as each read waits for it."""
+    return sum(torch.stack(list(parts)).tolist(), 0.0) if parts else 0.0
+
+
 def moved_together(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """Tensors of one dtype on another device by one transfer, for which the CPU waits once; there, they are as is."""
     if all(tensor.device == device for tensor in tensors):

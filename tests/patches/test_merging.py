@@ -13,6 +13,7 @@ from torch import nn
 from easyedit_moe.errors import PatchError
 from easyedit_moe.patches.files import load_patch
 from easyedit_moe.patches.merging import merge
+from easyedit_moe.workflow.merge import merge as merge_files
 
 FAMILIES = ["qwen3_moe", "gpt_oss", "modulelist"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -111,6 +112,15 @@ def test_both_kinds_are_not_merged(tmp_path: Path) -> None:
     model = tiny_model()
     with pytest.raises(PatchError, match="can't be merged into one patch"):
         merge([write(model), write_tensors(model, new_values(model))])
+
+
+def test_whole_tensors_are_not_folded(tmp_path: Path) -> None:
+    model, files = tiny_model(), [tmp_path / "first.safetensors", tmp_path / "second.safetensors"]
+    for file in files:
+        write_tensors(model, new_values(model)).save(file)
+    with pytest.raises(PatchError, match="can't be folded"):
+        merge_files(files, tmp_path / "both.safetensors", fold=True)
+    assert sorted(tmp_path.iterdir()) == files
 
 
 @CHAINS
