@@ -6,6 +6,10 @@ Each run starts from the same model and gets the same stream of edits. One that 
 called again: target vectors are kept under --out, so that the edits that were made are made again quickly, and the
 points that were measured are not measured again. Runs with other settings, under labels of their own, go into the same
 file, and ``--plot`` draws what is in it.
+
+A language model and its facts take the place of the bundled world with ``--model``, ``--records`` and ``--hparams``:
+
+python examples/lifelong.py --model smollm2-moe --records counterfact.json --hparams examples/smollm2-moe --out life
 """
 
 from __future__ import annotations
@@ -17,129 +21,47 @@ import random
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from lifelong_streams import APART, FIRST, Pair, Stream, corpus, record_stream, stream
 from rich.console import Console
 
-from easyedit_moe import factworld, load_hyperparams
+from easyedit_moe import load_hyperparams
 from easyedit_moe.algebra.metric import expert_blocks
 from easyedit_moe.algebra.routed_keys import RoutedKeys
 from easyedit_moe.editors import make_editor
 from easyedit_moe.editors.memory import EditMemory
 from easyedit_moe.errors import EditingWarning, PatchError
 from easyedit_moe.evaluation.scoring import score_targets
-from easyedit_moe.facts.requests import EditRequest, parse_requests
-from easyedit_moe.factworld.world import RELATIONS, build_world
-from easyedit_moe.hparams import hyperparams_class
+from easyedit_moe.factworld.world import build_world
 from easyedit_moe.measure import resident_bytes
 from easyedit_moe.moe.fingerprint import weights_fingerprint
 from easyedit_moe.moe.layers import MoELayerView
 from easyedit_moe.moe.loading import load_model
-from easyedit_moe.statistics.corpus import load_texts
-from easyedit_moe.storage.files import write_text
 from easyedit_moe.storage.strict_json import digest, write_json
 
 SCHEMA = 2
-APART = 100
-"""Edits between two of one fact at least, so that no batch holds both."""
-FIRST = 100
-"""Edits of which every second fact is never edited again; their retention is watched."""
 UTILITY = ("efficacy, all so far", "retention, first, never superseded", "specificity, never edited")
 """Shares of which the utility of a point is the mean."""
 UNSEEN = "specificity, not in the statistics"
-ASIDE = {"passes": 1, "names": 0, "strangers": 0}
+ASIDE = {"passes": 1, "names": 0, "strangers": 0, "model": None, "records": None}
 """Settings of a run whose file, an earlier one, does not tell them."""
-Pair = tuple[str, str]
-
-
-@dataclass(frozen=True)
-class Stream:
-    """Edits in their order, and what is asked besides.
-
-    Attributes:
-        edits: a prompt that comes again supersedes its earlier target.
-        retained: of the first edits, those that nothing supersedes, as (prompt, target).
-        untouched: facts of people that are never edited.
-        texts: of the same people, as (beginning, rest), for the perplexity.
-        strangers: of ``untouched`` people, those whom the statistics' corpus is not to mention.
-        unseen: facts of strangers, which are in ``untouched`` no more.
-    """
-
-    edits: tuple[EditRequest, ...]
-    retained: tuple[Pair, ...]
-    untouched: tuple[Pair, ...]
-    texts: tuple[Pair, ...]
-    strangers: tuple[str, ...] = ()
-    unseen: tuple[Pair, ...] = ()
-
-    def latest(self, start: int, stop: int) -> list[Pair]:
-        """The facts of some edits with the values they have at the last of them."""
-        return list({one.prompt: one.target_new for one in self.edits[start:stop]}.items())
-
-
-def stream(count: int, asked: int, seed: int = 0, strangers: int = 0) -> Stream:
-    """``count`` edits drawn from the world; of what is asked besides, at most ``asked`` of each kind."""
-    world, rng = build_world(), random.Random(seed)
-    facts = [(person, relation) for person in world.evaluated for relation in RELATIONS]
-    value = {(person, relation.name): world.facts[person][relation.name] for person, relation in facts}
-    recent: list[tuple[str, str]] = []
-    made: list[dict[str, str]] = []
-    while len(made) < count:
-        person, relation = rng.choice(facts)
-        fact = (person, relation.name)
-        if fact in recent[-APART:] or (len(made) >= FIRST and fact in recent[:FIRST:2]):
-            continue
-        value[fact] = rng.choice([one for one in relation.objects if one != value[fact]])
-        recent.append(fact)
-        prompt = relation.templates[0].format(person)
-        made.append({"prompt": prompt, "subject": person, "target_new": value[fact]})
-    # One by one: together, they would have to agree.
-    edits = tuple(parse_requests([one])[0] for one in made)
-    last = {one.prompt: number for number, one in enumerate(edits)}
-    retained = [(one.prompt, one.target_new) for n, one in enumerate(edits[:FIRST]) if last[one.prompt] == n]
-    seen = world.bystanders[: len(world.bystanders) - strangers]
-    away = world.bystanders[len(seen) :]
-    untouched, unseen = (
-        [(r.templates[0].format(p), world.facts[p][r.name]) for p in people for r in RELATIONS]
-        for people in (seen, away)
-    )
-    lines = [line.partition(". ") for line in load_texts(factworld.MODEL_NAME)]
-    texts = [(f"{head}.", rest) for head, _, rest in lines if rest]
-    draw = random.Random(seed)  # the same sample however many edits there are
-    parts = (untouched, texts, retained, unseen)
-    some = [tuple(draw.sample(part, min(asked, len(part)))) for part in parts]
-    return Stream(edits, some[2], some[0], some[1], away, some[3])
-
-
-def corpus(alone: int, strangers: Sequence[str], path: Path) -> dict[str, Any]:
-    """Settings of statistics that are of the bundled texts and, ``alone`` times, of each name that is never edited;
-    without what mentions strangers.
-
-    Facts are edited at the last token of a name, and of the texts' tokens few are such: what is kept of them weighs
-    accordingly.
-    """
-    known = [one for one in build_world().bystanders if one not in strangers]
-    texts = [text for text in load_texts(factworld.MODEL_NAME) if not any(one in text for one in strangers)]
-    texts += known * alone
-    random.Random(0).shuffle(texts)
-    write_text(path, "".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return {"mom2_dataset": str(path), "mom2_n_samples": len(texts)}
 
 
 class Life:
     """One method on one model along the stream."""
 
     def __init__(
-        self, method: str, changes: dict[str, Any], edits: Stream, asked: int, folder: Path, label: str, passes: int = 1
+        self, yaml: str, changes: dict[str, Any], edits: Stream, asked: int, folder: Path, label: str, passes: int = 1
     ) -> None:
         # Targets of other runs are not taken, so that seconds are those of a run that finds its own.
         kept = {"target_cache_dir": str(folder / "targets" / digest(label)[:12]), "stats_dir": str(folder / "stats")}
-        known = {one.name for one in fields(hyperparams_class(method))}
+        known = {one.name for one in fields(load_hyperparams(yaml))}
         kept = {name: value for name, value in kept.items() if name in known}
-        self.hparams = load_hyperparams(f"{method}/factworld", **(kept | changes))
+        self.hparams = load_hyperparams(yaml, **(kept | changes))
         self.model, self.tok = load_model(self.hparams.model_name, self.hparams.dtype, self.hparams.device)
         self.stream, self.asked, self.passes = edits, asked, passes
         self.view = MoELayerView(self.model)
@@ -264,6 +186,11 @@ def plot(runs: dict[str, dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
+def yaml_of(args: argparse.Namespace, method: str) -> str:
+    """The file of a method's hparams."""
+    return str(args.hparams / method / f"{Path(args.model).name}.yaml") if args.model else f"{method}/factworld"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("results/lifelong"))
@@ -278,6 +205,9 @@ def main() -> None:
     parser.add_argument("--passes", type=int, default=1, help="how often a batch is edited, one time after the other")
     parser.add_argument("--names", type=int, default=0, metavar="TIMES", help="statistics are also of names alone")
     parser.add_argument("--strangers", type=int, default=0, help="people whom statistics leave out; asked apart")
+    parser.add_argument("--model", help="folder of another model; needs --records and --hparams")
+    parser.add_argument("--records", type=Path, help="file of its facts, as `easyedit-moe compare --data` reads")
+    parser.add_argument("--hparams", type=Path, help="folder of <method>/<name of the model's folder>.yaml")
     parser.add_argument("--plot", action="store_true", help="draw lifelong.png; needs matplotlib")
     args = parser.parse_args()
     if not 1 <= args.batch_size <= APART or args.every % args.batch_size:
@@ -286,18 +216,29 @@ def main() -> None:
         parser.error("--passes must be at least 1, --names at least 0, and --strangers fewer than are never edited")
     if args.label and len(args.methods) > 1:
         parser.error("--label is for a single method")
+    others = (args.model, args.records, args.hparams)
+    if any(others) and (not all(others) or args.names or args.strangers):
+        parser.error("--model, --records and --hparams go together, and without --names and --strangers")
     changes = {name: json.loads(value) for name, _, value in (one.partition("=") for one in args.set)}
     path = args.out / "lifelong.json"
     content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"schema": SCHEMA, "runs": {}}
     names = ("edits", "batch_size", "every", "asked", "seed", *ASIDE)
     runs: dict[str, dict[str, Any]] = content["runs"]
-    edits = stream(args.edits, args.asked, args.seed, args.strangers)
-    read = {}
+    read: dict[str, Any] = {}
+    if args.model:
+        read = {"model_name": args.model}
+        model, tok = load_model(args.model, load_hyperparams(yaml_of(args, args.methods[0])).dtype)
+        edits = record_stream(args.records, model, tok, args.edits, args.asked, args.seed)
+        del model
+    else:
+        edits = stream(args.edits, args.asked, args.seed, args.strangers)
     if args.names or args.strangers:
-        read = corpus(args.names, edits.strangers, args.out / f"names-{args.names}-{args.strangers}.jsonl")
+        read |= corpus(args.names, edits.strangers, args.out / f"names-{args.names}-{args.strangers}.jsonl")
     for method in args.methods:
         label = args.label or method
-        settings = {"method": method, **{name: getattr(args, name) for name in names}, "set": changes}
+        told = {name: getattr(args, name) for name in names}
+        told |= {name: told[name] and Path(told[name]).name for name in ("model", "records")}
+        settings = {"method": method, **told, "set": changes}
         run = runs.setdefault(label, {"settings": settings, "points": []})
         if ASIDE | run["settings"] != settings:
             parser.error(f"{label} in {path} is of other settings: {run['settings']}. Give this run a --label.")
@@ -313,7 +254,7 @@ def main() -> None:
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", EditingWarning)  # what is not reached shows in the points
-            life = Life(method, read | changes, edits, args.asked, args.out, label, args.passes)
+            life = Life(yaml_of(args, method), read | changes, edits, args.asked, args.out, label, args.passes)
             life.run(args.batch_size, args.every, known, save)
     if args.plot:
         plot(runs, args.out / "lifelong.png")
