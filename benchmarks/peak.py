@@ -3,9 +3,9 @@
 "peak by plan" is arithmetic at the full shape on a GPU, for every method. "peak measured" counts blocks (as the suite
 ``plan`` does) at a part of the widths, with all 128 experts and fewer layers: statistics, metric, basis, a search of
 targets for the first batch (at the batch size by which the plan fits) and all edits with their patches kept. What is
-measured is split into what is fixed and what scales with the weights by its values at two widths, a + c s^2 with s the
-share of the widths; what grows with s alone (states of tokens) then counts as more than it is, so that "peak at full
-width, at most" is one. Sizes of tiles and chunks are fixed, so that they weigh more in a small model. Null spaces take
+measured at three widths is split into what is fixed (tiles and chunks of a fixed size, which weigh more in a small
+model), what grows with the share s of the widths (states of tokens) and what grows with its square (weights, moments):
+a + b s + c s^2, for preparing and for editing, each; "peak at full width" is the larger one at s = 1. Null spaces take
 half of h, the most that they can keep.
 """
 
@@ -39,13 +39,13 @@ from easyedit_moe.targets.search import TargetVectors
 
 ROOM = 0.1
 """Share of the model's bytes that may be taken beyond them."""
-BY_PLAN, MEASURED, AT_MOST = "peak by plan", "peak measured", "peak at full width, at most"
+BY_PLAN, MEASURED, AT_FULL = "peak by plan", "peak measured", "peak at full width"
 NOT_EDITS = ("moments", "statistics", "metric", "basis", "directions", "targets")
 
 
 @dataclass(frozen=True)
 class Options:
-    """``scales`` are what the widths are divided by; two or more, so that what is fixed can be told."""
+    """``scales`` are what the widths are divided by; three."""
 
     edits: int = 1000
     batch_size: int = 50
@@ -53,7 +53,7 @@ class Options:
     """Of the arithmetic."""
     measured: str = "Global,MoEEdit-BCD,MoTE"
     """Methods that are run."""
-    scales: str = "16,8"
+    scales: str = "16,8,4"
     layers: int = 8
     """Of the models that are run; the critical ones are the third to the seventh, as shipped."""
     texts: int = 65
@@ -63,10 +63,10 @@ class Options:
 
 
 def run(options: Options) -> list[dict[str, Any]]:
-    """Rows of "peak by plan", "peak measured" and "peak at full width, at most"."""
+    """Rows of "peak by plan", "peak measured" and "peak at full width"."""
     if options.quick:
         methods = "Global,MoTE,MoE-FT-L"
-        options = Options(4, 2, methods, "MoTE", "32,16", texts=8, device=options.device, quick=True)
+        options = Options(4, 2, methods, "MoTE", "32,16,8", texts=8, device=options.device, quick=True)
     rows = [planned(method, options.edits, options.batch_size) for method in options.methods.split(",")]
     tok = hf.AutoTokenizer.from_pretrained(str(factworld.model_path()))
     for method in options.measured.split(","):
@@ -95,20 +95,30 @@ def planned(method: str, edits: int, batch: int) -> dict[str, Any]:
 
 
 def at_full_width(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What the rows of the two largest widths come to at the full ones and all layers."""
-    small, large = sorted(rows, key=lambda row: -row["widths divided by"])[-2:]
-    low, high = (1 / row["widths divided by"] ** 2 for row in (small, large))
-    slope = (large["beyond the model"] - small["beyond the model"]) / (high - low)
-    fixed = large["beyond the model"] - slope * high
+    """What the rows of three widths come to at the full ones and all layers."""
     weights = _bytes(_meta(StandIn(1, LAYERS, "meta", 0), LAYERS))
+    shares = [1 / row["widths divided by"] for row in rows]
+    peaks = {
+        "preparing": parts(shares, [row["peak of preparing"] for row in rows]),
+        "editing": parts(shares, [row["prepared"] + row["peak of edits"] for row in rows]),
+    }
+    stage = max(peaks, key=lambda name: sum(peaks[name]))
+    fixed, widths, squares = peaks[stage]
+    beyond = fixed + widths + squares
     return {
-        "benchmark": AT_MOST, "method": large["method"], "edits": large["edits"], "batch": large["batch"],
-        "of widths divided by": f"{small['widths divided by']}, {large['widths divided by']}", "model bytes": weights,
-        "fixed bytes": fixed, "bytes that scale": slope,
-        "share that scales, measured": 1 - fixed / large["beyond the model"],
-        "beyond the model": fixed + slope, "peak / model": 1 + (fixed + slope) / weights,
-        "within": fixed + slope <= ROOM * weights,
+        "benchmark": AT_FULL, "method": rows[0]["method"], "edits": rows[0]["edits"], "batch": rows[0]["batch"],
+        "of widths divided by": ", ".join(str(row["widths divided by"]) for row in rows), "model bytes": weights,
+        "largest": stage, "fixed bytes": fixed, "bytes by the widths": widths, "bytes by their square": squares,
+        "editing / model": 1 + sum(peaks["editing"]) / weights,
+        "beyond the model": beyond, "peak / model": 1 + beyond / weights, "within": beyond <= ROOM * weights,
     }  # fmt: skip
+
+
+def parts(shares: Sequence[float], values: Sequence[float]) -> tuple[float, float, float]:
+    """a, b and c of ``a + b s + c s^2`` through three values."""
+    powers = torch.tensor([[1.0, share, share**2] for share in shares], dtype=torch.float64)
+    fixed, widths, squares = torch.linalg.solve(powers, torch.tensor(values, dtype=torch.float64)).tolist()
+    return fixed, widths, squares
 
 
 def _plan(hparams: Any, model: nn.Module, edits: int, batch: int, budget: int | None = None) -> MemoryPlan:

@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.endurance import first_and_last
 from benchmarks.held import GROWING
 from benchmarks.pages import filled, table
-from benchmarks.peak import AT_MOST, BY_PLAN, MEASURED
+from benchmarks.peak import AT_FULL, BY_PLAN, MEASURED
 from easyedit_moe.storage.files import write_text
 from easyedit_moe.storage.strict_json import read_json
 
@@ -177,7 +177,7 @@ def peak_tables(rows: Rows) -> str:
     """What the plan says of every method, and what was measured of some."""
     if not rows:
         return "The suite was not run at size yet."
-    by = {name: [row for row in rows if row["benchmark"] == name] for name in (BY_PLAN, MEASURED, AT_MOST)}
+    by = {name: [row for row in rows if row["benchmark"] == name] for name in (BY_PLAN, MEASURED, AT_FULL)}
     heads = ("by plan", "largest stage", "peak / model", "z ready, edits alone", "within the room", "with targets in")
     plans = [
         [
@@ -197,15 +197,19 @@ def peak_tables(rows: Rows) -> str:
         ]
         for row in by[MEASURED]
     ]  # fmt: skip
-    ends = ("at full width, at most", "share that scales", "fixed, MB", "beyond the model, GB", "peak / model")
+    ends = (
+        "at full width", "largest", "fixed, GB", "by the widths, GB", "by their square, GB", "peak / model",
+        "editing / model",
+    )  # fmt: skip
+    parts = ("fixed bytes", "bytes by the widths", "bytes by their square")
     most = [
         [
-            row["method"], f"{row['share that scales, measured']:.2f}", f"{row['fixed bytes'] / 1e6:.1f}",
-            f"{row['beyond the model'] / 1e9:.2f}", f"{row['peak / model']:.3f}",
+            row["method"], row["largest"], *(f"{row[part] / 1e9:.2f}" for part in parts),
+            f"{row['peak / model']:.3f}", f"{row['editing / model']:.3f}",
         ]
-        for row in by[AT_MOST]
+        for row in by[AT_FULL]
     ]  # fmt: skip
-    return "\n\n".join([table(heads, plans, 2), table(columns, found, 2), table(ends, most)])
+    return "\n\n".join([table(heads, plans, 2), table(columns, found, 2), table(ends, most, 2)])
 
 
 def main() -> None:

@@ -79,6 +79,25 @@ def test_a_peak_that_does_not_fit_says_so() -> None:
     assert "| MoE-FT-L | train | 1.106 | 1.106 | does not fit |  |" in text
 
 
+def test_peaks_at_full_width_are_those_of_planted_parts() -> None:
+    def found(scale: int) -> dict[str, Any]:
+        share = 1 / scale
+        return {
+            "method": "MoTE", "edits": 9, "batch": 3, "widths divided by": scale, "prepared": 10,
+            "peak of preparing": 100 + 7e9 * share + 1e9 * share**2, "peak of edits": 40 + 5e9 * share**2,
+        }  # fmt: skip
+
+    row = peak.at_full_width([found(16), found(8), found(4)])
+    assert row["largest"] == "preparing"
+    assert row["fixed bytes"] == pytest.approx(100, abs=0.01)
+    assert row["bytes by the widths"] == pytest.approx(7e9)
+    assert row["bytes by their square"] == pytest.approx(1e9)
+    assert row["peak / model"] == pytest.approx(1 + 8e9 / row["model bytes"])
+    assert row["editing / model"] == pytest.approx(1 + 5e9 / row["model bytes"])
+    assert not row["within"]
+    assert "| MoTE | preparing | 0.00 | 7.00 | 1.00 | 1.131 | 1.082 |" in peak_tables([row])
+
+
 def test_a_stage_without_a_column_is_named() -> None:
     with pytest.raises(ValueError, match="no column for dance"):
         plan_table([row("MEMoE", "dance", 1.0)], ("train",), solving=False)
