@@ -19,7 +19,9 @@ from easyedit_moe.evaluation.generation import generate_answers
 from easyedit_moe.evaluation.scoring import score_targets
 from easyedit_moe.facts.records import load_records
 from easyedit_moe.facts.requests import EditRequest, parse_requests
+from easyedit_moe.facts.tokens import encode_text
 from easyedit_moe.factworld.world import RELATIONS, build_world
+from easyedit_moe.moe.config import context_length
 from easyedit_moe.statistics.corpus import load_texts
 from easyedit_moe.storage.files import write_text
 
@@ -146,7 +148,7 @@ def record_stream(path: Path, model: nn.Module, tok: Any, count: int, asked: int
     edits, draw = drawn(facts, count, random.Random(seed)), random.Random(seed)
     beside = [*dict.fromkeys(prompt for record in records for prompt, _ in record.neighbours if prompt not in requests)]
     own = own_answers(model, tok, draw.sample(beside, min(asked, len(beside))))
-    kept, texts = retained(edits), prose()
+    kept, texts = retained(edits), prose(tok, context_length(model))
     some = [tuple(draw.sample(part, min(asked, len(part)))) for part in (kept, texts)]
     return Stream(edits, some[0], tuple(own), some[1])
 
@@ -158,8 +160,10 @@ def own_answers(model: nn.Module, tok: Any, prompts: Sequence[str]) -> list[Pair
     return [pair for pair, score in zip(pairs, score_targets(model, tok, pairs), strict=True) if score.exact]
 
 
-def prose() -> list[Pair]:
-    """Paragraphs of Python's help topics that are sentences, in two halves."""
+def prose(tok: Any, limit: int | None) -> list[Pair]:
+    """Paragraphs of Python's help topics that are sentences, in two halves; without those of ``limit`` tokens or more,
+    which are more than the model can read.
+    """
     topics = importlib.import_module("pydoc_data.topics").topics
     found = []
     for part in (part for name in sorted(topics) for part in re.split(r"\n\s*\n", topics[name])):
@@ -167,7 +171,7 @@ def prose() -> list[Pair]:
         if len(words) >= LEAST_WORDS and words[0][0].isupper() and words[-1].endswith("."):
             half = len(words) // 2
             found.append((" ".join(words[:half]), " ".join(words[half:])))
-    return found
+    return [pair for pair in found if limit is None or len(encode_text(tok, " ".join(pair))) < limit]
 
 
 def corpus(alone: int, strangers: Sequence[str], path: Path) -> dict[str, Any]:

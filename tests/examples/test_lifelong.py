@@ -11,9 +11,13 @@ from typing import Any
 
 import pytest
 
-from easyedit_moe.errors import PatchError
+from easyedit_moe import load_hyperparams
+from easyedit_moe.errors import DataError, PatchError
+from easyedit_moe.evaluation.scoring import score_targets
 from easyedit_moe.facts.requests import check_batch
-from easyedit_moe.factworld.world import build_world
+from easyedit_moe.factworld import model_path
+from easyedit_moe.factworld.world import RELATIONS, build_world
+from easyedit_moe.moe.loading import load_model
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "lifelong.py"
 SMALL = ["--edits", "5", "--batch-size", "2", "--every", "2", "--asked", "8", "--set", "v_num_grad_steps=8"]
@@ -44,7 +48,7 @@ def run(lifelong: ModuleType, out: Path, monkeypatch: pytest.MonkeyPatch, *more:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_stream_supersedes_and_says_what_it_does_not(lifelong: ModuleType, seed: int) -> None:
     found, world = lifelong.stream(2500, 50, seed), build_world()
-    value = {r.templates[0].format(p): world.facts[p][r.name] for p in world.evaluated for r in lifelong.RELATIONS}
+    value = {r.templates[0].format(p): world.facts[p][r.name] for p in world.evaluated for r in RELATIONS}
     for one in found.edits:
         assert one.target_new != value[one.prompt], "an edit changes something"
         value[one.prompt] = one.target_new
@@ -146,3 +150,79 @@ def test_strangers_are_in_no_statistics_and_asked_apart(
     texts = [json.loads(line)["text"] for line in corpus.splitlines()]
     assert not any(one in text for one in found.strangers for text in texts)
     assert len(texts) > 200
+
+
+def records(path: Path, count: int) -> list[dict[str, str]]:
+    """A file of the bundled world's facts, as EasyEdit lays out CounterFact."""
+    world = build_world()
+    facts = [(person, relation) for person in world.evaluated for relation in RELATIONS][:count]
+    beside = [(person, relation) for person in world.bystanders for relation in RELATIONS]
+    rows = []
+    for (person, relation), (other, kind) in zip(facts, beside, strict=False):
+        true = world.facts[person][relation.name]
+        rows.append(
+            {
+                "prompt": relation.templates[0].format(person), "subject": person, "ground_truth": true,
+                "target_new": next(one for one in relation.objects if one != true),
+                "locality_prompt": kind.templates[0].format(other),
+                "locality_ground_truth": world.facts[other][kind.name],
+            }
+        )  # fmt: skip
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    return rows
+
+
+@pytest.fixture(scope="module")
+def world_model() -> tuple[Any, Any]:
+    return load_model(str(model_path()), "float32")
+
+
+def test_records_go_from_one_answer_to_the_other(
+    lifelong: ModuleType, world_model: tuple[Any, Any], tmp_path: Path
+) -> None:
+    rows = {row["prompt"]: row for row in records(tmp_path / "records.json", 160)}
+    found = lifelong.record_stream(tmp_path / "records.json", *world_model, 400, 40, 3)
+    value = {prompt: row["ground_truth"] for prompt, row in rows.items()}
+    for one in found.edits:
+        row = rows[one.prompt]
+        assert {value[one.prompt], one.target_new} == {row["ground_truth"], row["target_new"]}
+        assert one.subject == row["subject"]
+        value[one.prompt] = one.target_new
+    later = {one.prompt for one in found.edits[100:]}
+    assert found.retained
+    assert not {prompt for prompt, _ in found.retained} & later
+    neighbours = {row["locality_prompt"] for row in rows.values()}
+    assert 30 < len(found.untouched) <= 40
+    assert {prompt for prompt, _ in found.untouched} <= neighbours - {*rows}
+    assert all(score.exact for score in score_targets(*world_model, found.untouched)), "what the model itself writes"
+    assert len(found.texts) == 40
+    assert all(len(f"{a} {b}".split()) >= 30 and b.endswith(".") for a, b in found.texts)
+    again = lifelong.record_stream(tmp_path / "records.json", *world_model, 400, 40, 3)
+    assert (again.edits, again.untouched, again.texts) == (found.edits, found.untouched, found.texts)
+
+
+def test_too_few_records_are_refused(lifelong: ModuleType, world_model: tuple[Any, Any], tmp_path: Path) -> None:
+    records(tmp_path / "records.json", 150)
+    with pytest.raises(DataError, match="needs 151 different facts or more; found 150"):
+        lifelong.record_stream(tmp_path / "records.json", *world_model, 10, 40)
+
+
+def test_another_model_and_its_records(
+    lifelong: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records(tmp_path / "records.json", 160)
+    (tmp_path / "own").symlink_to(model_path())
+    (tmp_path / "hparams" / "Global").mkdir(parents=True)
+    yaml = load_hyperparams("Global/factworld", context_prefixes=[])
+    yaml.to_yaml(tmp_path / "hparams" / "Global" / "own.yaml")
+    given = ["--model", str(tmp_path / "own"), "--records", str(tmp_path / "records.json")]
+    points = run(lifelong, tmp_path / "out", monkeypatch, *given, "--hparams", str(tmp_path / "hparams"))
+    assert [point["edits"] for point in points] == [0, 2, 4, 5]
+    assert points[0]["specificity, never edited"] == 100.0
+    assert points[-1]["capacity"][next(iter(points[-1]["capacity"]))]["keys"] == 5 * 4 / 16, "one context of the YAML"
+    settings = json.loads((tmp_path / "out" / "lifelong.json").read_text())["runs"]["Global"]["settings"]
+    assert (settings["model"], settings["records"]) == ("own", "records.json"), "no path of the machine"
+    for wrong in (given, [*given, "--hparams", str(tmp_path / "hparams"), "--names", "3"]):
+        with pytest.raises(SystemExit):
+            run(lifelong, tmp_path / "new", monkeypatch, *wrong)
+        assert "go together" in capsys.readouterr().err
