@@ -41,7 +41,7 @@ def updated(text: str, content: Mapping[str, Any]) -> str:
         "course": "\n\n".join(course_table(*one) for one in runs.items() if one[1]["points"][-1]["edits"] >= LONG),
         "shared": shared_line(content["first batch"]), "capacity": capacity_table(runs),
         "tuning": tuning_table(content["tuning"]), "protected": protected_table(content["protected"]),
-        "settings": settings_table(runs),
+        "settings": settings_table(runs), "language": language_table(content["language model"]),
     }  # fmt: skip
     return filled(text, tables)
 
@@ -170,6 +170,18 @@ def course_table(label: str, run: Run) -> str:
         point = point_at(run, edits)
         rows.append([str(edits), *measured(point), f"{point['resident bytes'] / 2**20:.0f}"])
     return f"{label}:\n\n" + table(("edits", *COLUMNS, "MiB"), rows)
+
+
+def language_table(runs: Mapping[str, Run]) -> str:
+    """All points of the runs on another model's records."""
+    rows = []
+    for label, run in runs.items():
+        changes = ", ".join(f"`{name}={value}`" for name, value in run["settings"]["set"].items())
+        for point in run["points"]:
+            if point["edits"] >= FIRST:
+                held = f"{point['resident bytes'] / 2**20:.0f}"
+                rows.append([label + (f", {changes}" if changes else ""), str(point["edits"]), *measured(point), held])
+    return table(("run", "edits", *COLUMNS, "MiB"), rows)
 
 
 def capacity_table(runs: Mapping[str, Run]) -> str:

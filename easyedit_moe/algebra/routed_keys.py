@@ -89,13 +89,14 @@ class RoutedKeys:
     def cat(parts: list[RoutedKeys]) -> RoutedKeys:
         """Rows of several batches, one after the other; a smaller K is padded with zero gates."""
         width = max(p.expert.shape[1] for p in parts)
-        extra = [width - p.expert.shape[1] for p in parts]
+        wide = [p if p.expert.shape[1] == width else p._padded(width - p.expert.shape[1]) for p in parts]
+        expert, gate, key = ([getattr(p, name) for p in wide] for name in ("expert", "gate", "key"))
+        return RoutedKeys(torch.cat(expert), torch.cat(gate), torch.cat(key))
+
+    def _padded(self, count: int) -> RoutedKeys:
+        """With so many slots more, of zero gates."""
         pad = torch.nn.functional.pad
-        return RoutedKeys(
-            torch.cat([pad(p.expert, (0, n)) for p, n in zip(parts, extra, strict=True)]),
-            torch.cat([pad(p.gate, (0, n)) for p, n in zip(parts, extra, strict=True)]),
-            torch.cat([pad(p.key, (0, 0, 0, n)) for p, n in zip(parts, extra, strict=True)]),
-        )
+        return RoutedKeys(pad(self.expert, (0, count)), pad(self.gate, (0, count)), pad(self.key, (0, 0, 0, count)))
 
 
 @dataclass(frozen=True)

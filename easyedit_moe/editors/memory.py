@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -47,7 +47,7 @@ class Remembered:
     def of(self, layer: int, fact: int) -> RoutedKeys:
         """Keys of one fact."""
         keys = self.keys[layer]
-        return keys.rows(self._rows(keys.num_tokens, fact))
+        return keys if len(self.prompts) == 1 else keys.rows(self._rows(keys.num_tokens, fact))
 
     def wanted_of(self, layer: int, fact: int) -> Tensor:
         """What is wanted of one fact."""
@@ -72,7 +72,7 @@ Row = tuple[Remembered, int]
 """One remembered fact: the solve that it was part of, and its place there."""
 
 
-class _Rows(Mapping[Row, RoutedKeys]):
+class Rows(Mapping[Row, RoutedKeys]):
     """Keys of remembered facts at a layer, taken out when they are asked for: of most only their names are."""
 
     def __init__(self, layer: int, names: dict[Row, None]) -> None:
@@ -92,6 +92,15 @@ class _Rows(Mapping[Row, RoutedKeys]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows of all facts together, which are their contexts."""
+        return _num_tokens(self._layer, self._names)
+
+
+def _num_tokens(layer: int, rows: Iterable[Row]) -> int:
+    return sum(solve.keys[layer].num_tokens // len(solve.prompts) for solve, _ in rows)
 
 
 class EditMemory:
@@ -136,15 +145,14 @@ class EditMemory:
         log = [solve if len(facts) == len(solve.prompts) else solve.only(facts) for solve, facts in kept.items()]
         return EditMemory(log, self.edits, carried=self.carried)
 
-    def rows(self, layer: int, superseded: Sequence[Name] = ()) -> Mapping[Row, RoutedKeys]:
+    def rows(self, layer: int, superseded: Sequence[Name] = ()) -> Rows:
         """Keys of each fact that was solved for at a layer, without facts of these names; oldest first."""
         found = [row for row in self._current(superseded) if layer in row[0].keys]
-        return _Rows(layer, dict.fromkeys(reversed(found)))
+        return Rows(layer, dict.fromkeys(reversed(found)))
 
     def num_rows(self, layer: int) -> int:
         """How many rows `rows` has of a layer, all contexts counted."""
-        there = [solve for solve, _ in self._current() if layer in solve.keys]
-        return sum(solve.keys[layer].num_tokens // len(solve.prompts) for solve in there)
+        return _num_tokens(layer, (row for row in self._current() if layer in row[0].keys))
 
     @property
     def keys(self) -> dict[int, list[RoutedKeys]]:

@@ -15,7 +15,7 @@ def test_the_page_s_tables_are_those_of_the_file() -> None:
 
 def test_every_run_has_the_points_that_the_tables_read_and_no_path() -> None:
     content = read_json(CURVES)
-    for label, run in content["runs"].items():
+    for label, run in {**content["runs"], **content["language model"]}.items():
         edits = [point["edits"] for point in run["points"]]
         assert edits[0] == 0, label
         assert FIRST in edits, label
