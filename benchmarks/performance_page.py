@@ -48,6 +48,7 @@ def updated(text: str, suites: Mapping[str, Any]) -> str:
         "plans of solvers": plan_table(plans, SOLVING, solving=True),
         "plans of training": plan_table(plans, TRAINING, solving=False), "edits made": made_table(growth),
         "first and last edits": edits_table(endurance), "peak": peak_tables(suites.get("peak", {"rows": []})["rows"]),
+        "versions": versions_table(suites["versions"]["rows"]),
     }  # fmt: skip
     return filled(text, parts)
 
@@ -210,6 +211,34 @@ def peak_tables(rows: Rows) -> str:
         for row in by[AT_FULL]
     ]  # fmt: skip
     return "\n\n".join([table(heads, plans, 2), table(columns, found, 2), table(ends, most, 2)])
+
+
+FIGURES = {
+    "batches, z ready": "all batches", "of this, solve and write": "their solve and write",
+    "last batch, solve and write": "the last one's", "single edits, z ready": "single edits",
+    "a batch with its search of targets": "a batch with its search", "prepare, cached": "prepare, cached",
+    "resident after the last": "resident, MB",
+}  # fmt: skip
+"""Figures of two versions, and what their columns are called."""
+
+
+def versions_table(rows: Rows) -> str:
+    """Of each method, what an earlier version took and what this one does."""
+    found: dict[tuple[str, bool], dict[str, str]] = {}
+    for row in rows:
+        share = 1e-6 if row["unit"] == "bytes" else 1
+        both = [f"{value * share:.0f}" if share < 1 else f"{value:.3g}" for value in _both(row)]
+        cells = found.setdefault((row["method"], row["remember_edits"]), {})
+        cells[row["figure"]] = f"{' / '.join(both)} = {row['before / this']:.2f}"
+    cells = [
+        [method, "yes" if remember else "no", *(figures[name] for name in FIGURES)]
+        for (method, remember), figures in found.items()
+    ]
+    return table(("method", "`remember_edits`", *FIGURES.values()), cells, 2)
+
+
+def _both(row: Mapping[str, Any]) -> tuple[float, float]:
+    return row["before's"], row["this one's"]
 
 
 def main() -> None:

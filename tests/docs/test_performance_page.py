@@ -11,6 +11,7 @@ import pytest
 from benchmarks import peak
 from benchmarks.performance_page import (
     BY_PLAN,
+    FIGURES,
     PAGE,
     RESULTS,
     newest_suites,
@@ -18,7 +19,9 @@ from benchmarks.performance_page import (
     plan_sentence,
     plan_table,
     updated,
+    versions_table,
 )
+from benchmarks.versions import compared
 from easyedit_moe.storage.strict_json import write_json
 
 
@@ -96,6 +99,14 @@ def test_peaks_at_full_width_are_those_of_planted_parts() -> None:
     assert row["editing / model"] == pytest.approx(1 + 5e9 / row["model bytes"])
     assert not row["within"]
     assert "| MoTE | preparing | 0.00 | 7.00 | 1.00 | 1.131 | 1.082 |" in peak_tables([row])
+
+
+def test_figures_of_two_versions_stand_side_by_side() -> None:
+    before, after = (dict.fromkeys(FIGURES, number) for number in (3e6, 2e6))
+    rows = [{"method": "MoTE", "remember_edits": True, **one} for one in compared([before], [after])]
+    assert "| MoTE | yes |" in versions_table(rows)
+    assert "| 3e+06 / 2e+06 = 1.50 |" in versions_table(rows)
+    assert "| 3 / 2 = 1.50 |" in versions_table(rows), "bytes in MB"
 
 
 def test_a_stage_without_a_column_is_named() -> None:
