@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib
+import importlib.util
 import json
 import random
 import resource
@@ -15,6 +17,8 @@ import string
 import sys
 import time
 import warnings
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +75,19 @@ def seconds_of(work: Any) -> tuple[float, Any]:
     return time.perf_counter() - begun, found
 
 
+def keeper(model: Any, stack: ExitStack) -> Callable[[Any], None]:
+    """Keeps patches as a version's editor does: one way back for all of them, or each with its own."""
+    kept: list[Any] = []
+    if importlib.util.find_spec("easyedit_moe.patches.applied_run") is None:
+        return kept.append
+    holding = importlib.import_module("easyedit_moe.moe.holding")
+    applied = importlib.import_module("easyedit_moe.patches.applied_run")
+    add: Callable[[Any], None] = applied.AppliedRun(model, stack.enter_context(holding.intact(model))).add
+    return add
+
+
 def row(method: str, remember: bool, edits: int, batch: int, single: int, folder: Path) -> dict[str, Any]:
-    """Seconds of each stage, and resident memory after the first and the last edit, of which all patches are kept."""
+    """Seconds of each stage, and resident memory after the first and the last edit; the patches of all are kept."""
     tok = hf.AutoTokenizer.from_pretrained(str(factworld.model_path()))
     torch.manual_seed(0)
     config = hf.Qwen3MoeConfig(**CONFIG, vocab_size=len(tok))
@@ -93,24 +108,24 @@ def row(method: str, remember: bool, edits: int, batch: int, single: int, folder
     search, tried = seconds_of(lambda: editor.edit(model, tok, asked[:batch]))
     tried.patch.revert(model)
     del tried
-    kept, memory, took, solved, held = [], None, [], [], []
+    memory, took, held = None, [], []
     starts = [(n, batch) for n in range(0, edits, batch)] + [(edits + n, 1) for n in range(single)]
-    for start, size in starts:
-        targets = shifts(size, CONFIG["hidden_size"], given)
-        taken, result = seconds_of(
-            lambda s=start, z=targets, m=memory, n=size: editor.edit(model, tok, asked[s : s + n], m, z)
-        )
-        kept.append(result.patch)
-        memory = result.memory
-        took.append(taken)
-        solved.append(sum(result.seconds.get(stage, 0.0) for stage in ("solve", "write")))
-        gc.collect()
-        held.append(resident())
+    with ExitStack() as stack:
+        keep = keeper(model, stack)
+        for start, size in starts:
+            targets = shifts(size, CONFIG["hidden_size"], given)
+            taken, result = seconds_of(
+                lambda s=start, z=targets, m=memory, n=size: editor.edit(model, tok, asked[s : s + n], m, z)
+            )
+            keep(result.patch)
+            memory = result.memory
+            took.append(taken)
+            gc.collect()
+            held.append(resident())
     made = edits // batch
     return {
         "prepare": cold, "prepare, cached": warm, "a batch with its search of targets": search,
-        "batches, z ready": sum(took[:made]), "of this, solve and write": sum(solved[:made]),
-        "first batch": took[0], "last batch": took[made - 1], "last batch, solve and write": solved[made - 1],
+        "batches, z ready": sum(took[:made]), "first batch": took[0], "last batch": took[made - 1],
         "single edits, z ready": sum(took[made:]), "resident after the first": held[0],
         "resident after the last": held[-1],
     }  # fmt: skip

@@ -214,9 +214,8 @@ def peak_tables(rows: Rows) -> str:
 
 
 FIGURES = {
-    "batches, z ready": "all batches", "of this, solve and write": "their solve and write",
-    "last batch, solve and write": "the last one's", "single edits, z ready": "single edits",
-    "a batch with its search of targets": "a batch with its search", "prepare, cached": "prepare, cached",
+    "prepare, cached": "prepare, cached", "a batch with its search of targets": "a batch with its search",
+    "batches, z ready": "all batches", "last batch": "the last one", "single edits, z ready": "single edits",
     "resident after the last": "resident, MB",
 }  # fmt: skip
 """Figures of two versions, and what their columns are called."""

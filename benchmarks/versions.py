@@ -4,8 +4,8 @@ python -m benchmarks.versions ../before --pairs 2
 
 ``before`` is a checkout of another commit (``git worktree add ../before COMMIT``). Each figure is measured in a process
 of its own by `benchmarks.one_version`, by turns with the code of the one and of the other. Statistics are collected by
-the first run of each version and read by its later ones. "Solve and write" are those stages of the batches alone: the
-rest of a batch is forwards, which are transformers' own and in bfloat16 slow on a CPU.
+the first run of each version and read by its later ones. Most of a batch is forwards here, which are transformers' own
+and slow in bfloat16 on a CPU.
 """
 
 from __future__ import annotations

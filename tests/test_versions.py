@@ -31,8 +31,7 @@ def test_figures_of_a_small_model(method: str, remember: bool, tmp_path: Path, m
     monkeypatch.setattr(one_version, "RANKS", {"rank_expert": 8, "rank_out": 8, "rank_in": 8})
     row = one_version.row(method, remember, edits=4, batch=2, single=2, folder=tmp_path)
     assert all(value > 0 for value in row.values())
-    assert row["of this, solve and write"] < row["batches, z ready"]
-    assert row["last batch, solve and write"] < row["last batch"] < row["batches, z ready"]
+    assert row["first batch"] + row["last batch"] == pytest.approx(row["batches, z ready"])
     assert row["resident after the last"] > 2**20
 
 
