@@ -145,12 +145,13 @@ def record_stream(path: Path, model: nn.Module, tok: Any, count: int, asked: int
         Fact(one.prompt, str(one.subject), str(one.ground_truth), (str(one.ground_truth), one.target_new))
         for one in requests.values()
     ]
-    edits, draw = drawn(facts, count, random.Random(seed)), random.Random(seed)
+    edits = drawn(facts, count, random.Random(seed))
+    draw = random.Random(seed)  # the same sample however many edits there are
     beside = [*dict.fromkeys(prompt for record in records for prompt, _ in record.neighbours if prompt not in requests)]
     own = own_answers(model, tok, draw.sample(beside, min(asked, len(beside))))
-    kept, texts = retained(edits), prose(tok, context_length(model))
-    some = [tuple(draw.sample(part, min(asked, len(part)))) for part in (kept, texts)]
-    return Stream(edits, some[0], tuple(own), some[1])
+    parts = (prose(tok, context_length(model)), retained(edits))
+    some = [tuple(draw.sample(part, min(asked, len(part)))) for part in parts]
+    return Stream(edits, some[1], tuple(own), some[0])
 
 
 def own_answers(model: nn.Module, tok: Any, prompts: Sequence[str]) -> list[Pair]:

@@ -197,8 +197,8 @@ def test_records_go_from_one_answer_to_the_other(
     assert all(score.exact for score in score_targets(*world_model, found.untouched)), "what the model itself writes"
     assert len(found.texts) == 40
     assert all(len(f"{a} {b}".split()) >= 30 and b.endswith(".") for a, b in found.texts)
-    again = lifelong.record_stream(tmp_path / "records.json", *world_model, 400, 40, 3)
-    assert (again.edits, again.untouched, again.texts) == (found.edits, found.untouched, found.texts)
+    more = lifelong.record_stream(tmp_path / "records.json", *world_model, 900, 40, 3)
+    assert (more.edits[:400], more.untouched, more.texts) == (found.edits, found.untouched, found.texts)
 
 
 def test_too_few_records_are_refused(lifelong: ModuleType, world_model: tuple[Any, Any], tmp_path: Path) -> None:
