@@ -67,9 +67,11 @@ class Held(ABC):
             NumericalError: a row that is not finite, or a system that is singular.
         """
         gone = [name for name in self.rows if name not in wanted]
-        new = {name: keys for name, keys in wanted.items() if name not in self.rows}
+        # By name: of most rows, which are held already, nothing but the name is needed.
+        new = {name: wanted[name] for name in wanted if name not in self.rows}
         moved = sum(self.rows[n].num_tokens for n in gone) + sum(keys.num_tokens for keys in new.values())
-        if self._changes + moved > max(REFRESH, self.num_rows // 2) or 2 * len(gone) > len(self.rows):
+        changed = self._changes + moved
+        if (changed > REFRESH and changed > self.num_rows // 2) or 2 * len(gone) > len(self.rows):
             self._begin(dict(wanted))
             self._changes = 0
             return
@@ -77,7 +79,7 @@ class Held(ABC):
             self._release(gone)
         if new:
             self._absorb(new)
-        self._changes += moved
+        self._changes = changed
 
     @abstractmethod
     def _begin(self, rows: dict[Hashable, RoutedKeys]) -> None: ...
