@@ -173,15 +173,18 @@ def course_table(label: str, run: Run) -> str:
 
 
 def language_table(runs: Mapping[str, Run]) -> str:
-    """All points of the runs on another model's records."""
+    """All points of the runs on another model's records; perplexity in units of that before the first edit."""
     rows = []
     for label, run in runs.items():
-        changes = ", ".join(f"`{name}={value}`" for name, value in run["settings"]["set"].items())
+        unedited = run["points"][0]["perplexity"]
         for point in run["points"]:
             if point["edits"] >= FIRST:
-                held = f"{point['resident bytes'] / 2**20:.0f}"
-                rows.append([label + (f", {changes}" if changes else ""), str(point["edits"]), *measured(point), held])
-    return table(("run", "edits", *COLUMNS, "MiB"), rows)
+                cells = measured(point)
+                cells[COLUMNS.index("perplexity")] = f"{point['perplexity'] / unedited:.2f}"
+                cells[COLUMNS.index("norm, times")] = f"{max(point['norm growth per layer'].values()):.2f}"
+                rows.append([label, str(point["edits"]), *cells, f"{point['resident bytes'] / 2**20:.0f}"])
+    columns = ["perplexity, times" if name == "perplexity" else name for name in COLUMNS]
+    return table(("run", "edits", *columns, "MiB"), rows)
 
 
 def capacity_table(runs: Mapping[str, Run]) -> str:
