@@ -228,15 +228,17 @@ def test_the_peak_of_a_long_run_is_planned_and_measured() -> None:
         assert row["beyond the model"] == pytest.approx((row["peak / model"] - 1) * row["model bytes"])
         assert 1 < row["z ready, edits alone / model"] <= row["peak / model"]
         assert row["fits"] == (row["within the room / model"] <= 1.1)
-    small, large = (row for row in rows if row["benchmark"] == "peak measured")
-    for row in (small, large):
+    found = [row for row in rows if row["benchmark"] == "peak measured"]
+    assert [row["widths divided by"] for row in found] == [32, 16, 8]
+    for row in found:
         assert row["beyond the model"] == max(row["peak of preparing"], row["prepared"] + row["peak of edits"]) > 0
         assert row["peak / model"] > row["peak / model of 48 layers"] > 1
-    (most,) = [row for row in rows if row["benchmark"] == peak.AT_MOST]
-    for row in (small, large):
-        at = most["fixed bytes"] + most["bytes that scale"] / row["widths divided by"] ** 2
-        assert at == pytest.approx(row["beyond the model"])
-    assert 0 < most["share that scales, measured"] <= 1
+    (full,) = [row for row in rows if row["benchmark"] == peak.AT_FULL]
+    for row in found:
+        share = 1 / row["widths divided by"]
+        at = full["fixed bytes"] + full["bytes by the widths"] * share + full["bytes by their square"] * share**2
+        editing = row["prepared"] + row["peak of edits"]
+        assert at == pytest.approx(row["peak of preparing"] if full["largest"] == "preparing" else editing)
 
 
 def test_a_run_that_needs_too_much_is_fitted_to_the_room() -> None:

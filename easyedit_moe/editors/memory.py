@@ -99,6 +99,11 @@ class Rows(Mapping[Row, RoutedKeys]):
         return _num_tokens(self._layer, self._names)
 
 
+def tokens_of(held: Mapping[Row, RoutedKeys]) -> int:
+    """Rows of all held facts together; keys are not taken out for it where they are a memory's."""
+    return held.num_tokens if isinstance(held, Rows) else sum(keys.num_tokens for keys in held.values())
+
+
 def _num_tokens(layer: int, rows: Iterable[Row]) -> int:
     return sum(solve.keys[layer].num_tokens // len(solve.prompts) for solve, _ in rows)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +11,7 @@ from easyedit_moe.algebra.bcd import expert_orders, solve_bcd
 from easyedit_moe.algebra.coordinates import ExpertCoordinates
 from easyedit_moe.algebra.held_bcd import solve_bcd_held
 from easyedit_moe.algebra.routed_keys import RoutedKeys
-from easyedit_moe.editors.memory import Rows
+from easyedit_moe.editors.memory import Row, tokens_of
 from easyedit_moe.editors.prepared import PreparedLayer
 from easyedit_moe.editors.solving import SolvingEditor
 from easyedit_moe.hparams import MoEEditHyperParams
@@ -36,7 +37,7 @@ class MoEEditEditor(SolvingEditor):
     def solve_beside(
         self,
         layer: int,
-        held: Rows,
+        held: Mapping[Row, RoutedKeys],
         keys: RoutedKeys,
         residual: Tensor,
         prepared: PreparedLayer,
@@ -45,7 +46,7 @@ class MoEEditEditor(SolvingEditor):
         """The same iterates; held rows by their second moment once there are more of them than unknowns."""
         hp = self.hparams
         coordinates = ExpertCoordinates(prepared.metric, prepared.num_experts, keys.d_hidden, keys.key.device)
-        many = held.num_tokens > coordinates.size
+        many = tokens_of(held) > coordinates.size
         if not many or type(self).solve is not MoEEditEditor.solve or not lambda_reg > 0:
             return super().solve_beside(layer, held, keys, residual, prepared, lambda_reg)
         moment = self.holding.moment(layer, prepared, held, coordinates)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import sqrt
 from typing import Any
@@ -28,7 +28,7 @@ from easyedit_moe.algebra.tucker import TuckerBasis
 from easyedit_moe.editors.base import Editor, EditResult, provenance
 from easyedit_moe.editors.lasting import Carried, Lasting
 from easyedit_moe.editors.measuring import Fit, residual_shares
-from easyedit_moe.editors.memory import EditMemory, Holding, Remembered, Rows
+from easyedit_moe.editors.memory import EditMemory, Holding, Remembered, Row
 from easyedit_moe.editors.planner import MemoryPlan, Workload, plan
 from easyedit_moe.editors.prepared import Prepared, PreparedLayer
 from easyedit_moe.editors.replay import facts_to_replay
@@ -105,7 +105,7 @@ class SolvingEditor(Editor):
     def solve_beside(
         self,
         layer: int,
-        held: Rows,
+        held: Mapping[Row, RoutedKeys],
         keys: RoutedKeys,
         residual: Tensor,
         prepared: PreparedLayer,
