@@ -97,7 +97,7 @@ def source() -> dict[str, Any]:
 
     ``commit`` is None where the package does not lie in a git checkout; ``changed``: whether the code differs from it.
     """
-    commit, changed = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--", "easyedit_moe", "benchmarks/*.py")
+    commit, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", "--", "easyedit_moe", "benchmarks/*.py")
     return {
         "easyedit_moe": __version__,
         "commit": commit,
@@ -106,10 +106,10 @@ def source() -> dict[str, Any]:
     }
 
 
-def _git(*words: str) -> str | None:
-    """What git says in the checkout; None where there is no git, or no checkout."""
+def git(*words: str, checkout: Path = ROOT) -> str | None:
+    """What git says in a checkout; None where there is no git, or no checkout."""
     try:
-        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True)
+        done = subprocess.run(["git", *words], cwd=checkout, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()

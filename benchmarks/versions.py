@@ -24,9 +24,8 @@ import typer
 from rich.console import Console
 
 from benchmarks.__main__ import table
-from benchmarks.harness import RESULTS, source, write_results
+from benchmarks.harness import RESULTS, ROOT, git, source, write_results
 
-ROOT = Path(__file__).parents[1]
 METHODS = "Global,MoTE,MoEEdit-BCD"
 COLD = "prepare"
 """What only the first run of a version does in full."""
@@ -42,7 +41,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder of the JSON file, one per machine.")] = RESULTS,
 ) -> None:
     """Measure, print the table, and write the rows to <out>/<machine>.json."""
-    made, commit = source(), _commit(before)
+    made, commit = source(), git("rev-parse", "HEAD", checkout=before)
     sizes = ("--edits", str(edits), "--batch", str(batch), "--single", str(single))
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -99,11 +98,6 @@ def _run(checkout: Path, folder: Path, method: str, remember: bool, sizes: Seque
     done = subprocess.run(command, env=environment, cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
     row: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return row
-
-
-def _commit(checkout: Path) -> str:
-    command = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
-    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
 
 
 if __name__ == "__main__":

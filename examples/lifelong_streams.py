@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import random
 import re
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from general_ability_tasks import help_topics
 from torch import nn
 
 from easyedit_moe import factworld
@@ -165,9 +165,8 @@ def prose(tok: Any, limit: int | None) -> list[Pair]:
     """Paragraphs of Python's help topics that are sentences, in two halves; without those of ``limit`` tokens or more,
     which are more than the model can read.
     """
-    topics = importlib.import_module("pydoc_data.topics").topics
     found = []
-    for part in (part for name in sorted(topics) for part in re.split(r"\n\s*\n", topics[name])):
+    for part in (part for text in help_topics() for part in re.split(r"\n\s*\n", text)):
         words = part.split()
         if len(words) >= LEAST_WORDS and words[0][0].isupper() and words[-1].endswith("."):
             half = len(words) // 2

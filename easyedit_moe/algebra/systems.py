@@ -177,18 +177,16 @@ def factor_made_ridges(sizes: Sequence[int], made: Callable[[int], Tensor], lamb
         most = max(1, CHUNK // max(1, side * side))
         for start in range(0, len(places), most):
             some = places[start : start + most]
-            stacked: Tensor | None = None
             for number, place in enumerate(some):
                 gram, size = made(place), sizes[place]
-                if stacked is None:
+                if number == 0:
                     stacked = gram.new_zeros(len(some), side, side)
                 own = stacked[number]
                 own[:size, :size] = gram
                 torch.diagonal(own)[:size].add_(lambda_reg)
                 torch.diagonal(own)[size:].fill_(1)
-            if stacked is not None:
-                parts.append(factor_stack_(stacked))
-                order += some
+            parts.append(factor_stack_(stacked))
+            order += some
     check_factored(parts, [sizes[place] for place in order], lambda_reg)
     every = [factor for part in parts for factor in part.factors]
     found = {place: factor[: sizes[place], : sizes[place]] for place, factor in zip(order, every, strict=True)}

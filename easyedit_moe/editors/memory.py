@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -96,16 +96,12 @@ class Rows(Mapping[Row, RoutedKeys]):
     @property
     def num_tokens(self) -> int:
         """Rows of all facts together, which are their contexts."""
-        return _num_tokens(self._layer, self._names)
+        return sum(solve.keys[self._layer].num_tokens // len(solve.prompts) for solve, _ in self._names)
 
 
 def tokens_of(held: Mapping[Row, RoutedKeys]) -> int:
     """Rows of all held facts together; keys are not taken out for it where they are a memory's."""
     return held.num_tokens if isinstance(held, Rows) else sum(keys.num_tokens for keys in held.values())
-
-
-def _num_tokens(layer: int, rows: Iterable[Row]) -> int:
-    return sum(solve.keys[layer].num_tokens // len(solve.prompts) for solve, _ in rows)
 
 
 class EditMemory:
@@ -154,10 +150,6 @@ class EditMemory:
         """Keys of each fact that was solved for at a layer, without facts of these names; oldest first."""
         found = [row for row in self._current(superseded) if layer in row[0].keys]
         return Rows(layer, dict.fromkeys(reversed(found)))
-
-    def num_rows(self, layer: int) -> int:
-        """How many rows `rows` has of a layer, all contexts counted."""
-        return _num_tokens(layer, (row for row in self._current() if layer in row[0].keys))
 
     @property
     def keys(self) -> dict[int, list[RoutedKeys]]:

@@ -79,7 +79,7 @@ def diagnose_solved(
         changed=patch.before != patch.after,
         rounding_loss=combined_loss([(r.rounding_loss, r.update_norm) for r in patch.reports]),
         steps=max(group.steps for group in solved),
-        remembered=remembered.num_rows(hparams.layers[-1]),
+        remembered=remembered.rows(hparams.layers[-1]).num_tokens,
         settings=settings_of(hparams),
     )
 
